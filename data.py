@@ -1,0 +1,158 @@
+"""Aesthetic-4K folders: pictures with captions, read, cropped, and turned into training batches.
+
+Paper     Diffusion-4K section 9 "Training Details": short side resized, random crop, normalised to [-1, 1];
+          text embeddings computed once
+Layout    DIR/metadata.jsonl   one JSON object a line: "file_name", "text" and, if you like, "alt": [more captions]
+          DIR/<file_name>      jpg, png, webp …; shown upright, converted to 8-bit RGB
+Crop      short side resized to `res` (Lanczos), a random square of res x res, mirrored with probability 1/2
+Run       python data.py check DIR                   every picture and line looked at, all that is wrong listed
+          python data.py encode DIR --model tiny-sd3   text embeddings of all captions, cached in DIR/.embeddings
+Check     python -m pytest tests/test_data.py
+
+Every draw is a function of a generator that the caller seeds.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
+CACHE_BYTES = 1 << 30            # resized pictures kept in memory
+Image.MAX_IMAGE_PIXELS = None    # replaced by the check against MOST_PIXELS, which names the file
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture and its captions: `captions[0]` is "text", the others are "alt"."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+def read_folder(folder: str | os.PathLike) -> list[Item]:
+    """Read and check DIR/metadata.jsonl; pictures are not opened.
+
+    folder   see Layout above
+    returns  one Item a line, in the file's order
+    raises   FileNotFoundError without metadata.jsonl; ValueError that names the line: broken JSON, no file_name, no text,
+             an empty caption, a path out of the folder, a picture that is not there or comes twice
+    """
+    folder = Path(folder)
+    listing = folder / "metadata.jsonl"
+    if not listing.is_file():
+        raise FileNotFoundError(f"{listing}: not found; a data folder holds pictures and a metadata.jsonl with file_name and text")
+    items: dict[str, Item] = {}
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{listing}:{number}"
+        try:
+            row = json.loads(line)
+            name, captions = row["file_name"], (row["text"], *row.get("alt", ()))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{where}: each line is a JSON object with "file_name" and "text" ({type(error).__name__}: {error})') from None
+        if not isinstance(name, str) or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise ValueError(f"{where}: file_name and captions must be text that is not empty")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{where}: {name!r} leads out of the folder")
+        if name in items:
+            raise ValueError(f"{where}: {name!r} stands twice")
+        if not (folder / name).is_file():
+            raise ValueError(f"{where}: no picture {name!r} in {folder}")
+        items[name] = Item(folder / name, captions)
+    if not items:
+        raise ValueError(f"{listing}: empty")
+    return list(items.values())
+
+
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """Decode a picture, upright, as 8-bit RGB.
+
+    path     any format Pillow reads; gray, palette, CMYK and 16-bit are converted, transparency is laid over white
+    returns  PIL image, mode RGB
+    raises   ValueError that names the file if it is no picture, truncated, or over MOST_PIXELS
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; at most {MOST_PIXELS:,} are read, scale it down first")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I") or picture.mode == "F":
+                levels = np.asarray(picture, dtype=np.float64)
+                return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise ValueError(f"{path}: not a whole picture ({size} bytes; {error})") from None
+
+
+def resize_short_side(picture: Image.Image, res: int) -> Image.Image:
+    """Scale so that the shorter side is `res` pixels (Lanczos)."""
+    width, height = picture.size
+    scale = res / min(width, height)
+    return picture.resize((max(res, round(width * scale)), max(res, round(height * scale))), Image.Resampling.LANCZOS)
+
+
+def to_image(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [-1, 1] to (H, W, 3) uint8, rounded."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+class Pictures:
+    """Random squares of a list of pictures; resized pictures stay in memory up to CACHE_BYTES."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def resized(self, index: int, res: int) -> np.ndarray:
+        """(H, W, 3) uint8 of picture `index` with its short side at `res` pixels."""
+        key = (index, res)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        pixels = np.array(resize_short_side(read_picture(self.paths[index]), res))
+        self._kept[key] = pixels
+        self._bytes += pixels.nbytes
+        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return pixels
+
+    def square(self, index: int, res: int, side: int, generator: torch.Generator, flip: bool = True) -> Tensor:
+        """A random square of picture `index`.
+
+        res      short side the picture is resized to, pixels
+        side     side of the square, pixels, at most `res`
+        flip     mirror with probability 1/2
+        returns  (3, side, side) in [-1, 1]
+        """
+        pixels = self.resized(index, res)
+        top, left, mirror = (int(torch.randint(n, (1,), generator=generator))
+                             for n in (pixels.shape[0] - side + 1, pixels.shape[1] - side + 1, 2))
+        crop = pixels[top : top + side, left : left + side]
+        return to_image(crop[:, ::-1] if flip and mirror else crop)
+
+    def central_square(self, index: int, res: int) -> Tensor:
+        """(3, res, res) in [-1, 1]: the middle of picture `index` at short side `res`."""
+        pixels = self.resized(index, res)
+        top, left = (pixels.shape[0] - res) // 2, (pixels.shape[1] - res) // 2
+        return to_image(pixels[top : top + res, left : left + res])

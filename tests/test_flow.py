@@ -1,0 +1,194 @@
+"""Rectified flow: path, densities, weights, official schedules, Euler, noise per image."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow import (
+    denoised,
+    draw_noise,
+    euler,
+    flux_mu,
+    flux_sigmas,
+    interpolate,
+    loss_weight,
+    sample_sigma,
+    sd3_sigmas,
+    time_shift,
+)
+
+SCHEDULES = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
+SD3_CASES = [name for name in SCHEDULES["sd3_official"] if "_steps" in name]
+FLUX_CASES = list(SCHEDULES["flux_official"])
+
+
+def distance(ours: torch.Tensor, official: list[float]) -> float:
+    assert len(ours) == len(official)
+    return (ours.double() - torch.tensor(official, dtype=torch.float64)).abs().max().item()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", SD3_CASES)
+def test_sd3_schedule_is_the_official_one(name):
+    shift, steps = name.removeprefix("shift").split("_steps")
+    assert distance(sd3_sigmas(int(steps), float(shift)), SCHEDULES["sd3_official"][name]) < 1e-6
+
+
+@pytest.mark.parametrize("name", FLUX_CASES)
+def test_flux_schedule_is_the_official_one(name):
+    kind, steps, *tokens = name.split("_")
+    tokens = int(tokens[0].removeprefix("seq")) if tokens else 4096
+    ours = flux_sigmas(int(steps.removeprefix("steps")), tokens, shift=kind == "dev")
+    assert distance(ours, SCHEDULES["flux_official"][name]) < 1e-6
+
+
+def test_schedules_equal_those_of_diffusers():
+    golden = SCHEDULES["diffusers"]
+    assert distance(sd3_sigmas(28), golden["sd3_shift3_steps28"]["sigmas"]) < 1e-6
+    assert distance(flux_sigmas(50, 16384), golden["flux_dyn_steps50_seq16384"]["sigmas"]) < 1e-6
+
+
+def test_flux_mu_goes_on_past_its_two_points():
+    for tokens, mu in SCHEDULES["flux_mu"].items():
+        assert abs(flux_mu(int(tokens)) - mu) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [sd3_sigmas(1), sd3_sigmas(28), flux_sigmas(1, 256), flux_sigmas(50, 65536), flux_sigmas(4, 256, shift=False)],
+)
+def test_schedules_fall_from_one_to_zero(sigmas):
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and sigmas.dtype == torch.float32
+    assert (sigmas.diff() < 0).all()
+
+
+def test_path_ends_and_denoised():
+    latent, noise = draw_noise([1, 2], (3, 4, 6)).double(), draw_noise([3, 4], (3, 4, 6)).double()
+    assert torch.equal(interpolate(latent, noise, torch.zeros(2)), latent)
+    assert torch.equal(interpolate(latent, noise, torch.ones(2)), noise)
+    sigma = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    z = interpolate(latent, noise, sigma)
+    assert (denoised(z, noise - latent, sigma) - latent).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sigmas", [sd3_sigmas(1), sd3_sigmas(7), flux_sigmas(5, 16384)])
+def test_euler_is_exact_on_a_straight_flow(sigmas):
+    latent, noise = draw_noise([1, 2], (3, 4, 6)).double(), draw_noise([3, 4], (3, 4, 6)).double()
+    seen = []
+
+    def velocity(z, sigma):
+        assert sigma.shape == (2,)
+        assert (z - interpolate(latent, noise, sigma)).abs().max() < 1e-12
+        seen.append(sigma[0].item())
+        return noise - latent
+
+    assert (euler(velocity, noise, sigmas) - latent).abs().max() < 1e-12
+    assert seen == sigmas[:-1].tolist()
+
+
+def test_euler_approaches_the_exact_flow_of_gaussian_data():
+    # data N(0, 0.5²): the velocity is linear in z and noise ends at 0.5·noise; halving the step halves the error
+    noise = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+
+    def velocity(z, sigma):
+        s = sigma.reshape(-1, 1, 1, 1)
+        return z * (s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2)
+
+    errors = [(euler(velocity, noise, flux_sigmas(steps, 256)) - 0.5 * noise).abs().max().item() for steps in (50, 100, 200)]
+    assert errors[2] < 0.01
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(2, rel=0.15)
+
+
+def test_euler_keeps_an_fp32_path_around_a_bf16_model():
+    noise = draw_noise([0], (2, 4, 4))
+    latent = euler(lambda z, sigma: z.bfloat16() * 0.1, noise, sd3_sigmas(4))
+    assert latent.dtype == torch.float32
+
+
+def test_progress_bar_goes_to_stderr(capfd):
+    euler(lambda z, sigma: z, draw_noise([0], (1, 2, 2)), sd3_sigmas(2), progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "2/2" in err
+
+
+def test_noise_of_an_image_does_not_depend_on_its_batch():
+    together = draw_noise([5, 6, 7], (16, 4, 6))
+    assert torch.equal(together[1:2], draw_noise([6], (16, 4, 6)))
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(together[1], torch.randn(16, 4, 6, generator=generator(6)))
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+def test_drawn_sigmas_repeat_and_stay_inside(density):
+    sigma = sample_sigma(20_000, density, shift=3.0, generator=generator())
+    assert torch.equal(sigma, sample_sigma(20_000, density, shift=3.0, generator=generator()))
+    assert sigma.shape == (20_000,) and sigma.dtype == torch.float32
+    assert sigma.min() > 0 and sigma.max() <= 1
+
+
+def test_uniform_density_has_the_moments_of_a_uniform():
+    sigma = sample_sigma(100_000, generator=generator())
+    assert abs(sigma.mean() - 1 / 2) < 0.005 and abs(sigma.var() - 1 / 12) < 0.002
+
+
+@pytest.mark.parametrize(("mean", "shift"), [(0.0, 1.0), (0.0, 3.0), (-0.5, 1.0), (0.5, 3.0)])
+def test_logit_normal_median_is_the_shifted_sigmoid(mean, shift):
+    sigma = sample_sigma(100_000, "logit_normal", shift=shift, mean=mean, generator=generator())
+    odds = shift * math.exp(mean)  # a time shift multiplies the odds: 3/4 for mean 0 and shift 3
+    assert abs(sigma.median() - odds / (1 + odds)) < 0.005
+    assert abs(torch.logit(sigma, eps=1e-6).std() - 1) < 0.02
+
+
+def test_mode_density_has_the_moments_of_its_formula():
+    sigma = sample_sigma(200_000, "mode", generator=generator())
+    # over u uniform: mean 1/2 by symmetry; second moment by quadrature of the formula
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    formula = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    assert abs(sigma.mean() - 0.5) < 0.005 and abs(sigma.double().var() - formula.var()) < 0.002
+
+
+def test_mode_density_equals_diffusers():
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    torch.manual_seed(3)
+    theirs = training_utils.compute_density_for_timestep_sampling("mode", 1000, mode_scale=1.29)
+    ours = sample_sigma(1000, "mode", generator=generator(3))
+    assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_time_shift_of_flux_is_that_of_sd3():
+    sigma = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    mu = 1.15
+    assert (time_shift(sigma, math.exp(mu)) - math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)).abs().max() < 1e-12
+    assert torch.equal(time_shift(sigma, 1.0), sigma)
+
+
+def test_loss_weights_by_hand():
+    sigma = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    assert loss_weight(sigma).tolist() == [1, 1]
+    assert loss_weight(sigma, "sigma_sqrt").tolist() == [4, 1]
+    assert (loss_weight(sigma, "cosmap") - torch.tensor([4 / math.pi, 2 / math.pi], dtype=torch.float64)).abs().max() < 1e-12
+
+
+def test_wrong_arguments_are_refused():
+    for call in (lambda: sd3_sigmas(0), lambda: flux_sigmas(0, 256), lambda: flux_sigmas(-1, 256, shift=False)):
+        with pytest.raises(ValueError, match="at least 1 step"):
+            call()
+    with pytest.raises(ValueError, match="time shift"):
+        sd3_sigmas(4, shift=0.0)
+    with pytest.raises(ValueError, match="density"):
+        sample_sigma(1, "normal")
+    with pytest.raises(ValueError, match="batch"):
+        sample_sigma(0)
+    with pytest.raises(ValueError, match="std"):
+        sample_sigma(1, "logit_normal", std=0.0)
+    with pytest.raises(ValueError, match="loss weight"):
+        loss_weight(torch.ones(1), "min_snr")
+    for sigmas in (torch.tensor([1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])):
+        with pytest.raises(ValueError, match="falling"):
+            euler(lambda z, sigma: z, torch.zeros(1, 1, 2, 2), sigmas)

@@ -1,0 +1,592 @@
+"""Text encoders, tokenizers and SD3's conditioning.
+
+tests/data/{clip_l,clip_g,t5_encoder,sd3_cond}.safetensors are cut from ../shared/goldens: unused rows of the embedding dropped and
+the ids renumbered, outputs kept at a few positions (`at`). `python tests/test_text.py` cuts them again. Weights stay float16, exactly
+the values the reference ran with; outputs stay float32, for independent implementations agree to 5e-6 and the bound is 1e-5.
+"""
+
+import json
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from checkpoint import LazyTensor, Weights
+from text import CLIPText, CLIPTokenizer, SD3Text, T5Encoder, T5Tokenizer, sd3_context, t5_buckets
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+VOCABULARIES = Path(os.environ.get("D4K_TOKENIZERS", ROOT.parent / "tokenizers"))
+CASES = ("clip_l", "clip_g", "t5_encoder", "sd3_cond")
+FETCH = "python ../shared/tokenizers/fetch_tokenizers.py --out ../tokenizers"
+GOLDENS = [pytest.param(DATA, id="cut"), pytest.param(SHARED / "goldens", id="whole", marks=pytest.mark.skipif(
+    not (SHARED / "goldens").is_dir(), reason="whole golden cases not found at ../shared/goldens"))]
+with_shared = pytest.mark.skipif(not (SHARED / "manifests").is_dir(), reason="names of published files not found at ../shared/manifests")
+with_vocabularies = pytest.mark.skipif(not (VOCABULARIES / "sd3").is_dir(),
+                                       reason=f"no real vocabularies in {VOCABULARIES}; fetch them: {FETCH}, or set D4K_TOKENIZERS")
+
+
+def golden(folder, case, tmp_path):
+    """Path of the weights, inputs, expected outputs of a case."""
+    tensors = load_file(folder / f"{case}.safetensors")
+    parts = {side: {k.removeprefix(side): v for k, v in tensors.items() if k.startswith(side)} for side in ("in/", "out/")}
+    path = tmp_path / f"{case}.safetensors"
+    save_file({k: v for k, v in tensors.items() if not k.startswith(("in/", "out/", "at"))}, path)
+    return path, parts["in/"], parts["out/"], tensors.get("at", torch.arange(256))
+
+
+def error(ours, expected):
+    assert ours.shape == expected.shape
+    return (ours - expected).abs().max().item()
+
+
+def rows(x, at):
+    return x[:, at[at < x.shape[1]]]
+
+
+# encoders against the reference
+
+@pytest.mark.parametrize("folder", GOLDENS)
+@pytest.mark.parametrize(("case", "activation", "heads"), [("clip_l", "quick_gelu", 4), ("clip_g", "gelu", 5)])
+def test_clip_equals_the_reference(folder, case, activation, heads, tmp_path):
+    path, given, expected, at = golden(folder, case, tmp_path)
+    clip = CLIPText.load(path, activation=activation, num_heads=heads, eos=int(given["input_ids"].max()))
+    last, penultimate, pooled = clip(given["input_ids"])
+    assert error(rows(last, at), expected["last_hidden_state"]) < 1e-5
+    assert error(rows(penultimate, at), expected["penultimate_no_final_ln"]) < 1e-5
+    assert error(pooled, expected["pooled_projected"]) < 1e-5
+    assert error(clip.at_eos(last, given["input_ids"]), expected["pooled_unprojected"]) < 1e-5
+
+
+@pytest.mark.parametrize("folder", GOLDENS)
+def test_t5_equals_the_reference_at_both_lengths(folder, tmp_path):
+    path, given, expected, at = golden(folder, "t5_encoder", tmp_path)
+    t5 = T5Encoder.load(path)
+    assert error(rows(t5(given["input_ids_77"]), at), expected["last_hidden_77"]) < 1e-5
+    assert error(rows(t5(given["input_ids_256"]), at), expected["last_hidden_256"]) < 1e-5
+    assert error(t5.position_bias(256)[:, :, :1], expected["position_bias"]) == 0
+
+
+@pytest.mark.parametrize("folder", GOLDENS)
+def test_t5_buckets_are_the_reference(folder, tmp_path):
+    expected = golden(folder, "t5_encoder", tmp_path)[2]["buckets_rel_-399_399"]
+    assert torch.equal(t5_buckets(torch.arange(-399, 400)), expected.long())
+
+
+@pytest.mark.parametrize("folder", GOLDENS)
+def test_sd3_context_equals_the_reference(folder, tmp_path):
+    _, given, expected, _ = golden(folder, "sd3_cond", tmp_path)
+    context = sd3_context(given["l_out"], given["g_out"], given["t5_out"])
+    assert torch.equal(context[:, :2, :128], torch.cat((given["l_out"], given["g_out"]), -1)[:, :2])
+    assert torch.equal(context[:, 76:79], expected["context_tokens_76_79"])
+    assert error(context.sum(-1), expected["context_sum_per_token"]) < 1e-3      # a float32 sum of 4096 terms up to 166
+    assert torch.equal(torch.cat((given["l_pooled"], given["g_pooled"]), -1), expected["pooled"])
+    assert context[:, :77, 128:].abs().max() == 0
+
+
+def test_sd3_context_refuses_a_t5_narrower_than_the_clips():
+    with pytest.raises(ValueError, match="T5 is 8 wide, less than both CLIPs together \\(10\\)"):
+        sd3_context(torch.zeros(1, 3, 4), torch.zeros(1, 3, 6), torch.zeros(1, 2, 8))
+
+
+# names and shapes of the published files
+
+class Built(Exception):
+    """The names and shapes fitted; nothing is allocated after that."""
+
+
+def manifest(name, monkeypatch):
+    """Weights with the shapes of a published file; reading the first of them ends the test of names."""
+    def read():
+        raise Built
+    shapes = json.loads((SHARED / "manifests" / f"{name}.json").read_text())["tensors"]
+    weights = Weights({k: LazyTensor(tuple(v), read) for k, v in shapes.items()}, {}, f"{name}.safetensors")
+    monkeypatch.setattr("text.open_weights", lambda path: weights)
+    return weights
+
+
+PUBLISHED = [("clip_l", CLIPText), ("clip_g", CLIPText), ("t5xxl", T5Encoder)]
+
+
+@with_shared
+@pytest.mark.parametrize(("name", "encoder"), PUBLISHED)
+def test_encoder_takes_exactly_the_published_names(name, encoder, monkeypatch):
+    manifest(name, monkeypatch)
+    with pytest.raises(Built):
+        encoder.load(name)
+
+
+@with_shared
+@pytest.mark.parametrize(("name", "encoder"), PUBLISHED)
+@pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen"])
+def test_encoder_refuses_and_names_one_wrong_tensor(name, encoder, damage, monkeypatch):
+    weights = manifest(name, monkeypatch)
+    victim = "encoder.block.5.layer.0.SelfAttention.k.weight" if name == "t5xxl" else "text_model.encoder.layers.5.self_attn.k_proj.weight"
+    if damage == "missing":
+        del weights[victim]
+    elif damage == "unknown":
+        victim = "lora.down.weight"
+        weights[victim] = LazyTensor((4, 4), None)
+    else:
+        weights[victim] = LazyTensor((7, 7), None)
+    with pytest.raises(ValueError, match=victim.replace(".", r"\.")):
+        encoder.load(name)
+
+
+@with_shared
+@pytest.mark.parametrize(("name", "encoder"), [PUBLISHED[0], PUBLISHED[2]])
+def test_encoder_names_whichever_tensor_is_missing(name, encoder, monkeypatch):
+    weights = manifest(name, monkeypatch)
+    optional = ("text_projection.weight",)
+    for victim in [k for k in weights if (".layers." not in k and ".block." not in k or ".0." in k) and k not in optional]:
+        lost = weights.pop(victim)
+        with pytest.raises(ValueError, match=victim.replace(".", r"\.")):
+            encoder.load(name)
+        weights[victim] = lost
+
+
+@with_shared
+def test_clip_projection_and_leftovers_are_optional(monkeypatch):
+    weights = manifest("clip_l", monkeypatch)
+    del weights["text_projection.weight"]
+    weights["text_model.embeddings.position_ids"] = LazyTensor((1, 77), None)
+    weights["logit_scale"] = LazyTensor((), None)
+    with pytest.raises(Built):
+        CLIPText.load("clip_l")
+
+
+@with_shared
+@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
+def test_t5_embedding_has_either_name_or_both(names, monkeypatch):
+    weights = manifest("t5xxl", monkeypatch)
+    table = weights.pop("encoder.embed_tokens.weight")
+    weights |= {f"{name}.weight": table for name in names}
+    with pytest.raises(Built):
+        T5Encoder.load("t5xxl")
+
+
+# encoders against transformers
+
+def transformers_module():
+    module = pytest.importorskip("transformers", reason="transformers is a development requirement")
+    module.logging.set_verbosity_error()
+    return module
+
+
+def save_clip(folder, projected=True, act="gelu", shard="5GB", vocabulary=120):
+    t = transformers_module()
+    torch.manual_seed(3)
+    config = t.CLIPTextConfig(vocab_size=vocabulary, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
+                              max_position_embeddings=20, hidden_act=act, projection_dim=40, bos_token_id=vocabulary - 2,
+                              eos_token_id=vocabulary - 1, initializer_factor=4.0)
+    model = (t.CLIPTextModelWithProjection if projected else t.CLIPTextModel)(config).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def save_t5(folder, shard="5GB", width=64, vocabulary=150):
+    t = transformers_module()
+    torch.manual_seed(4)
+    config = t.T5Config(vocab_size=vocabulary, d_model=width, d_kv=12, d_ff=72, num_layers=3, num_heads=6, feed_forward_proj="gated-gelu",
+                        initializer_factor=0.7)
+    model = t.T5EncoderModel(config).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def clip_tokens(vocabulary=120, length=20):
+    tokens = torch.randint(0, vocabulary - 2, (3, length), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = vocabulary - 2
+    for row, end in enumerate((1, 9, length - 1)):      # the empty prompt, a short one padded with the end, a full one
+        tokens[row, end:] = vocabulary - 1
+    return tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("projected", [True, False])
+def test_clip_equals_transformers_from_its_own_folder(projected, act, shard, tmp_path):
+    model, tokens = save_clip(tmp_path, projected, act, shard), clip_tokens()
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "60KB")
+    expected = model(tokens, output_hidden_states=True)
+    last, penultimate, pooled = CLIPText.load(tmp_path)(tokens)
+    assert error(last, expected.last_hidden_state) < 1e-5
+    assert error(penultimate, expected.hidden_states[-2]) < 1e-5
+    assert error(pooled, expected.text_embeds if projected else expected.pooler_output) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_t5_equals_transformers_from_its_own_folder(shard, tmp_path):
+    model = save_t5(tmp_path, shard)
+    tokens = torch.randint(0, 150, (2, 300), generator=torch.Generator().manual_seed(0))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "60KB")
+    expected = model(tokens).last_hidden_state
+    assert error(T5Encoder.load(tmp_path)(tokens), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_bfloat16_encoders_run_and_stay_near_float32(tmp_path):
+    for case, load, inputs in (("clip_l", CLIPText.load, "input_ids"), ("t5_encoder", T5Encoder.load, "input_ids_77")):
+        path, given, _, _ = golden(DATA, case, tmp_path)
+        keywords = {"num_heads": 4, "activation": "quick_gelu"} if case == "clip_l" else {}
+        full, half = (load(path, dtype=dtype, **keywords)(given[inputs]) for dtype in (None, torch.bfloat16))
+        full, half = (x[0] if isinstance(x, tuple) else x for x in (full, half))
+        assert half.dtype is torch.bfloat16 and (half.float() - full).abs().mean() < 0.05
+
+
+def test_t5_reads_fp8_storage_and_refuses_float16_compute(tmp_path):
+    path, given, _, _ = golden(DATA, "t5_encoder", tmp_path)
+    stored = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(path).items()}
+    save_file(stored, path)
+    t5 = T5Encoder.load(path)
+    assert torch.equal(t5.encoder.final_layer_norm.weight, stored["encoder.final_layer_norm.weight"].float())
+    assert torch.isfinite(t5(given["input_ids_77"])).all()
+    with pytest.raises(ValueError, match="T5 overflows in float16"):
+        T5Encoder.load(path, dtype=torch.float16)
+
+
+# what shapes cannot say
+
+def clip_file(path, metadata):
+    """A CLIP of 2 heads, told by its metadata."""
+    t = load_file(DATA / "clip_l.safetensors")
+    save_file({k: v for k, v in t.items() if not k.startswith(("in/", "out/", "at"))}, path, metadata)
+    return path
+
+
+def test_clip_keyword_wins_over_metadata_and_metadata_over_official(tmp_path):
+    path = clip_file(tmp_path / "clip.safetensors", {"num_attention_heads": "2", "hidden_act": "quick_gelu", "eos_token_id": "5"})
+    said, given = CLIPText.load(path), CLIPText.load(path, activation="gelu", num_heads=4, eos=6)
+    for clip, heads, activation, eos in ((said, 2, "quick_gelu", 5), (given, 4, "gelu", 6)):
+        layer = clip.text_model.encoder["layers"][0]
+        assert (layer.self_attn.num_heads, layer.activation, clip.eos) == (heads, activation, eos)
+
+
+def test_clip_official_values_hold_where_the_file_is_silent_or_legacy(tmp_path):
+    clip = CLIPText.load(clip_file(tmp_path / "clip.safetensors", {"eos_token_id": "2"}))
+    layer = clip.text_model.encoder["layers"][0]
+    vocabulary = clip.text_model.embeddings.token_embedding.num_embeddings
+    assert (layer.self_attn.num_heads, layer.activation, clip.eos) == (64 // 64, "gelu", vocabulary - 1)
+
+
+def test_clip_refuses_heads_that_do_not_divide_and_foreign_activations(tmp_path):
+    path = clip_file(tmp_path / "clip.safetensors", {"hidden_act": "relu"})
+    with pytest.raises(ValueError, match="activation 'relu'"):
+        CLIPText.load(path)
+    with pytest.raises(ValueError, match="5 heads do not divide the width 64; give num_heads"):
+        CLIPText.load(path, num_heads=5)
+
+
+def test_clip_reads_a_part_of_a_larger_file(tmp_path):
+    own = load_file(clip_file(tmp_path / "clip.safetensors", {}))
+    larger = {f"text_encoders.clip_l.transformer.{k}": v for k, v in own.items()} | {"model.diffusion_model.x": torch.zeros(2)}
+    save_file(larger, tmp_path / "incl_clips.safetensors")
+    clip = CLIPText.load(tmp_path / "incl_clips.safetensors", prefix="text_encoders.clip_l.transformer.")
+    assert torch.equal(clip.text_projection.weight, own["text_projection.weight"].float())
+
+
+def test_clip_pools_at_the_first_end_and_ignores_what_follows(tmp_path):
+    path, given, _, _ = golden(DATA, "clip_g", tmp_path)
+    tokens, eos = given["input_ids"][:1], int(given["input_ids"].max())
+    clip, changed = CLIPText.load(path, num_heads=5), given["input_ids"][:1].clone()
+    first = (tokens[0] == eos).nonzero()[0].item()
+    changed[0, first + 1:] = eos
+    assert error(clip(changed)[2], clip(tokens)[2]) < 1e-6
+    assert (clip(changed)[0] - clip(tokens)[0]).abs().max() > 0.1
+
+
+def test_clip_refuses_rows_without_end_and_too_many_tokens(tmp_path):
+    path, given, _, _ = golden(DATA, "clip_g", tmp_path)
+    clip = CLIPText.load(path, num_heads=5)
+    with pytest.raises(ValueError, match="holds no end token"):
+        clip(torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="78 tokens: this CLIP has 77 positions"):
+        clip(torch.zeros(1, 78, dtype=torch.long))
+
+
+def test_encoders_are_frozen(tmp_path):
+    clip, t5 = (golden(DATA, case, tmp_path)[0] for case in ("clip_l", "t5_encoder"))
+    for module in (CLIPText.load(clip), T5Encoder.load(t5)):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+# tokenizers
+
+PROMPTS = [
+    "", " ", "   ", "\n", "\t\n ", "The house is wonderful.", "  leading", "trailing  ", "two  spaces   three", "a\nb\n\nc",
+    "tab\there\r\nand there", "a\u00a0nbsp", "ideographic\u3000space", "line\u2028separator", "zero\u200bwidth", "soft\xadhyphen",
+    "nul\x00inside", "\x07bell", "next\x0bline", "It's a dog's life, isn't it? I'll've we're they'd I'm", "IT'S A DOG'S LIFE",
+    "don’t “quote” ‘this’ — or–that…", "!", "!!", "hello!!", "hello! !", "wow!!!?!?!", "...", "?!.,;:", "-----", "####",
+    "@user #tag $5 %", "a_b-c+d=e", "C:\\path\\file.txt", "https://example.com/a?b=c&d=e#f", "1", "42", "3.14159", "1,234,567.89",
+    "2024-01-31T12:34:56Z", "x²+y³=½", "①②③", "Ⅻ", "٣٤٥", "\uff10\uff11\uff12\uff21\uff22\uff23", "ﬁnance ﬂow", "café", "cafe\u0301",
+    "naïve", "Ångström", "A\u030a", "a\u0323\u0308", "I\u0307stanbul İSTANBUL", "ǅ ß ẞ", "STRASSE straße", "Привет, мир!",
+    "Ελληνικά Σίσυφος",
+    "שלום עולם", "مرحبا بالعالم", "नमस\u094dत\u0947 द\u0941न\u093fय\u093e", "สว\u0e31สด\u0e35ชาวโลก",
+    "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4", "\ud55c\uae00", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+    "\u3053\u3093\u306b\u3061\u306f\u3001\u4e16\u754c\u3002", "\u30ab\u30bf\u30ab\u30ca ﾊﾝｶｸ",
+    "\u4e2d\u6587\u6ca1\u6709\u7a7a\u683c\u7684\u53e5\u5b50", "\u6f22\u5b57 with English", "\U00020bb7\u91ce\u5bb6", "\U0001f642",
+    "\U0001f642\U0001f642", "ok \U0001f44d\U0001f3fd fine", "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 family",
+    "🇩🇪 flag", "❤\ufe0f heart", "a\U0001f642b", "™ © ®", "€100 £5 ¥7", "→ ⇒ ∀x∈ℝ", "\ufeffbom", "�", "\ue000private",
+    "x\u0300\u0301\u0302", "<|endoftext|>", "<|startoftext|>", "a<|endoftext|>b", "a <|endoftext|> b",
+    "<|startoftext|>a photo<|endoftext|>", "<|ENDOFTEXT|>", "<|StartOfText|> x", "</s>", "a </s> b", "a</s>b", " </s> a", "</S>",
+    "<s>", "<pad>", "<pad> x", "x <unk> y", "<extra_id_0>", "a <extra_id_0> b", "a<extra_id_5>b", "<extra_id_99>", "<extra_id_100>",
+    "<extra_id_0><extra_id_1>", "<extra_id_0> ", "  a <extra_id_0>   b", "a </s>\n<extra_id_3>\tb", "<extra_id_", "▁under▁",
+    "a ▁ b", "</w>", "Ġspace", "<0x0A>", "[CLS] [SEP] [MASK]", "{[}~", "''''", "'s", "' s", "''re",
+    "snake_case camelCase PascalCase", "UPPER lower MiXeD", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "antidisestablishmentarianism", "qwrtpsdfg zxcvbnm", "Lorem ipsum dolor sit amet, consectetur adipiscing elit.",
+    "a photograph of a red fox in the snow, 4k, highly detailed, sharp focus, golden hour",
+    "(masterpiece:1.2), ((best quality)), [blurry]", "portrait of Frida Kahlo by Gustav Klimt", "8K UHD DSLR f/1.8 85mm ISO100",
+    "co-operative re-entry e-mail", "50% off!", "rock'n'roll", "O'Reilly & Sons",
+]
+
+
+def prompts():
+    """The list above, and sentences and noise from a fixed seed: more than 300."""
+    draw = random.Random(0)
+    words = "the a fox snow 4K sharp, Ünï \u6f22\u5b57 \U0001f642 12 don't - golden; (soft) light. rock! of\nhill\ttree  x".split(" ")
+    mixed = [" ".join(draw.choices(words, k=draw.randint(1, 60))) for _ in range(80)]
+    ranges = ((32, 127), (0xA0, 0x250), (0x300, 0x370), (0x2000, 0x2070), (0x3040, 0x30FF), (0x1F300, 0x1F350))
+    alphabet = [chr(c) for first, end in ranges for c in range(first, end)]
+    noise = ["".join(draw.choices(alphabet, k=draw.randint(1, 40))) for _ in range(80)]
+    return PROMPTS + mixed + noise + [" ".join(draw.choices(words, k=500))]
+
+
+def quiet(tokenizer, texts, length):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tokenizer(texts, length)
+
+
+def differences(ours, theirs, texts, length):
+    expected = [theirs(t, padding="max_length", truncation=True, max_length=length).input_ids for t in texts]
+    got = quiet(ours, texts, length).tolist()
+    return [(t, a, b) for t, a, b in zip(texts, got, expected, strict=True) if a != b]
+
+
+@with_vocabularies
+@pytest.mark.parametrize("length", [77, 12])
+@pytest.mark.parametrize("folder", ["sd3/tokenizer", "sd3/tokenizer_2", "flux/tokenizer"])
+def test_clip_tokenizer_equals_transformers_on_real_vocabularies(folder, length):
+    theirs = transformers_module().CLIPTokenizer.from_pretrained(VOCABULARIES / folder)
+    ours = CLIPTokenizer.load(VOCABULARIES / folder)
+    assert (ours.bos, ours.eos, ours.pad) == (49406, 49407, 0 if folder.endswith("_2") else 49407)
+    assert len(prompts()) > 200 and not differences(ours, theirs, prompts(), length)
+
+
+@with_vocabularies
+@pytest.mark.parametrize("length", [77, 256, 12])
+@pytest.mark.parametrize("folder", ["sd3/tokenizer_3", "flux/tokenizer_2"])
+def test_t5_tokenizer_equals_transformers_on_real_vocabularies(folder, length):
+    theirs = transformers_module().T5Tokenizer.from_pretrained(VOCABULARIES / folder)
+    ours = T5Tokenizer.load(VOCABULARIES / folder)
+    assert (ours.eos, ours.pad) == (1, 0)
+    assert not differences(ours, theirs, prompts(), length)
+
+
+@with_vocabularies
+@pytest.mark.parametrize("folder", ["sd3/tokenizer_3", "flux/tokenizer_2"])
+def test_t5_tokenizer_equals_the_published_pipeline_character_by_character(folder):
+    """transformers 5 builds a pipeline of its own, which takes U+0085 for a space; the published tokenizer.json does not."""
+    published, ours = Tokenizer.from_file(str(VOCABULARIES / folder / "tokenizer.json")), T5Tokenizer.load(VOCABULARIES / folder)
+    for text in [*prompts(), *(f"ab{chr(c)}cd {chr(c)} e" for c in (*range(1, 0x3100), *range(0xFE00, 0x10000), 0x1F642))]:
+        assert [*ours.encode(text), 1] == published.encode(text).ids, repr(text)
+
+
+@with_vocabularies
+def test_real_vocabularies_give_the_published_ids():
+    clip, t5 = CLIPTokenizer.load(VOCABULARIES / "sd3/tokenizer"), T5Tokenizer.load(VOCABULARIES / "sd3/tokenizer_3")
+    assert clip(["The house is wonderful."], 7).tolist() == [[49406, 518, 1212, 533, 2582, 269, 49407]]
+    assert t5(["The house is wonderful."], 6).tolist() == [[37, 629, 19, 1627, 5, 1]]
+    assert t5([""], 3).tolist() == [[1, 0, 0]] and clip([""], 4).tolist() == [[49406, 49407, 49407, 49407]]
+
+
+CORPUS = ["a red fox in the snow", "the house is wonderful", "golden light on the hill, sharp focus", "it's the fox's house! 42 hills"] * 20
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with tokenizer/, tokenizer_2/, tokenizer_3/ of tiny vocabularies, in the layout of the downloads."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    blank = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    blank.pre_tokenizer = pre_tokenizers.Whitespace()
+    blank.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, end_of_word_suffix="</w>", show_progress=False,
+                                                          initial_alphabet=alphabet))
+    trained = json.loads(blank.to_str())["model"]
+    vocabulary = dict(trained["vocab"])
+    for token in (*(f"{c}</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"):
+        vocabulary.setdefault(token, len(vocabulary))
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        (folder / name).mkdir()
+        (folder / name / "vocab.json").write_text(json.dumps(vocabulary))
+        merges = [m if isinstance(m, str) else " ".join(m) for m in trained["merges"]]
+        (folder / name / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        named = {"bos_token": {"content": "<|startoftext|>", "normalized": True}, "eos_token": "<|endoftext|>",
+                 "unk_token": "<|endoftext|>", "pad_token": pad}
+        (folder / name / "special_tokens_map.json").write_text(json.dumps(named))
+    (folder / "tokenizer_3").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer_3" / "spiece"), vocab_size=90, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return folder
+
+
+def test_clip_tokenizer_brackets_and_pads_with_the_ids_of_its_folder(tiny):
+    first, second = CLIPTokenizer.load(tiny / "tokenizer"), CLIPTokenizer.load(tiny / "tokenizer_2")
+    vocabulary = json.loads((tiny / "tokenizer" / "vocab.json").read_text())
+    assert (first.bos, first.eos, first.pad) == (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"], vocabulary["<|endoftext|>"])
+    assert second.pad == vocabulary["!"] and CLIPTokenizer.load(tiny / "tokenizer_2", pad=3).pad == 3
+    tokens = second(["", "a red fox"], 12)
+    assert tokens.dtype == torch.int64 and tokens.shape == (2, 12)
+    assert tokens[0].tolist() == [second.bos, second.eos] + [second.pad] * 10
+    assert tokens[1, 0] == second.bos and (tokens[1] == second.eos).sum() == 1
+
+
+def test_clip_tokenizer_from_one_file_equals_vocabulary_and_merges(tiny, tmp_path):
+    ours = CLIPTokenizer.load(tiny / "tokenizer")
+    ours.backend.enable_padding(length=5)               # settings that a published file may hold and that must not matter
+    ours.backend.enable_truncation(3)
+    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    ours, other = CLIPTokenizer.load(tiny / "tokenizer"), CLIPTokenizer.load(tmp_path)
+    assert (other.bos, other.eos, other.pad) == (ours.bos, ours.eos, ours.pad)
+    assert torch.equal(quiet(other, prompts(), 40), quiet(ours, prompts(), 40))
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_clip_tokenizer_equals_transformers_on_a_tiny_vocabulary(tiny, name):
+    theirs = transformers_module().CLIPTokenizer.from_pretrained(tiny / name)
+    assert not differences(CLIPTokenizer.load(tiny / name), theirs, prompts(), 30)
+
+
+def test_t5_tokenizer_equals_sentencepiece_and_knows_special_tokens(tiny):
+    ours, pieces = T5Tokenizer.load(tiny / "tokenizer_3"), sentencepiece.SentencePieceProcessor(str(tiny / "tokenizer_3" / "spiece.model"))
+    fox = pieces.encode("the red fox")
+    assert ours(["the red fox"], 20).tolist() == [fox + [1] + [0] * (19 - len(fox))]
+    last = pieces.vocab_size() + 99
+    assert ours.encode("the red fox<extra_id_0>the red fox </s><extra_id_99>") == [*fox, last, *fox, 1, last - 99]
+    (tiny / "tokenizer_3" / "tokenizer_config.json").write_text('{"extra_ids": 4}')
+    assert T5Tokenizer.load(tiny / "tokenizer_3").encode("<extra_id_0>") == [pieces.vocab_size() + 3]
+    (tiny / "tokenizer_3" / "tokenizer_config.json").unlink()
+
+
+def test_long_prompts_keep_the_end_and_say_what_was_cut(tiny):
+    prompt = "the house is wonderful " * 20 + "with a golden fox"
+    for tokenizer, room in ((CLIPTokenizer.load(tiny / "tokenizer"), 18), (T5Tokenizer.load(tiny / "tokenizer_3"), 19)):
+        with pytest.warns(UserWarning, match=f"cut to the limit of {room}; lost: '.*house is wonderful.*…'"):
+            tokens = tokenizer([prompt], 20)
+        whole = tokenizer([prompt], 2000)[0]
+        assert tokens[0, -1] == tokenizer.eos and torch.equal(tokens[0, :-1], whole[:19])
+        length = int((whole == tokenizer.eos).nonzero()[0]) + 1
+        with pytest.warns(UserWarning, match="lost: '.*x'"):             # one token less than it needs
+            tokenizer([prompt], length - 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer([prompt], length)
+
+
+def test_tokenizers_refuse_empty_folders_and_a_bare_text(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="needs tokenizer.json, or vocab.json with merges.txt"):
+        CLIPTokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="needs spiece.model"):
+        T5Tokenizer.load(tmp_path)
+    for tokenizer in (CLIPTokenizer.load(tiny / "tokenizer"), T5Tokenizer.load(tiny / "tokenizer_3")):
+        with pytest.raises(ValueError, match="give a list of prompts"):
+            tokenizer("a fox", 20)
+        assert tokenizer([], 20).shape == (0, 20)
+
+
+# SD3
+
+def sd3_folder(tiny, folder, official):
+    """A model folder of tiny encoders, in the official or the diffusers layout."""
+    for tokenizer in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (folder / tokenizer).symlink_to(tiny / tokenizer)
+    size = len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
+    save_clip(folder / "text_encoder", act="quick_gelu", vocabulary=size)
+    save_clip(folder / "text_encoder_2", vocabulary=size)
+    save_t5(folder / "text_encoder_3", width=100, vocabulary=300)
+    if official:
+        (folder / "text_encoders").mkdir()
+        for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl_fp16")):
+            tensors = load_file(folder / part / "model.safetensors")
+            metadata = {"num_attention_heads": "3", "hidden_act": "quick_gelu" if name == "clip_l" else "gelu"}
+            save_file(tensors, folder / "text_encoders" / f"{name}.safetensors", None if name == "t5xxl_fp16" else metadata)
+            (folder / part / "model.safetensors").unlink()
+        (folder / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors").write_text("not to be opened")
+    return folder
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_sd3_text_joins_its_three_encoders(tiny, official, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, official)
+    text = SD3Text.load(folder, t5_length=11)
+    context, pooled = text.encode(["a red fox", ""])
+    assert context.shape == (2, 20 + 11, 100) and pooled.shape == (2, 48 + 40)      # L unprojected, G projected
+    assert not context.requires_grad and not context.is_inference()
+    tokens = text.tokenizers[0](["a red fox", ""], 20)
+    last, penultimate, _ = text.clip_l(tokens)
+    assert error(context[:, :20, :48], penultimate) < 1e-6 and error(pooled[:, :48], text.clip_l.at_eos(last, tokens)) < 1e-6
+    _, penultimate, projected = text.clip_g(text.tokenizers[1](["a red fox", ""], 20))
+    assert error(context[:, :20, 48:96], penultimate) < 1e-6 and error(pooled[:, 48:], projected) < 1e-6
+    assert context[:, :20, 96:].abs().max() == 0
+    assert error(context[:, 20:], text.t5(text.tokenizers[2](["a red fox", ""], 11))) < 1e-6
+    alone = text.encode([""])
+    assert error(alone[0], context[1:]) < 1e-5 and error(alone[1], pooled[1:]) < 1e-5
+
+
+def test_sd3_text_is_the_same_in_both_layouts_and_runs_in_bfloat16(tiny, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    official, diffusers = SD3Text.load(sd3_folder(tiny, tmp_path / "a", True)), SD3Text.load(sd3_folder(tiny, tmp_path / "b", False))
+    for ours, other in zip(official.encode(["a fox"]), diffusers.encode(["a fox"]), strict=True):
+        assert torch.equal(ours, other)
+    assert SD3Text.load(tmp_path / "a", dtype=torch.bfloat16).encode(["a fox"])[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("official", "lost"), [(True, "clip_g.safetensors"), (True, "t5xxl_fp16.safetensors"), (False, "text_encoder_3")])
+def test_sd3_text_names_the_missing_encoder_and_its_download(tiny, official, lost, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, official)
+    if official:
+        (folder / "text_encoders" / lost).unlink()
+        (folder / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors").unlink()
+    else:
+        (folder / lost).rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{lost}: not found; stabilityai/stable-diffusion-3-medium.* has it"):
+        SD3Text.load(folder)
+
+
+def cut_goldens():
+    """Write tests/data from ../shared/goldens."""
+    for case in CASES:
+        t = load_file(SHARED / "goldens" / f"{case}.safetensors")
+        if case == "sd3_cond":
+            t["in/t5_out"], t["out/context_sum_per_token"] = t["in/t5_out"][:, :2].clone(), t["out/context_sum_per_token"][:, :79].clone()
+            del t["out/context_first2_tokens"]
+        else:
+            at = t["at"] = torch.tensor([0, 1, 2, 7, 8, 9, 23, 24, 25, 50, 76, 130, 255])
+            ids = [k for k in t if k.startswith("in/")]
+            used = torch.cat([t[k].flatten() for k in ids]).unique()
+            table = "encoder.embed_tokens.weight" if case == "t5_encoder" else "text_model.embeddings.token_embedding.weight"
+            t[table] = t[table][used]
+            t |= {k: torch.searchsorted(used, t[k]) for k in ids}
+            for name in [k for k in t if k.startswith("out/")]:
+                if "penultimate_with" in name or "sd3_" in name:
+                    del t[name]
+                elif "hidden" in name or "penultimate" in name:
+                    t[name] = rows(t[name], at)
+            if case == "t5_encoder":
+                t["out/buckets_rel_-399_399"] = t["out/buckets_rel_-399_399"].to(torch.uint8)
+        save_file({k: v.contiguous() for k, v in t.items()}, DATA / f"{case}.safetensors")
+
+
+if __name__ == "__main__":
+    cut_goldens()

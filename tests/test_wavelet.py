@@ -1,0 +1,175 @@
+"""Haar bands and the WLF loss: identities, the official numbers, refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flow import denoised, interpolate, loss_weight
+from wavelet import band_losses, haar_join, haar_split, wlf_loss
+
+DATA = Path(__file__).parent / "data"
+EVEN_SHAPES = ["1x4x8x12", "2x16x10x6"]  # the golden's other two cases have an odd side
+
+
+def pair(*shape: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return load_file(DATA / "wlf_step.safetensors")
+
+
+def test_join_inverts_split():
+    z, _ = pair(2, 3, 6, 10)
+    assert (haar_join(haar_split(z)) - z).abs().max() < 1e-12
+    bands, _ = pair(2, 8, 3, 5)
+    assert (haar_split(haar_join(bands)) - bands).abs().max() < 1e-12
+
+
+def test_split_keeps_the_sum_of_squares():
+    z, _ = pair(2, 3, 6, 10)
+    assert abs(haar_split(z).square().sum() / z.square().sum() - 1) < 1e-12
+
+
+def test_bands_of_one_block_by_hand():
+    bands = haar_split(torch.tensor([[1.0, 2.0], [3.0, 5.0]]).reshape(1, 1, 2, 2))
+    assert bands.flatten().tolist() == [5.5, -2.5, -1.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtype_is_kept(dtype):
+    z, _ = pair(1, 2, 4, 4, dtype=dtype)
+    assert haar_split(z).dtype == dtype and haar_join(haar_split(z)).dtype == dtype
+    assert wlf_loss(z, z).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("shape", EVEN_SHAPES)
+@pytest.mark.parametrize("side", ["pred", "target"])
+def test_split_equals_official_bands(shape, side):
+    golden = load_file(DATA / "wlf.safetensors")
+    expected = torch.cat([golden[f"out/{band}_{side}_{shape}"] for band in ("ll", "lh", "hl", "hh")], dim=1)
+    assert (haar_split(golden[f"in/{side}_{shape}"]) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", EVEN_SHAPES)
+def test_loss_equals_official_loss_per_image(shape):
+    golden = load_file(DATA / "wlf.safetensors")
+    per_image = golden[f"out/loss_per_sample_{shape}"]
+    for k, expected in enumerate(per_image):
+        loss = wlf_loss(golden[f"in/pred_{shape}"][k : k + 1], golden[f"in/target_{shape}"][k : k + 1])
+        assert abs(loss - expected) < 1e-6
+    assert abs(wlf_loss(golden[f"in/pred_{shape}"], golden[f"in/target_{shape}"]) - per_image.mean()) < 1e-6
+
+
+def test_split_equals_pytorch_wavelets():
+    wavelets = pytest.importorskip("pytorch_wavelets")
+    z, _ = pair(2, 3, 6, 10, dtype=torch.float32)
+    low, (high,) = wavelets.DWTForward(J=1, wave="haar", mode="zero")(z)  # high (B, C, 3, h/2, w/2)
+    expected = torch.cat((low, *high.unbind(2)), dim=1)
+    assert (haar_split(z) - expected).abs().max() < 1e-6
+
+
+def test_velocity_loss_is_the_mse():
+    prediction, target = pair(2, 3, 6, 10)
+    assert abs(wlf_loss(prediction, target) - (prediction - target).square().mean()) < 1e-12
+
+
+def test_denoised_loss_is_sigma_squared_times_the_velocity_mse():
+    latent, noise = pair(2, 3, 6, 10)
+    predicted = pair(2, 3, 6, 10)[0].flip(0)
+    sigma = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    estimate = denoised(interpolate(latent, noise, sigma), predicted, sigma)
+    per_image = (predicted - (noise - latent)).square().mean(dim=(1, 2, 3))
+    assert abs(wlf_loss(estimate, latent) - (sigma**2 * per_image).mean()) < 1e-12
+    assert abs(wlf_loss(estimate, latent, loss_weight(sigma, "sigma_sqrt")) - per_image.mean()) < 1e-12
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
+def test_released_training_step(step, scheme):
+    latent, noise, sigma = step["in/x0"], step["in/eps"], step["in/sigma"]
+    velocity = step["in/v_pred"].clone().requires_grad_()
+    noisy = interpolate(latent, noise, sigma)
+    estimate = denoised(noisy, velocity, sigma)
+    weight = loss_weight(sigma, scheme)
+    loss = wlf_loss(estimate, latent, weight)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert (noisy - step["out/noisy"]).abs().max() < 1e-6
+    assert (estimate - step["out/x0_hat"]).abs().max() < 1e-6
+    assert (weight / step[f"out/weight_{scheme}"] - 1).abs().max() < 1e-6
+    assert abs(loss - step[f"out/loss_{scheme}"]) < 1e-6
+    if f"out/grad_v_{scheme}" in step:
+        assert (gradient - step[f"out/grad_v_{scheme}"]).abs().max() < 1e-7  # gradients are below 4e-3
+
+
+def test_paper_form_of_the_same_step(step):
+    target = step["in/eps"] - step["in/x0"]
+    assert abs(wlf_loss(step["in/v_pred"], target) - step["out/wavelet_velocity_mse"]) < 1e-6
+
+
+def test_band_losses_average_to_the_mse_and_weights_pick_them():
+    prediction, target = pair(2, 3, 6, 10)
+    losses = band_losses(prediction, target)
+    assert losses.shape == (4,)
+    assert abs(losses.mean() - (prediction - target).square().mean()) < 1e-12
+    for k in range(4):
+        only = [float(k == other) for other in range(4)]
+        assert abs(wlf_loss(prediction, target, bands=only) - losses[k] / 4) < 1e-12
+    assert wlf_loss(prediction, target, bands=(1, 2, 2, 4)) > wlf_loss(prediction, target)
+
+
+def test_image_weights_are_linear():
+    prediction, target = pair(2, 3, 6, 10)
+    first, second = (wlf_loss(prediction[k : k + 1], target[k : k + 1]) for k in range(2))
+    weighted = wlf_loss(prediction, target, torch.tensor([3.0, 0.5], dtype=torch.float64))
+    assert abs(weighted - (3 * first + 0.5 * second) / 2) < 1e-12
+
+
+def test_huber_is_the_square_for_small_and_linear_for_large_differences():
+    target = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    small, large = target + 1e-6, target + 1e6
+    assert abs(wlf_loss(small, target, huber=0.1) / wlf_loss(small, target) - 1) < 1e-6
+    # a constant d has its whole energy in LL, which is 2d: 2c·|2d| over four bands
+    assert abs(wlf_loss(large, target, huber=0.1) / (2 * 0.1 * 2e6 / 4) - 1) < 1e-6
+    prediction, target = pair(2, 3, 6, 10)
+    assert wlf_loss(prediction, target, huber=0.3) < wlf_loss(prediction, target)
+    difference = haar_split(prediction - target)
+    formula = 2 * 0.3**2 * ((1 + difference**2 / 0.3**2).sqrt() - 1)
+    assert abs(wlf_loss(prediction, target, huber=0.3) - formula.mean()) < 1e-12
+
+
+def test_huber_is_smooth_where_prediction_is_right():
+    z = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    wlf_loss(z, torch.zeros_like(z), huber=0.1).backward()
+    assert z.grad.abs().max() == 0
+
+
+def test_half_precision_inputs_are_compared_in_fp32():
+    prediction, target = pair(1, 4, 8, 8, dtype=torch.bfloat16)
+    assert wlf_loss(prediction, target) == wlf_loss(prediction.float(), target.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 8), (1, 3, 8, 5)])
+def test_odd_sides_are_refused(shape):
+    with pytest.raises(ValueError, match="even sides"):
+        haar_split(torch.zeros(shape))
+    with pytest.raises(ValueError, match="even sides"):
+        wlf_loss(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_wrong_arguments_are_refused():
+    z = torch.zeros(2, 4, 4, 4)
+    for bands in [(1, 1, 1), (1, 1, 1, 1, 1), (1, 1, -1, 1)]:
+        with pytest.raises(ValueError, match="bands"):
+            wlf_loss(z, z, bands=bands)
+    with pytest.raises(ValueError, match="huber"):
+        wlf_loss(z, z, huber=-1.0)
+    with pytest.raises(ValueError, match="weight"):
+        wlf_loss(z, z, weight=torch.ones(3))
+    with pytest.raises(ValueError, match="agree"):
+        wlf_loss(z, z[:1])
+    with pytest.raises(ValueError, match="multiple of 4"):
+        haar_join(torch.zeros(1, 6, 2, 2))

@@ -1,0 +1,478 @@
+"""Prompt to conditioning: CLIP-L, OpenCLIP bigG, T5-XXL, their tokenizers, and how SD3 joins them.
+
+Paper     Diffusion-4K section 3.1: the text encoders stay frozen; embeddings are computed once and cached
+Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; transformers CLIPTextModel(WithProjection), T5EncoderModel,
+          CLIPTokenizerFast, T5Tokenizer (held by tests/test_text.py on golden cases and on real vocabularies)
+Encoders  file                width  depth  heads  activation   length     pad     pooled
+          clip_l              768    12     12     quick GELU   77         49407   unprojected in SD3
+          clip_g              1280   32     20     exact GELU   77         0       projected
+          t5xxl               4096   24     64     gated GELU   77 … 512   0       none
+          Widths, depths and lengths are read from the tensors; nothing below assumes these.
+Padding   is attended: CLIP has a causal mask only, T5 has none. The empty prompt is a prompt: the encoded
+          empty string is the negative.
+Shapes    B prompts, L tokens, W width, context (B, L_clip + L_t5, W of T5), pooled (B, W of L + W of G)
+Units     token ids are int64; dtype None computes in float32; T5 overflows in float16, use bfloat16
+Check     python -m pytest tests/test_text.py
+
+| ours      | meaning                                            | elsewhere called       |
+| tokens    | ids with start, end and padding, (B, L)            | input_ids              |
+| last      | CLIP after its final norm                          | last_hidden_state      |
+| penultimate | CLIP before its last layer, without final norm   | hidden_states[-2]      |
+| context   | text tokens the transformer attends to             | encoder_hidden_states  |
+| pooled    | one vector a prompt, taken at the first end token  | y, pooled_projections  |
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor, nn
+
+from checkpoint import Weights, fill, open_weights
+
+EOS = 49407                     # the last id of CLIP's vocabulary
+LEGACY_EOS = 2                  # what old config.json files of CLIP say, wrongly
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")   # in re-exports: 0, 1, 2, … and a training temperature
+T5_MAX_DISTANCE = 128           # relative positions beyond it share the last bucket
+T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")       # preferred to fp8, which has lost digits
+SD3_DOWNLOAD = "stabilityai/stable-diffusion-3-medium"
+
+
+# CLIP
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, width: int, mlp_width: int, num_heads: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.self_attn = CLIPAttention(width, num_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        h = h * torch.sigmoid(1.702 * h) if self.activation == "quick_gelu" else F.gelu(h)
+        return x + self.mlp.fc2(h)
+
+
+class CLIPText(nn.Module):
+    """CLIP's text tower; module names are the official ones. Made by `load`."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, mlp_width: int, depth: int, num_heads: int, activation: str,
+                 eos: int, projection: int | None):
+        super().__init__()
+        self.eos, self.length = eos, positions
+        embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocabulary, width),
+                                    "position_embedding": nn.Embedding(positions, width)})
+        layers = nn.ModuleList(CLIPLayer(width, mlp_width, num_heads, activation) for _ in range(depth))
+        self.text_model = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layers": layers}),
+                                         "final_layer_norm": nn.LayerNorm(width, eps=1e-5)})
+        self.text_projection = None if projection is None else nn.Linear(width, projection, bias=False)
+
+    @staticmethod
+    def load(path: str | os.PathLike, activation: str | None = None, num_heads: int | None = None, eos: int | None = None,
+             device: str | torch.device = "cpu", dtype: torch.dtype | None = None, prefix: str = "") -> "CLIPText":
+        """Read a CLIP text encoder; a keyword wins over what the file says, and that over the official value.
+
+        path        clip_l.safetensors, clip_g.safetensors, or a transformers folder
+        activation  "quick_gelu" or "gelu" (exact); official: quick_gelu at width 768, gelu otherwise
+        num_heads   official: width / 64
+        eos         id of the end token; official: 49407, the last id of the vocabulary
+        prefix      part of a larger file, such as "text_encoders.clip_l.transformer."
+        raises      ValueError if names or shapes differ from CLIP's, or heads or activation make no sense
+        """
+        weights = open_weights(path).part(prefix)
+        if "embeddings.token_embedding.weight" in weights:   # transformers 5 saves CLIPTextModel without the official prefix
+            weights = Weights({f"text_model.{name}": t for name, t in weights.items()}, weights.metadata, weights.source)
+        for name in CLIP_UNUSED:
+            weights.pop(name, None)
+        said = weights.metadata
+        vocabulary, _ = _shape(weights, "text_model.embeddings.token_embedding.weight", 2)
+        width, = _shape(weights, "text_model.final_layer_norm.weight", 1)
+        positions, _ = _shape(weights, "text_model.embeddings.position_embedding.weight", 2)
+        mlp_width, _ = _shape(weights, "text_model.encoder.layers.0.mlp.fc1.weight", 2)
+        projection = _shape(weights, "text_projection.weight", 2)[0] if "text_projection.weight" in weights else None
+        num_heads = num_heads or int(said.get("num_attention_heads", width // 64))
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"{weights.source}: {num_heads} heads do not divide the width {width}; give num_heads")
+        activation = activation or said.get("hidden_act", "quick_gelu" if width == 768 else "gelu")
+        if activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f'{weights.source}: activation {activation!r}: a CLIP text encoder has "quick_gelu" or "gelu"')
+        if eos is None:
+            eos = int(said.get("eos_token_id", LEGACY_EOS))
+            eos = min(EOS, vocabulary - 1) if eos == LEGACY_EOS else eos
+        with torch.device("meta"):
+            clip = CLIPText(vocabulary, positions, width, mlp_width, _depth(weights, "text_model.encoder.layers."), num_heads,
+                            activation, eos, projection)
+        fill(clip.requires_grad_(False).eval(), weights, device, dtype)
+        return clip
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode token ids.
+
+        tokens   (B, L), int64, an end token in every row; L at most `self.length`
+        returns  last (B, L, W), penultimate (B, L, W), pooled (B, W), or (B, P) where the file has a text_projection
+        raises   ValueError if L is too long or a row has no end token
+        """
+        length = tokens.shape[1]
+        if length > self.length:
+            raise ValueError(f"{length} tokens: this CLIP has {self.length} positions; tokenize to {self.length}")
+        embeddings, layers = self.text_model.embeddings, self.text_model.encoder.layers
+        penultimate = x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight[:length]
+        for layer in layers:
+            penultimate, x = x, layer(x)
+        last = self.text_model.final_layer_norm(x)
+        pooled = self.at_eos(last, tokens)
+        return last, penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
+
+    def at_eos(self, last: Tensor, tokens: Tensor) -> Tensor:
+        """The unprojected pooled vector (B, W): `last` at the first end token of each row."""
+        is_eos = tokens == self.eos
+        if not is_eos.any(dim=1).all():   # waits for the device: once a batch, and the encoders run once a prompt
+            raise ValueError(f"a row of tokens holds no end token {self.eos}; tokenize with the tokenizer of this encoder, or give eos")
+        return last[torch.arange(len(tokens), device=last.device), is_eos.int().argmax(dim=1)]
+
+
+# T5
+
+def t5_buckets(relative: Tensor, buckets: int = 32) -> Tensor:
+    """Bucket of a relative position: exact up to buckets/4, then logarithmic up to T5_MAX_DISTANCE; half of them for keys ahead.
+
+    relative  key position minus query position, integer
+    returns   same shape, int64, in [0, buckets)
+    """
+    half, exact = buckets // 2, buckets // 4
+    distance = relative.abs()
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact) * (half - exact)
+    far = (exact + far.long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + (relative > 0) * half
+
+
+class T5Attention(nn.Module):
+    def __init__(self, width: int, inner: int, table: tuple[int, int] | None, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, width, bias=False)
+        if table is not None:                 # block 0 keeps the table for all
+            self.relative_attention_bias = nn.Embedding(*table)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.num_heads) for p in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)   # T5 trained without 1/sqrt(head_dim)
+        return self.o(rearrange(x, "b h l d -> b l (h d)"))
+
+
+class T5Block(nn.Module):
+    def __init__(self, width: int, inner: int, mlp_width: int, table: tuple[int, int] | None, num_heads: int):
+        super().__init__()
+        mlp = nn.ModuleDict({"wi_0": nn.Linear(width, mlp_width, bias=False), "wi_1": nn.Linear(width, mlp_width, bias=False),
+                             "wo": nn.Linear(mlp_width, width, bias=False)})
+        self.layer = nn.ModuleList((
+            nn.ModuleDict({"SelfAttention": T5Attention(width, inner, table, num_heads), "layer_norm": nn.RMSNorm(width, eps=1e-6)}),
+            nn.ModuleDict({"DenseReluDense": mlp, "layer_norm": nn.RMSNorm(width, eps=1e-6)})))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        x = x + attention.SelfAttention(attention.layer_norm(x), bias)
+        h, mlp = feed_forward.layer_norm(x), feed_forward.DenseReluDense
+        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
+
+
+class T5Encoder(nn.Module):
+    """T5 v1.1's encoder; module names are the official ones. Made by `load`."""
+
+    def __init__(self, vocabulary: int, width: int, inner: int, mlp_width: int, depth: int, table: tuple[int, int]):
+        super().__init__()
+        self.width = width
+        block = nn.ModuleList(T5Block(width, inner, mlp_width, table if i == 0 else None, table[1]) for i in range(depth))
+        self.encoder = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, width), "block": block,
+                                      "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
+
+    @staticmethod
+    def load(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+             prefix: str = "") -> "T5Encoder":
+        """Read a T5 v1.1 encoder.
+
+        path    t5xxl_*.safetensors, or a transformers folder, sharded or not
+        dtype   None is float32; float16 overflows in T5 and is refused
+        prefix  part of a larger file, such as "text_encoders.t5xxl.transformer."
+        raises  ValueError if names or shapes differ from T5's, or dtype is float16
+        """
+        if dtype is torch.float16:
+            raise ValueError("T5 overflows in float16; compute in bfloat16 or float32 (a float16 file is read as either)")
+        weights = open_weights(path).part(prefix)
+        if shared := weights.pop("shared.weight", None):   # files hold the embedding under one name, the other, or both
+            embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
+            if shared.shape != embedding.shape:
+                raise ValueError(f"{weights.source}: shared.weight {shared.shape} is not encoder.embed_tokens.weight {embedding.shape}")
+        first = "encoder.block.0.layer."
+        vocabulary, _ = _shape(weights, "encoder.embed_tokens.weight", 2)
+        width, = _shape(weights, "encoder.final_layer_norm.weight", 1)
+        inner, _ = _shape(weights, first + "0.SelfAttention.q.weight", 2)
+        mlp_width, _ = _shape(weights, first + "1.DenseReluDense.wi_0.weight", 2)
+        table = _shape(weights, first + "0.SelfAttention.relative_attention_bias.weight", 2)
+        if inner % table[1]:
+            raise ValueError(f"{weights.source}: {first}0: {table[1]} heads of the bias table do not divide {inner} rows of q")
+        with torch.device("meta"):
+            t5 = T5Encoder(vocabulary, width, inner, mlp_width, _depth(weights, "encoder.block."), table)
+        fill(t5.requires_grad_(False).eval(), weights, device, dtype)
+        return t5
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L), int64, of any L -> hidden (B, L, W), final-normed. Padding is attended like any token."""
+        x, bias = self.encoder.embed_tokens(tokens), self.position_bias(tokens.shape[1])
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+    def position_bias(self, length: int) -> Tensor:
+        """What every block adds to its attention logits: (1, heads, L queries, L keys)."""
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        position = torch.arange(length)       # on the CPU: a logarithm rounded otherwise would move a bucket's edge
+        buckets = t5_buckets(position[None, :] - position[:, None], table.num_embeddings)
+        return rearrange(table(buckets.to(table.weight.device)), "q k h -> 1 h q k")
+
+
+def _shape(weights: Weights, name: str, dims: int) -> tuple[int, ...]:
+    if name not in weights:
+        raise ValueError(f"{weights.source}: {name} is missing: not this kind of text encoder, or a damaged file")
+    if len(weights[name].shape) != dims:
+        raise ValueError(f"{weights.source}: {name} has shape {weights[name].shape}, expected {dims} dimensions")
+    return tuple(weights[name].shape)
+
+
+def _depth(weights: Weights, prefix: str) -> int:
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
+
+
+# Tokenizers
+
+class CLIPTokenizer:
+    """Byte-level BPE as in transformers' CLIPTokenizerFast. Made by `load`.
+
+    bos, eos, pad   ids
+    """
+
+    def __init__(self, backend: Tokenizer, bos: int, eos: int, pad: int):
+        self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
+
+    @staticmethod
+    def load(folder: str | os.PathLike, pad: int | None = None) -> "CLIPTokenizer":
+        """Read tokenizer.json, or vocab.json with merges.txt.
+
+        folder  tokenizer/ (CLIP-L, pads with the end token) or tokenizer_2/ (bigG, pads with "!", id 0)
+        pad     id; None takes the folder's pad_token, or the end token where it names none
+        raises  FileNotFoundError if the folder has no vocabulary; ValueError if that lacks a special token
+
+        The folder's special tokens are found inside a prompt too, as transformers does: in tokenizer_2/ every "!" of a
+        prompt becomes the padding id 0. sd3-ref gives it its own id there.
+        """
+        folder = Path(folder)
+        said = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").is_file():
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = _clip_backend(folder)
+        else:
+            raise FileNotFoundError(f"{folder}: no CLIP tokenizer: needs tokenizer.json, or vocab.json with merges.txt, as in tokenizer/ "
+                                    f"and tokenizer_2/ of {SD3_DOWNLOAD}-diffusers")
+        named = [said[role] for role in ("bos_token", "eos_token", "unk_token", "pad_token") if said.get(role)]
+        added = [*map(_added_token, said.get("added_tokens_decoder", {}).values()), *backend.get_added_tokens_decoder().values(),
+                 *map(_added_token, (*named, CLIP_START, CLIP_END))]
+        if missing := [t.content for t in added if backend.token_to_id(t.content) is None]:
+            raise ValueError(f"{folder}: the vocabulary has no {missing[0]}: not the vocabulary of these settings, or not CLIP's")
+        backend.add_special_tokens(list({t.content: t for t in reversed(added)}.values()))   # the first that speaks of a token decides
+        backend.no_padding()
+        backend.no_truncation()
+        if pad is None:
+            pad = backend.token_to_id(_added_token(said.get("pad_token") or CLIP_END).content)
+        return CLIPTokenizer(backend, backend.token_to_id(CLIP_START), backend.token_to_id(CLIP_END), pad)
+
+    def __call__(self, prompts: Iterable[str], length: int) -> Tensor:
+        """Prompts -> ids (B, length): start, text, end, padding. A prompt that is too long loses its tail, with a warning."""
+        rows = []
+        for prompt in _prompts(prompts):
+            encoded, room = self.backend.encode(prompt, add_special_tokens=False), length - 2
+            if len(encoded.ids) > room:
+                _warn_cut(prompt[encoded.offsets[room][0]:], len(encoded.ids), room)
+            ids = [self.bos, *encoded.ids[:room], self.eos]
+            rows.append(ids + [self.pad] * (length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
+
+
+def _clip_backend(folder: Path) -> Tokenizer:
+    vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    backend = Tokenizer(BPE(vocabulary, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+def _added_token(token: str | dict) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    flags = {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token["content"], special=True, **flags)
+
+
+class T5Tokenizer:
+    """SentencePiece with T5's special tokens, as in transformers' T5Tokenizer. Made by `load`.
+
+    eos, pad   ids, 1 and 0 officially
+    """
+
+    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, extra_ids: int):
+        self.pieces, self.eos, self.pad = pieces, pieces.eos_id(), pieces.pad_id()
+        self.special = {pieces.id_to_piece(i): i for i in (self.pad, self.eos, pieces.unk_id())}
+        # <extra_id_0> is the last id; SentencePiece does not know these
+        self.special |= {f"<extra_id_{i}>": pieces.vocab_size() + extra_ids - 1 - i for i in range(extra_ids)}
+        self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+
+    @staticmethod
+    def load(folder: str | os.PathLike) -> "T5Tokenizer":
+        """Read spiece.model.
+
+        folder  tokenizer_3/ of SD3, tokenizer_2/ of Flux
+        raises  FileNotFoundError if spiece.model is missing; ValueError if it has no padding or end token
+        """
+        file = Path(folder) / "spiece.model"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder}: no T5 tokenizer: needs spiece.model (tokenizer.json is not read), as in tokenizer_3/ of "
+                                    f"{SD3_DOWNLOAD}-diffusers")
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        if min(pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) < 0:
+            raise ValueError(f"{file}: has no padding, end or unknown token: not a T5 vocabulary")
+        return T5Tokenizer(pieces, _read_json(file.with_name("tokenizer_config.json")).get("extra_ids", 100))
+
+    def __call__(self, prompts: Iterable[str], length: int) -> Tensor:
+        """Prompts -> ids (B, length): text, end, padding. A prompt that is too long loses its tail, with a warning."""
+        rows = []
+        for prompt in _prompts(prompts):
+            ids, room = self.encode(prompt), length - 1
+            if len(ids) > room:
+                _warn_cut(self.pieces.decode([i for i in ids[room:] if i < self.pieces.vocab_size()]), len(ids), room)
+            ids = [*ids[:room], self.eos]
+            rows.append(ids + [self.pad] * (length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt without end or padding; a special token written in it becomes its id, and the text after it starts a word."""
+        ids = []
+        for part in self.split.split(prompt):
+            ids += [self.special[part]] if part in self.special else self.pieces.encode(part)
+        return ids
+
+
+def _prompts(prompts: Iterable[str]) -> list[str]:
+    if isinstance(prompts, str):
+        raise ValueError(f"a single text {prompts[:20]!r}: give a list of prompts")
+    return list(prompts)
+
+
+def _warn_cut(tail: str, tokens: int, room: int) -> None:
+    tail = tail.strip()
+    tail = tail if len(tail) <= 80 else tail[:80] + "…"
+    warnings.warn(f"a prompt of {tokens} tokens was cut to the limit of {room}; lost: {tail!r}", stacklevel=3)
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+# SD3
+
+def sd3_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    """Join the three encoders' tokens: L and G side by side on channels, zeros up to T5's width, T5's tokens after them.
+
+    clip_l   (B, L_clip, W_l), penultimate
+    clip_g   (B, L_clip, W_g), penultimate
+    t5       (B, L_t5, W), W at least W_l + W_g
+    returns  (B, L_clip + L_t5, W)
+    raises   ValueError if T5 is narrower than both CLIPs together
+    """
+    clip = torch.cat((clip_l, clip_g), dim=-1)
+    if clip.shape[-1] > t5.shape[-1]:
+        raise ValueError(f"T5 is {t5.shape[-1]} wide, less than both CLIPs together ({clip.shape[-1]}): these encoders are not a set")
+    return torch.cat((F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5), dim=1)
+
+
+class SD3Text:
+    """The three encoders and tokenizers of SD3. Made by `load`."""
+
+    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer, T5Tokenizer],
+                 device: str | torch.device, t5_length: int):
+        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
+        self.device, self.t5_length = device, t5_length
+
+    @staticmethod
+    def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+             t5_length: int = 77) -> "SD3Text":
+        """Read the encoders of a model folder in either layout.
+
+        folder     with text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or with text_encoder/, text_encoder_2/, text_encoder_3/;
+                   and tokenizer/, tokenizer_2/, tokenizer_3/
+        t5_length  T5 tokens: 77 in training and evaluation, up to 512
+        raises     FileNotFoundError that names what is missing and which download has it
+        """
+        folder = Path(folder)
+        pair = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
+        t5_tokenizer = T5Tokenizer.load(folder / "tokenizer_3")
+        path_l, path_g, path_t5 = _sd3_encoders(folder)
+        clip_l = CLIPText.load(path_l, eos=pair[0].eos, device=device, dtype=dtype)
+        clip_g = CLIPText.load(path_g, eos=pair[1].eos, device=device, dtype=dtype)
+        t5 = T5Encoder.load(path_t5, device, dtype)
+        return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length)
+
+    @torch.no_grad()
+    def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> context (B, L_clip + t5_length, W), pooled (B, W_l + P_g); the empty string is a prompt."""
+        prompts = _prompts(prompts)
+        to_l, to_g, to_t5 = self.tokenizers
+        tokens_l = to_l(prompts, self.clip_l.length).to(self.device)
+        last, context_l, _ = self.clip_l(tokens_l)
+        pooled_l = self.clip_l.at_eos(last, tokens_l)       # SD3 takes L's vector unprojected, whether or not its file has a projection
+        _, context_g, pooled_g = self.clip_g(to_g(prompts, self.clip_g.length).to(self.device))
+        context_t5 = self.t5(to_t5(prompts, self.t5_length).to(self.device))
+        return sd3_context(context_l, context_g, context_t5), torch.cat((pooled_l, pooled_g), dim=-1)
+
+
+def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
+    official = folder / "text_encoders"
+    if official.is_dir():
+        found = [official / name for name in T5_FILES if (official / name).is_file()] + sorted(official.glob("t5xxl*.safetensors"))
+        paths = official / "clip_l.safetensors", official / "clip_g.safetensors", found[0] if found else official / T5_FILES[0]
+        where = f"{SD3_DOWNLOAD} has it under text_encoders/"
+    else:
+        paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"
+        where = f"{SD3_DOWNLOAD}-diffusers has it; or give {SD3_DOWNLOAD} with its text_encoders/"
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not found; {where}")
+    return paths
