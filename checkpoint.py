@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SD3_DOWNLOAD = "stabilityai/stable-diffusion-3-medium"
 PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
@@ -154,7 +156,7 @@ def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | tor
         raise ValueError(f"{source}: {len(differ)} shapes differ: " + "; ".join(f"{k}: file {a}, model {b}" for k, a, b in differ[:4]))
     for name, place in _places(module):
         tensor = weights[name].read().to(device=device, dtype=dtype or torch.float32)
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # no mask of the tensor's size
             raise ValueError(f"{source}: {name} holds NaN or Inf: the file is damaged or a training run diverged")
         owner, kind = place
         leaf = name.rpartition(".")[2]
@@ -187,6 +189,7 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()  # with the permissions of an ordinary new file; an unwritable folder fails here
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -197,44 +200,74 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         temporary.unlink(missing_ok=True)
 
 
-def save_run(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Mapping[str, object]) -> None:
+def save_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, step: int,
+             settings: Mapping[str, object]) -> None:
     """Save what a run needs to go on: weights, AdamW moments, the step, its settings.
 
     path       a .safetensors file, replaced whole or not at all
-    optimizer  AdamW over model.parameters(), in their order
+    modules    "model", the one the optimizer holds, and others such as "ema"
     settings   kept in the metadata, so that a run is not resumed with others
     """
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
+    tensors = {f"{key}.{name}": t for key, module in modules.items() for name, t in module.state_dict().items()}
+    for name, parameter in modules["model"].named_parameters():
+        for moment in MOMENTS:
             if parameter in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     save(path, tensors, {"step": step, "settings": json.dumps(dict(settings), sort_keys=True)})
 
 
-def resume_run(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]) -> int:
+def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
+               settings: Mapping[str, object]) -> int:
     """Load what save_run wrote, in place.
 
     returns  the step to go on from; 0 if there is no such file
-    raises   ValueError if the settings differ, or the file is not such a state
+    raises   ValueError if the settings differ
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         return 0
     saved = open_weights(path)
-    then, now = json.loads(saved.metadata.get("settings", "{}")), json.loads(json.dumps(dict(settings)))
+    then, now = json.loads(saved.metadata["settings"]), json.loads(json.dumps(dict(settings)))
     if then != now:
         differ = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k))
         raise ValueError(f"{path}: that run had other settings ({differ}); use them, or another --out")
     step = int(saved.metadata["step"])
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(saved[f"model.{name}"].read())
-        for name, parameter in model.named_parameters():
-            if f"exp_avg.{name}" in saved:
+        for key, module in modules.items():
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(saved[f"{key}.{name}"].read())
+        for name, parameter in modules["model"].named_parameters():
+            if f"{MOMENTS[0]}.{name}" in saved:
                 optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
-                    moment: saved[f"{moment}.{name}"].read().to(parameter).clone() for moment in ("exp_avg", "exp_avg_sq")}
+                    moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
     return step
+
+
+def model_folder(name: str, weights: str | None = None) -> Path:
+    """The folder that --model NAME or --weights DIR means."""
+    return Path(weights) if weights else Path(__file__).parent / "models" / name
+
+
+def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
+    """Where a model folder keeps its transformer and its autoencoder.
+
+    folder   as downloaded: sd3*.safetensors with both, or the diffusers layout with transformer/ and vae/
+    returns  (transformer, vae), paths for open_weights
+    raises   FileNotFoundError with the download command if there is no such folder or neither layout is in it;
+             ValueError if several files could be meant
+    """
+    folder = Path(folder)
+    if (folder / "transformer").is_dir() and (folder / "vae").is_dir():
+        return folder / "transformer", folder / "vae"
+    files = sorted(folder.glob("sd3*.safetensors"))
+    if not files:
+        what = "holds neither sd3*.safetensors nor transformer/ and vae/" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}; to get SD3, accept its licence on its page, then: "
+                                f"hf download {SD3_DOWNLOAD}-diffusers --local-dir {folder}")
+    # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
+    files = [f for f in files if not any(f.stem.startswith(g.stem + "_") for g in files)]
+    if len(files) > 1:
+        raise ValueError(f"{folder}: several files could be the model ({', '.join(f.name for f in files)}): keep one there")
+    return files[0], files[0]
 
 
 def _official_names(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:

@@ -12,9 +12,13 @@ Check     python -m pytest tests/test_data.py
 Every draw is a function of a generator that the caller seeds.
 """
 
+import argparse
+import hashlib
 import json
 import os
+import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +26,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import model_folder, open_weights, save
+from text import SD3Text
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
 CACHE_BYTES = 1 << 30            # resized pictures kept in memory
@@ -96,6 +104,15 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: not a whole picture ({size} bytes; {error})") from None
 
 
+def picture_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) in pixels, before any turning, from the header alone; raises ValueError as read_picture does."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a picture ({os.path.getsize(path)} bytes; {error})") from None
+
+
 def resize_short_side(picture: Image.Image, res: int) -> Image.Image:
     """Scale so that the shorter side is `res` pixels (Lanczos)."""
     width, height = picture.size
@@ -156,3 +173,125 @@ class Pictures:
         pixels = self.resized(index, res)
         top, left = (pixels.shape[0] - res) // 2, (pixels.shape[1] - res) // 2
         return to_image(pixels[top : top + res, left : left + res])
+
+
+def vary_caption(captions: Sequence[str], generator: torch.Generator, drop_words: float = 0.0, drop_caption: float = 0.0) -> str:
+    """The caption of one training example.
+
+    captions      of one picture, any of them with the same probability
+    drop_words    probability of each word to be left out, applied to every second caption; one word always stays
+    drop_caption  probability of the empty caption, which classifier-free guidance needs
+    returns       text
+    """
+    caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
+    empty, thinned = torch.rand(2, generator=generator).tolist()
+    if empty < drop_caption:
+        return ""
+    if not drop_words or thinned < 0.5:
+        return caption
+    words = caption.split()
+    stay = torch.rand(len(words), generator=generator)
+    kept = [word for word, draw in zip(words, stay.tolist(), strict=True) if draw >= drop_words]
+    return " ".join(kept or [words[int(stay.argmax())]])
+
+
+class Embeddings:
+    """Text embeddings of captions, each computed once and kept on disk.
+
+    The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes), the length.
+    A cache made with other encoders is therefore never read.
+    """
+
+    def __init__(self, folder: str | os.PathLike, model: str | os.PathLike, device: str | torch.device = "cpu",
+                 dtype: torch.dtype | None = None):
+        """
+        folder  where the cache lives
+        model   folder with the text encoders and tokenizers
+        """
+        self.model, self.device, self.dtype = Path(model), device, dtype
+        self.cache = Path(folder) / _fingerprint(self.model)
+        self._encoders: SD3Text | None = None
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, L, W) context and (B, P) pooled of captions that are not worth keeping, straight from the encoders."""
+        if self._encoders is None:
+            self._encoders = SD3Text.load(self.model, device=self.device, dtype=self.dtype)
+        return self._encoders.encode(captions)
+
+    def fill(self, captions: Sequence[str], batch: int = 16) -> int:
+        """Encode the captions that the cache lacks, with a progress bar, and let go of the encoders.
+
+        returns  how many were encoded
+        """
+        self.cache.mkdir(parents=True, exist_ok=True)
+        lacking = [caption for caption in dict.fromkeys(captions) if not self._file(caption).is_file()]
+        for start in tqdm(range(0, len(lacking), batch), desc="text embeddings", file=sys.stderr, disable=not lacking):
+            chunk = lacking[start : start + batch]
+            for caption, context, pooled in zip(chunk, *self.encode(chunk), strict=True):
+                save(self._file(caption), {"context": context, "pooled": pooled}, {"caption": caption})
+        self._encoders = None
+        return len(lacking)
+
+    def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, L, W) context and (B, P) pooled from the cache; fill() must have seen the captions."""
+        files = [open_weights(self._file(caption)) for caption in captions]
+        context, pooled = (torch.stack([file[name].read().float() for file in files]) for name in ("context", "pooled"))
+        return context.to(self.device), pooled.to(self.device)
+
+    def _file(self, caption: str) -> Path:
+        return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _fingerprint(model: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(f for f in model.glob("t*/*") if f.is_file()):  # text_encoder*/, text_encoders/, tokenizer*/
+        digest.update(f"{file.relative_to(model)} {file.stat().st_size}".encode())
+        with open(file, "rb") as f:
+            digest.update(f.read(1 << 16))
+            f.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def check(folder: str) -> None:
+    """Open every picture and every line; print sizes; exit with 1 if anything is wrong."""
+    items, wrong, sides = read_folder(folder), [], []
+    for item in tqdm(items, desc="pictures", file=sys.stderr):
+        try:
+            sides.append(read_picture(item.path).size)
+        except ValueError as error:
+            wrong.append(str(error))
+    for line in wrong:
+        print(f"error: {line}")
+    if sides:
+        widths, heights = zip(*sides, strict=True)
+        print(f"{len(sides)} pictures, {sum(len(item.captions) for item in items)} captions; "
+              f"median {int(np.median(widths))}x{int(np.median(heights))} px, short sides from {min(map(min, sides))} px")
+    raise SystemExit(1 if wrong else 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    checks = commands.add_parser("check", help="open every picture and line, list what is wrong")
+    checks.add_argument("folder", metavar="DIR", help="pictures and metadata.jsonl")
+    encodes = commands.add_parser("encode", help="compute the text embeddings of all captions once",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    encodes.add_argument("folder", metavar="DIR", help="pictures and metadata.jsonl")
+    encodes.add_argument("--model", default="tiny-sd3", help="name of a folder in models/")
+    encodes.add_argument("--weights", metavar="DIR", help="another model folder")
+    encodes.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args()
+    try:
+        if args.command == "check":
+            check(args.folder)
+        captions = ["", *(caption for item in read_folder(args.folder) for caption in item.captions)]
+        dtype = torch.bfloat16 if args.device.startswith("cuda") else None
+        embeddings = Embeddings(Path(args.folder) / ".embeddings", model_folder(args.model, args.weights), args.device, dtype)
+        print(f"{embeddings.fill(captions)} captions encoded, {len(set(captions))} in {embeddings.cache}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """MMDiT, the transformer of SD3 and SD3.5: context and image tokens in two streams of weights, joined in every attention.
 
-Paper     Diffusion-4K section 3 fine-tunes it at 256x256 latents; the architecture is Stable Diffusion 3 (2403.03206), figure 2
+Paper     Diffusion-4K section 3.2 fine-tunes it on 256x256 latents; the architecture is that of SD3 (2403.03206), figure 2
 Mirrors   sd3-ref `mmdit.MMDiT` and sd3.5 `mmditx.MMDiTX` (qk_norm and dual attention), held by tests/test_mmdit.py to 1e-5
 Shapes    B batch · h w latent sides · N image tokens, hw/p² · L context tokens · D hidden_size · H heads of 64
           C context width · P pooled width

@@ -27,71 +27,66 @@ from tqdm import tqdm
 
 from checkpoint import resume_run, save, save_run
 from data import Pictures, read_folder
-from vae import VAE, ResnetBlock, AttnBlock, VAEConfig
+from vae import VAE, VAEConfig
 
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
+LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-6
 FIRST_LOGVAR = -6.0
-PIN, LINEAR = 2.0, 2.0   # see new_vae
+PIN, RANDOM = 4.0, 0.3   # see new_vae
 
 
 def new_vae(config: VAEConfig, seed: int) -> VAE:
-    """A VAE with fresh weights that starts as a blurred thumbnail: nearly the identity on three colours.
+    """A VAE with fresh weights that starts as a linear network, close to a blurred thumbnail.
 
-    Trunk      every convolution outside a residual branch copies its first channels (downsampling averages them) and adds
-               small random filters; residual branches begin at zero.
-    Norms      a group norm would take away brightness and contrast. One channel a group is therefore held at PIN: it carries
-               most of the group's variance, so the norm is nearly a fixed scale, and what the norm subtracts can be read from it.
-    Last SiLU  its inputs are moved to LINEAR, where SiLU is nearly straight; gray in, gray out.
+    Trunk    every convolution outside the residual branches carries each feature twice, as x and as -x, in the two halves of
+             the channels. Means over a norm group are then zero, so no norm takes the brightness away, and
+             silu(x) - silu(-x) = x makes the last activation linear too.
+    Pins     one channel of each half is held at +PIN and -PIN: they carry most of the variance, so a norm is nearly a
+             fixed scale and contrast survives as well.
+    Copies   the first channels are copied (downsampling averages them), the others are small random filters.
+    Branches residual branches and attention begin at zero.
 
-    config   shapes
+    config   shapes; even widths, one norm group, or groups that divide the halves
     seed     of the weights
     returns  VAE with scale_factor 1 and shift_factor 0, until latent_statistics says better
     """
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config)
-    for name, module in vae.named_modules():
-        if isinstance(module, nn.GroupNorm):
-            share = config.norm_groups / module.num_channels
-            nn.init.constant_(module.weight, PIN * (share * (1 - share)) ** 0.5)
-        if not isinstance(module, nn.Conv2d):
-            continue
-        nn.init.normal_(module.weight, std=0.3 * module.weight[0].numel() ** -0.5, generator=generator)
-        nn.init.zeros_(module.bias)
-        if "block" in name and "nin_shortcut" not in name or "attn_1" in name:
-            if name.endswith(("conv2", "proj_out")):
-                nn.init.zeros_(module.weight)
-            continue
-        copied = torch.arange(min(module.weight.shape[:2]))
-        with torch.no_grad():
-            if "downsample" in name:
-                module.weight[copied, copied, :2, :2] += 0.25
-            else:
-                middle = module.kernel_size[0] // 2
-                module.weight[copied, copied, middle, middle] += 1
-            if not name.endswith("conv_out"):
-                module.weight[pinned(config, len(module.weight))] = 0
-                module.bias[pinned(config, len(module.weight))] = PIN
     with torch.no_grad():
-        for part, outputs in ((vae.encoder, config.latent_channels), (vae.decoder, 3)):
-            channels, pins = part.norm_out.num_channels, pinned(config, part.norm_out.num_channels)
-            part.norm_out.bias.fill_(PIN * len(pins) / channels + LINEAR)
-            weight = part.conv_out.weight.mul_(0.1)
-            weight[:, pins] = 0
-            for o in range(outputs):
-                weight[o, o], weight[o, o, 1, 1] = 0, 1
-                weight[o, pins[o * len(pins) // channels], 1, 1] = -1
-        gray = torch.zeros(1, 3, 64, 64)
-        vae.encoder.conv_out.bias -= torch.cat(vae.moments(gray, factor=8), dim=1).mean((0, 2, 3))
-        vae.encoder.conv_out.bias[config.latent_channels:] += FIRST_LOGVAR
-        vae.decoder.conv_out.bias -= vae.decode(vae.encode(gray, factor=8), factor=8).mean((0, 2, 3))
+        for name, module in vae.named_modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.fill_(PIN * (2 / module.num_channels) ** 0.5)
+            elif isinstance(module, nn.Conv2d):
+                module.weight.normal_(std=module.weight[0].numel() ** -0.5, generator=generator)
+                module.bias.zero_()
+                if name.endswith(("conv2", "proj_out")):
+                    module.weight.zero_()
+                elif name.endswith(("conv_in", "downsample.conv", "upsample.conv", "nin_shortcut", "conv_out")):
+                    start_linear(name, module)
+        vae.encoder.conv_out.weight[config.latent_channels:] = 0
+        vae.encoder.conv_out.bias[config.latent_channels:] = FIRST_LOGVAR
     return vae
 
 
-def pinned(config: VAEConfig, channels: int) -> Tensor:
-    """The last channel of every norm group."""
-    a_group = channels // config.norm_groups
-    return torch.arange(a_group - 1, channels, a_group)
+def start_linear(name: str, conv: nn.Conv2d) -> None:
+    """Make a trunk convolution act on (x, -x) as a copy plus small random filters, and set the pins it writes."""
+    outputs, inputs, side, _ = conv.weight.shape
+    first, last = name.endswith("conv_in"), name.endswith("conv_out")
+    outputs, inputs = outputs if last else outputs // 2, inputs if first else inputs // 2
+    one = RANDOM * conv.weight[:outputs, :inputs]
+    copied = torch.arange(min(outputs, inputs))
+    if name.endswith("downsample.conv"):
+        one[copied, copied, :2, :2] += 0.25
+    else:
+        one[copied, copied, side // 2, side // 2] += 1
+    if not first:
+        one[:, -1] = 0                                       # nothing reads the pins
+    if not last:
+        one[-1] = 0
+        conv.bias[[outputs - 1, 2 * outputs - 1]] = torch.tensor([PIN, -PIN])
+    pair = one if first else torch.cat((one, -one), dim=1) / (1 if last else 2)
+    conv.weight.copy_(pair if last else torch.cat((pair, -pair)))
 
 
 def batch_of(pictures: Pictures, pixels: int, seed: int, step: int) -> Tensor:
@@ -106,7 +101,7 @@ def batch_of(pictures: Pictures, pixels: int, seed: int, step: int) -> Tensor:
     return torch.stack([pictures.square(i, res, side, generator) for i in chosen])
 
 
-def vae_loss(vae: VAE, image: Tensor, draw: Tensor | None = None) -> Tensor:
+def vae_loss(vae: VAE, image: Tensor, draw: Tensor) -> Tensor:
     """Reconstruction plus KL, from one posterior sample.
 
     image    (B, 3, H, W) in [-1, 1]
@@ -150,24 +145,29 @@ def write_vae(path: Path, vae: VAE, config: VAEConfig, pictures: Pictures, setti
 
 def train(args: argparse.Namespace) -> None:
     items = read_folder(args.data)
-    held_out = [item.path for item in items[args.holdout // 2 :: max(1, len(items) // args.holdout)]][: args.holdout] if args.holdout else []
+    every = max(1, len(items) // args.holdout) if args.holdout else 1
+    held_out = [item.path for item in items[args.holdout // 2 :: every]][: args.holdout]
     pictures, unseen = Pictures([item.path for item in items if item.path not in held_out]), Pictures(held_out)
     widths = tuple(int(w) for w in args.widths.split(","))
-    config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, 16, args.norm_groups)
+    if len(widths) != 4 or any(width % 2 for width in widths) or widths[-1] < 2 * LATENT_CHANNELS + 2:
+        raise ValueError(f"--widths {args.widths}: four even numbers, the last at least {2 * LATENT_CHANNELS + 2}")
+    if not len(pictures):
+        raise ValueError(f"{args.data}: --holdout {args.holdout} leaves no picture to train on")
+    config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, LATENT_CHANNELS, args.norm_groups)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "threads", "save_every")}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     vae = new_vae(config, args.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start = resume_run(out / "state.safetensors", vae, optimizer, settings)
+    start = resume_run(out / "state.safetensors", {"model": vae}, optimizer, settings)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
           f"held out: {', '.join(p.name for p in held_out)}; step {start} of {args.steps}")
 
     bar, began, window = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr), time.time(), []
     for step in bar:
         image = batch_of(pictures, args.pixels, args.seed, step)
-        draw = torch.randn(len(image), 16, image.shape[2] // 8, image.shape[3] // 8,
+        draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8,
                            generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
         lr = args.lr * min((step + 1) / args.warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
@@ -177,15 +177,18 @@ def train(args: argparse.Namespace) -> None:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
         if not torch.isfinite(norm):
-            raise SystemExit(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; {out}/state.safetensors holds the last good state")
+            raise SystemExit(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; "
+                             f"{out}/state.safetensors holds the last good state")
         optimizer.step()
         window.append(loss.item())
         bar.set_postfix_str(f"loss {sum(window[-50:]) / len(window[-50:]):.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_run(out / "state.safetensors", vae, optimizer, step + 1, settings)
-            row = {"step": step + 1, "loss": round(sum(window) / len(window), 5), "lr": lr, "s_per_step": round((time.time() - began) / len(window), 3)}
+            save_run(out / "state.safetensors", {"model": vae}, optimizer, step + 1, settings)
+            row = {"step": step + 1, "loss": round(sum(window) / len(window), 5), "lr": lr,
+                   "s_per_step": round((time.time() - began) / len(window), 3)}
             if held_out:
-                row |= {f"psnr_f{factor}_db": round(sum(p) / len(p), 2) for factor in (8, 16) for p in [reconstruction_psnr(vae, unseen, factor)]}
+                row |= {f"psnr_f{factor}_db": round(sum(p) / len(p), 2)
+                        for factor in (8, 16) for p in [reconstruction_psnr(vae, unseen, factor)]}
             window, began = [], time.time()
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -199,13 +202,13 @@ def main() -> None:
     add = parser.add_argument
     add("--data", required=True, help="folder with pictures and metadata.jsonl")
     add("--out", default="runs/vae", help="folder of the run; an unfinished run there is resumed")
-    add("--widths", default="16,32,64,64", help="channels of the four levels, full resolution first")
+    add("--widths", default="16,24,48,64", help="channels of the four levels, full resolution first")
     add("--blocks", type=int, default=1, help="resnets a level in the encoder; the decoder has one more")
-    add("--norm-groups", type=int, default=4, help="groups of every GroupNorm; official 32")
-    add("--steps", type=int, default=6000, help="optimizer steps of the whole run")
-    add("--pixels", type=int, default=131072, help="pixels a step: 8 crops of 128 or 2 of 256")
-    add("--lr", type=float, default=2e-3, help="peak learning rate; warm-up, then cosine to 0")
-    add("--warmup", type=int, default=100, help="steps")
+    add("--norm-groups", type=int, default=1, help="groups of every GroupNorm; official 32")
+    add("--steps", type=int, default=5000, help="optimizer steps of the whole run")
+    add("--pixels", type=int, default=65536, help="pixels a step: 4 crops of 128 or 1 of 256")
+    add("--lr", type=float, default=5e-4, help="peak learning rate; warm-up, then cosine to 0")
+    add("--warmup", type=int, default=200, help="steps")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--holdout", type=int, default=6, help="pictures never trained on, for the PSNR in the log")
     add("--save-every", type=int, default=250, help="steps between states and log lines")

@@ -47,14 +47,18 @@ class VAEConfig:
         norm_groups  the one number that shapes do not say
         raises       ValueError if these are not the weights of an autoencoder, or widths do not divide into the groups
         """
-        if "decoder.conv_out.weight" not in weights or "encoder.conv_out.weight" not in weights:
-            some = ", ".join(sorted(weights)[:3]) or "nothing"
-            raise ValueError(f"{weights.source}: no autoencoder in it: decoder.conv_out.weight is missing; it holds {some} …")
+        for name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
+            if name not in weights:
+                some = ", ".join(sorted(weights)[:3]) or "nothing"
+                raise ValueError(f"{weights.source}: no autoencoder in it: {name} is missing; it holds {some} …")
 
         def levels(stem: str) -> tuple[tuple[int, ...], int]:
             count = len({name.split(".")[2] for name in weights if name.startswith(stem)})
             blocks = len({name.split(".")[4] for name in weights if name.startswith(f"{stem}0.block.")})
-            return tuple(weights[f"{stem}{i}.block.0.conv1.weight"].shape[0] for i in range(count)), blocks
+            first = [f"{stem}{i}.block.0.conv1.weight" for i in range(max(count, 1))]
+            if absent := [name for name in first if name not in weights]:
+                raise ValueError(f"{weights.source}: {len(absent)} missing: {', '.join(absent[:4])}")
+            return tuple(weights[name].shape[0] for name in first), blocks
 
         (encoder, encoder_blocks), (decoder, decoder_blocks) = levels("encoder.down."), levels("decoder.up.")
         if any(width % norm_groups for width in encoder + decoder):
@@ -231,9 +235,9 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig, scale_factor: float = 1.0, shift_factor: float = 0.0):
         super().__init__()
+        self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.scale_factor, self.shift_factor = scale_factor, shift_factor
-        self.levels = len(config.encoder_widths)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -254,7 +258,7 @@ class VAE(nn.Module):
         if scale_factor is None:
             scale_factor = float(said.get("scale_factor", said.get("scaling_factor", family[0])))
         if shift_factor is None:
-            shift_factor = float(said.get("shift_factor", family[1]))
+            shift_factor = float(said.get("shift_factor", 0.0 if "scaling_factor" in said else family[1]))
         config = VAEConfig.of(weights, groups)
         with torch.device("meta"):
             vae = cls(config, scale_factor, shift_factor)
@@ -273,7 +277,7 @@ class VAE(nn.Module):
         """
         if factor not in FACTORS or dilation not in (1, 2):
             raise ValueError(f"factor {factor} with dilation {dilation}: factor is 8 or 16, dilation 1 or 2")
-        step = 2 ** (self.levels - 1) * (factor // 8)
+        step = 2 ** (len(self.config.encoder_widths) - 1) * (factor // 8)
         if image.shape[-2] % step or image.shape[-1] % step:
             raise ValueError(f"an image of {image.shape[-1]}x{image.shape[-2]} pixels: both sides must be multiples of {step}")
         return self.encoder(image, factor, dilation).chunk(2, dim=1)
@@ -285,10 +289,14 @@ class VAE(nn.Module):
         generator  draws from the posterior; None takes its mode
         returns    (B, 16, h, w), (raw - shift_factor) * scale_factor
         """
-        raw, logvar = self.moments(image, factor, dilation)
+        return self.draw(*self.moments(image, factor, dilation), generator)
+
+    def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Normalised latent from moments: a sample of the posterior, or its mode without a generator."""
+        raw = mean
         if generator is not None:
-            draw = torch.randn(raw.shape, generator=generator, device=generator.device).to(raw)
-            raw = raw + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * draw
+            normal = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+            raw = mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * normal
         return (raw - self.shift_factor) * self.scale_factor
 
     def decode(self, latent: Tensor, factor: int = 16, offset: int = 2) -> Tensor:

@@ -1,0 +1,214 @@
+"""Draw pictures from prompts.
+
+Paper     Diffusion-4K section 4.2 and 9: Euler on the flow ODE, 28 steps and classifier-free guidance 7.0 for SD3, factor 16
+Method    prompt -> text encoders -> context, pooled
+          noise  -> Euler over the shifted schedule, velocity = v_empty + cfg * (v_prompt - v_empty) -> latent
+          latent -> partitioned VAE -> picture
+Run       python sample.py --prompt "a dandelion at sunset"                    tiny-sd3, 1024 px, CPU
+          python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
+Writes    OUT/000-a-dandelion-at-sunset-0.png; its metadata says prompt, seed, settings and model
+Units     --res in pixels (width x height); time in s/step; peak memory in GiB
+Check     python -m pytest tests/test_sample.py
+
+Picture k of a prompt has the seed SEED + k and noise of its own, drawn on the CPU: it does not depend on what else is drawn.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from checkpoint import Weights, locate, model_folder, open_weights
+from data import to_pixels
+from flow import draw_noise, euler, sd3_sigmas
+from mmdit import MMDiT, read_config
+from text import SD3Text
+from vae import VAE
+
+SD3_DEFAULTS = {"steps": 28, "cfg": 7.0, "time_shift": 3.0, "res": 1024}  # a small model's file may say others
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Picture:
+    prompt: str
+    seed: int
+    path: Path
+
+
+def velocity_with_cfg(model: MMDiT, context: Tensor, pooled: Tensor, cfg: float):
+    """The velocity that Euler follows.
+
+    context  (2, L, W): of the prompt, of the negative prompt; pooled (2, P)
+    cfg      1 follows the prompt alone, in one pass instead of two
+    returns  function of z (1, 16, h, w) and sigma (1,)
+    """
+    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+        if cfg == 1:
+            return model(z, sigma, context[:1], pooled[:1])
+        towards, away = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled).chunk(2)
+        return away + cfg * (towards - away)
+
+    return velocity
+
+
+@torch.inference_mode()
+def draw(pictures: list[Picture], args: argparse.Namespace, text: SD3Text, model: MMDiT,
+         vae: VAE) -> Iterator[tuple[Picture, Tensor, float]]:
+    """Yield each picture with its image (3, H, W) in [-1, 1] and the seconds that one step took."""
+    width, height = args.res
+    context, pooled = text.encode([*dict.fromkeys(p.prompt for p in pictures), args.negative])
+    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(p.prompt for p in pictures))}
+    weight = model.x_embedder.proj.weight
+    sigmas = sd3_sigmas(args.steps, args.time_shift)
+    for picture in pictures:
+        pair = [row[picture.prompt], len(row)]
+        velocity = velocity_with_cfg(model, context[pair].to(weight), pooled[pair].to(weight), args.cfg)
+        noise = draw_noise([picture.seed], (model.config.in_channels, height // args.factor, width // args.factor)).to(weight.device)
+        began = time.time()
+        latent = euler(velocity, noise, sigmas, progress=True)
+        s_per_step = (time.time() - began) / args.steps
+        yield picture, vae.decode(latent.to(weight.dtype), args.factor)[0].float().cpu(), s_per_step
+
+
+def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
+    """Write an image under a temporary name and rename it; what it is stands in its metadata.
+
+    image   (3, H, W) in [-1, 1]
+    about   a PNG keeps each entry as text, JPEG and WebP keep all as JSON in the EXIF image description
+    raises  OSError if the disk is full or the folder not writable; nothing is left behind
+    """
+    picture, temporary = Image.fromarray(to_pixels(image)), path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        if path.suffix == ".png":
+            entries = PngImagePlugin.PngInfo()
+            for key, value in about.items():
+                entries.add_itxt(key, str(value))
+            picture.save(temporary, pnginfo=entries)
+        else:
+            exif = Image.Exif()
+            exif[0x010E] = json.dumps(about)
+            picture.save(temporary, quality=95, exif=exif)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def resolution(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
+    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: pixels, as 1024 or, width x height, 3072x4096")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt or [])
+    if args.prompts:
+        lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{args.prompts}: no prompt in it; one a line is read")
+        prompts += lines
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "TEXT" or --prompts FILE')
+    return prompts
+
+
+def name_pictures(prompts: list[str], args: argparse.Namespace) -> list[Picture]:
+    """One Picture for every prompt and seed; the place they go to is made and tried here, before any long work."""
+    out = Path(args.out)
+    if out.suffix.lower() in SUFFIXES:
+        if len(prompts) * args.count > 1:
+            raise ValueError(f"--out {out} names one file, and {len(prompts) * args.count} pictures are asked for: name a folder")
+        pictures, folder = [Picture(prompts[0], args.seed, out)], out.parent
+    else:
+        def slug(prompt: str) -> str:
+            return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-") or "empty"
+
+        folder = out
+        pictures = [Picture(prompt, args.seed + k, out / f"{i:03d}-{slug(prompt)}-{args.seed + k}.png")
+                    for i, prompt in enumerate(prompts) for k in range(args.count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return pictures
+
+
+def settle(args: argparse.Namespace, transformer: Weights) -> None:
+    """Fill in what the command line left open, from the file's metadata or the family; refuse what the model cannot draw."""
+    for name, default in SD3_DEFAULTS.items():
+        if getattr(args, name) is None:
+            said = type(default)(float(transformer.metadata.get(name, default)))
+            setattr(args, name, (said, said) if name == "res" else said)
+    step = 2 * args.factor
+    if any(side % step for side in args.res):
+        raise ValueError(f"--res {args.res[0]}x{args.res[1]}: both sides must be multiples of {step} at --factor {args.factor}")
+    most = read_config(transformer.part("model.diffusion_model.")).table_side * step
+    if max(args.res) > most:
+        raise ValueError(f"--res {args.res[0]}x{args.res[1]}: this model's position table ends at {most} px a side "
+                         f"at --factor {args.factor}" + ("; --factor 16 reaches twice as far" if args.factor == 8 else ""))
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = model_folder(args.model, args.weights)
+    transformer_path, vae_path = locate(folder)
+    transformer_path = Path(args.transformer or transformer_path)
+    settle(args, open_weights(transformer_path))
+    pictures = name_pictures(read_prompts(args), args)
+
+    dtype = DTYPES[args.dtype]
+    text = SD3Text.load(folder, args.device, None if dtype == torch.float16 else dtype)  # T5 overflows in fp16
+    model, vae = MMDiT.load(transformer_path, args.device, dtype), VAE.load(vae_path, args.device, dtype)
+    for picture, image, s_per_step in draw(pictures, args, text, model, vae):
+        write_picture(picture.path, image, {
+            "prompt": picture.prompt, "negative": args.negative, "seed": picture.seed, "model": str(transformer_path),
+            "res": f"{args.res[0]}x{args.res[1]}", "factor": args.factor, "steps": args.steps, "cfg": args.cfg,
+            "time_shift": args.time_shift, "dtype": args.dtype, "software": "diffusion-4k"})
+        cuda = args.device.startswith("cuda")
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak:.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument_group("what").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    add("--prompts", metavar="FILE", help="one prompt a line")
+    add("--negative", default="", metavar="TEXT", help="what cfg leads away from (default: the empty prompt)")
+    add("--res", type=resolution, metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (SD3: 1024)")
+    add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
+    add("--count", type=int, default=1, help="pictures a prompt, with seeds SEED, SEED+1 ... (default: 1)")
+    add("--out", default="out", metavar="DIR", help="folder, or the name of one .png, .jpg or .webp (default: out)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
+    add("--weights", metavar="DIR", help="another model folder, as downloaded")
+    add("--transformer", metavar="FILE", help="this transformer instead of the folder's, as train.py wrote it")
+    add = parser.add_argument_group("sampling (left out: what the model's file says, else what SD3 wants)").add_argument
+    add("--steps", type=int, help="Euler steps (SD3: 28)")
+    add("--cfg", type=float, help="classifier-free guidance; 1 is none and twice as fast (SD3: 7.0)")
+    add("--time-shift", type=float, help="of the schedule; above 1 spends more steps on noise (SD3: 3.0)")
+    add("--factor", type=int, default=16, choices=(8, 16), help="of the VAE: 8 as published, 16 partitioned (default: 16)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default: cuda where there is one)")
+    add("--dtype", default="bf16" if cuda else "fp32", choices=tuple(DTYPES), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
+    args = parser.parse_args()
+    try:
+        if args.count < 1 or (args.steps is not None and args.steps < 1):
+            raise ValueError(f"--count {args.count} --steps {args.steps}: at least 1")
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Does a model draw what its captions say? Top-1 accuracy among the training photographs.
+
+Each caption is drawn once; the picture and the central squares of all photographs are area-averaged to 16 x 16 pixels; the
+nearest photograph by RMSE should be the caption's own.
+
+Run   python tests/prompt_following.py --data photos --res 256 --transformer models/tiny-sd3/base_256.safetensors
+      python tests/prompt_following.py --data photos --captions text --limit 20
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkpoint import locate, model_folder, open_weights  # noqa: E402
+from data import Pictures, read_folder  # noqa: E402
+from flow import draw_noise, euler, sd3_sigmas  # noqa: E402
+from mmdit import MMDiT  # noqa: E402
+from sample import SD3_DEFAULTS, velocity_with_cfg  # noqa: E402
+from text import SD3Text  # noqa: E402
+from vae import VAE  # noqa: E402
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """(B, 3, res, res) in [-1, 1] to (B, 768): 16 x 16 area averages."""
+    return F.adaptive_avg_pool2d(image, 16).flatten(1)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="DIR", help="pictures and metadata.jsonl")
+    parser.add_argument("--model", default="tiny-sd3")
+    parser.add_argument("--weights", metavar="DIR")
+    parser.add_argument("--transformer", metavar="FILE")
+    parser.add_argument("--captions", default="both", choices=("text", "alt", "both"))
+    parser.add_argument("--prompts", metavar="FILE", help="reworded captions instead: lines of file_name, tab, caption")
+    parser.add_argument("--res", type=int, default=1024, help="pixels")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--cfg", type=float)
+    parser.add_argument("--limit", type=int, default=0, help="photographs, evenly chosen; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    folder = model_folder(args.model, args.weights)
+    transformer, vae_path = locate(folder)
+    transformer = args.transformer or transformer
+    said = open_weights(transformer).metadata
+    steps, cfg, shift = (float(said.get(k, SD3_DEFAULTS[k])) for k in ("steps", "cfg", "time_shift"))
+    steps, cfg = int(args.steps or steps), args.cfg or cfg
+    text, model, vae = SD3Text.load(folder), MMDiT.load(transformer), VAE.load(vae_path)
+    items = read_folder(args.data)
+    pictures = Pictures([item.path for item in items])
+    known = torch.cat([thumbnail(pictures.central_square(i, 256)[None]) for i in range(len(items))])
+
+    number = {item.path.name: i for i, item in enumerate(items)}
+    if args.prompts:
+        rows = [line.split("\t") for line in Path(args.prompts).read_text().splitlines() if line]
+        tasks = [("reworded", number[name], caption) for name, caption in rows]
+    else:
+        chosen = range(0, len(items), max(1, len(items) // args.limit) if args.limit else 1)
+        tasks = [("alt" if k else "text", i, c) for i in chosen for k, c in enumerate(items[i].captions)
+                 if args.captions == "both" or args.captions == ("alt" if k else "text")]
+    hits: dict[str, list[bool]] = {}
+    for kind, index, caption in tqdm(tasks, file=sys.stderr):
+        velocity = velocity_with_cfg(model, *text.encode([caption, ""]), cfg)
+        latent = euler(velocity, draw_noise([args.seed], (16, args.res // 16, args.res // 16)), sd3_sigmas(steps, shift))
+        found = int((known - thumbnail(vae.decode(latent).clamp(-1, 1))).square().mean(1).argmin())
+        hits.setdefault(kind, []).append(found == index)
+        if found != index:
+            tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[found].path.name}: {caption}")
+    for kind, right in hits.items():
+        print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
+              f"({args.res} px, {steps} steps, cfg {cfg}, {transformer})")
+
+
+if __name__ == "__main__":
+    main()

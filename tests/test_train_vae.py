@@ -1,0 +1,283 @@
+"""Training an autoencoder: where it starts, batches by step, overfitting, resuming bit for bit, refusals in one line."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_vae
+from data import Pictures, to_pixels
+from train_vae import batch_of, latent_statistics, new_vae, pinned, reconstruction_psnr, train, vae_loss
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = VAEConfig((8, 8, 16, 16), (8, 8, 16, 16), 1, 2, 16, 4)
+DEFAULT = VAEConfig((16, 32, 64, 64), (16, 32, 64, 64), 1, 2, 16, 4)
+
+
+def smooth(height: int, width: int, seed: int) -> torch.Tensor:
+    """A soft random picture, (3, H, W) in [-1, 1]."""
+    coarse = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(-2, 2) / 2
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rows = []
+    for k, (height, width) in enumerate(((64, 80), (72, 64), (64, 64))):
+        Image.fromarray(to_pixels(smooth(height, width, k))).save(folder / f"{k}.png")
+        rows.append(json.dumps({"file_name": f"{k}.png", "text": "a soft picture"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def small_crops(monkeypatch):
+    monkeypatch.setattr(train_vae, "CROPS", ((64, 32), (64, 64), (32, 32)))
+
+
+def settings(photos: Path, out: Path, **changed) -> Namespace:
+    return Namespace(**dict(data=str(photos), out=str(out), widths="8,8,16,16", blocks=1, norm_groups=4, steps=6, pixels=4096, lr=2e-3,
+                            warmup=2, clip=1.0, holdout=0, save_every=3, seed=0, threads=1) | changed)
+
+
+def refusal_of(monkeypatch, photos: Path, out: Path, **changed) -> str:
+    """The one line that the script ends with."""
+    arguments = ["train_vae.py", *(f"--{k.replace('_', '-')}={v}" for k, v in vars(settings(photos, out, **changed)).items())]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(SystemExit) as end:
+        train_vae.main()
+    assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
+    return str(end.value)
+
+
+def metadata_of(file: Path) -> dict:
+    with safe_open(file, framework="pt") as handle:
+        return handle.metadata()
+
+
+# ---- the start
+
+@pytest.mark.parametrize("config", [TINY, DEFAULT, VAEConfig((8, 16, 16, 32), (8, 8, 16, 16), 2, 3, 16, 2)])
+def test_fresh_weights_turn_gray_into_gray(config):
+    vae, gray = new_vae(config, seed=0).requires_grad_(False), torch.zeros(1, 3, 64, 64)
+    mean, logvar = vae.moments(gray, factor=8)
+    assert mean.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (logvar.mean((0, 2, 3)) - train_vae.FIRST_LOGVAR).abs().max() < 1e-5
+    again = vae.decode(vae.encode(gray, factor=8), factor=8)
+    assert again.shape == gray.shape and again.mean((0, 2, 3)).abs().max() < 1e-5
+
+
+def test_fresh_residual_branches_are_zero_and_pins_are_constant():
+    vae, image = new_vae(DEFAULT, seed=0).requires_grad_(False), smooth(32, 48, 0)[None]
+    branches = [m for name, m in vae.named_modules() if name.endswith((".conv2", ".proj_out"))]
+    assert len(branches) == 2 * 4 + 4 * 2 - 4 + 2 * 2 + 2 and not any(m.weight.any() or m.bias.any() for m in branches)
+    features = vae.encoder.conv_in(image)
+    assert pinned(DEFAULT, 16).tolist() == [3, 7, 11, 15]
+    assert (features[:, pinned(DEFAULT, 16)] == train_vae.PIN).all() and features[:, 0].std() > 0.1
+
+
+def test_fresh_weights_already_show_a_smooth_picture():
+    vae = new_vae(DEFAULT, seed=0).requires_grad_(False)
+    image = torch.stack([smooth(64, 64, k) for k in range(2)]) * 0.5
+    again = vae.decode(vae.encode(image, factor=8), factor=8)
+    middle = (slice(None), slice(None), slice(16, -16), slice(16, -16))  # borders see padding
+    correlation = torch.corrcoef(torch.stack((again[middle].flatten(), image[middle].flatten())))[0, 1]
+    assert correlation > 0.5
+
+
+def test_fresh_weights_are_a_function_of_the_seed():
+    first, again, other = (new_vae(TINY, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_first_loss_is_finite_and_reaches_every_weight():
+    vae = new_vae(TINY, seed=0)
+    with torch.no_grad():  # a branch that ends in zeros hides what comes before it, until its end has moved
+        for name, module in vae.named_modules():
+            if name.endswith((".conv2", ".proj_out")):
+                module.weight.fill_(0.01)
+    vae_loss(vae, smooth(32, 32, 0)[None], torch.randn(1, 16, 4, 4)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+    assert all(p.grad.any() for name, p in vae.named_parameters() if name.endswith("weight"))
+
+
+# ---- batches, loss, learning
+
+def test_batch_is_a_function_of_seed_and_step_alone(photos, small_crops):
+    paths = sorted(photos.glob("*.png"))
+    used, fresh = Pictures(paths), Pictures(paths)
+    forward = {step: batch_of(used, 4096, 5, step) for step in range(16)}
+    for step in reversed(range(16)):
+        torch.manual_seed(step)
+        assert torch.equal(batch_of(fresh, 4096, 5, step), forward[step])
+    assert all(batch.shape[0] * batch.shape[2] * batch.shape[3] == 4096 and batch.shape[1] == 3 for batch in forward.values())
+    assert len({batch.shape for batch in forward.values()}) == 2 and all(batch.abs().max() <= 1 for batch in forward.values())
+    assert len({float(batch.sum()) for batch in forward.values()}) == 16
+    assert not torch.equal(batch_of(used, 4096, 5, 0).flatten(), batch_of(used, 4096, 6, 0).flatten())
+
+
+def test_a_crop_larger_than_the_budget_still_gives_one_picture(photos, monkeypatch):
+    monkeypatch.setattr(train_vae, "CROPS", ((64, 64),))
+    assert batch_of(Pictures(sorted(photos.glob("*.png"))), 100, 0, 0).shape == (1, 3, 64, 64)
+
+
+def test_loss_is_reconstruction_plus_weighted_divergence():
+    vae, image, draw = new_vae(TINY, seed=0).requires_grad_(False), smooth(32, 32, 0)[None], torch.randn(1, 16, 4, 4)
+    mean, logvar = vae.moments(image, factor=8)
+    posterior = torch.distributions.Normal(mean, torch.exp(0.5 * logvar))
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    error = (vae.decode(mean + torch.exp(0.5 * logvar) * draw, factor=8) - image).abs().mean()
+    assert abs(vae_loss(vae, image, draw) - (error + train_vae.KL_WEIGHT * divergence)) < 1e-6
+
+
+def test_one_crop_is_overfitted():
+    vae, image = new_vae(TINY, seed=0), smooth(32, 32, 1)[None]
+    draw = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0), []
+    for _ in range(40):
+        loss = vae_loss(vae, image, draw)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.25 and sum(losses[-5:]) / 5 < 0.13
+
+
+def test_latent_statistics_normalise_the_latents(photos):
+    vae, pictures = new_vae(TINY, seed=0).requires_grad_(False), Pictures(sorted(photos.glob("*.png")))
+    vae.scale_factor, vae.shift_factor = latent_statistics(vae, pictures, res=64)
+    latents = vae.encode(torch.stack([pictures.central_square(k, 64) for k in range(3)]))
+    assert abs(latents.mean()) < 1e-5 and abs(latents.std() - 1) < 1e-4
+
+
+def test_reconstruction_psnr_by_hand(photos):
+    vae, pictures = new_vae(TINY, seed=0).requires_grad_(False), Pictures(sorted(photos.glob("*.png")))
+    values = reconstruction_psnr(vae, pictures, factor=16, res=64, side=32)
+    image = pictures.central_square(2, 64)[None, :, 16:48, 16:48]
+    again = vae.decode(vae.encode(image)).clamp(-1, 1)
+    error = ((again + 1) * 127.5 - (image + 1) * 127.5).square().mean()
+    assert len(values) == 3 and abs(values[2] - 10 * torch.log10(255**2 / error)) < 1e-3
+
+
+# ---- runs
+
+def test_run_broken_off_and_resumed_equals_an_uninterrupted_one(photos, small_crops, tmp_path, monkeypatch):
+    train(settings(photos, tmp_path / "whole"))
+    calls, loss = [], train_vae.vae_loss
+
+    def broken_off(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # two steps after the last saved state
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(train_vae, "vae_loss", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(photos, tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "vae.safetensors").exists()
+    assert metadata_of(tmp_path / "parts" / "state.safetensors")["step"] == "3"
+    calls.clear()
+    train(settings(photos, tmp_path / "parts"))
+    assert len(calls) == 3
+    for file in ("state.safetensors", "vae.safetensors"):
+        whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+        assert metadata_of(tmp_path / "whole" / file) == metadata_of(tmp_path / "parts" / file)
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "parts")]
+    assert [(row["step"], row["loss"], row["lr"]) for row in logs[0]] == [(row["step"], row["loss"], row["lr"]) for row in logs[1]]
+    assert [row["step"] for row in logs[0]] == [3, 6]
+    assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == ["log.jsonl", "state.safetensors", "vae.safetensors"]
+
+
+def test_written_autoencoder_loads_and_carries_what_shapes_do_not_say(photos, small_crops, tmp_path):
+    train(settings(photos, tmp_path, steps=2, norm_groups=2))
+    vae, said = VAE.load(tmp_path / "vae.safetensors").requires_grad_(False), metadata_of(tmp_path / "vae.safetensors")
+    assert vae.encoder.norm_out.num_groups == 2 == int(said["norm_groups"])
+    assert (vae.scale_factor, vae.shift_factor) == (float(said["scale_factor"]), float(said["shift_factor"])) != (1.0, 0.0)
+    pictures = Pictures(sorted(photos.glob("*.png")))
+    assert latent_statistics(vae, pictures) == pytest.approx((vae.scale_factor, vae.shift_factor), rel=1e-5)
+    state = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(t, state[f"model.{name}"]) for name, t in vae.state_dict().items())
+    training = json.loads(said["training"])
+    assert training["lr"] == 2e-3 and training["steps"] == 2 and not training.keys() & {"data", "out", "threads"}
+
+
+def test_finished_run_is_left_as_it_is(photos, small_crops, tmp_path, monkeypatch):
+    train(settings(photos, tmp_path, steps=2))
+    before = load_file(tmp_path / "vae.safetensors")
+    monkeypatch.setattr(train_vae, "vae_loss", None)
+    train(settings(photos, tmp_path, steps=2, threads=2, save_every=1))
+    assert all(torch.equal(t, before[name]) for name, t in load_file(tmp_path / "vae.safetensors").items())
+
+
+def test_diverged_gradient_ends_the_run_and_keeps_the_last_state(photos, small_crops, tmp_path, monkeypatch):
+    factors, loss = iter([1, 1, 1, 1, float("nan")]), train_vae.vae_loss
+    monkeypatch.setattr(train_vae, "vae_loss", lambda *arguments: loss(*arguments) * next(factors))
+    with pytest.raises(SystemExit, match="step 4: gradient is nan, .*state.safetensors holds the last good state"):
+        train(settings(photos, tmp_path))
+    state = load_file(tmp_path / "state.safetensors")
+    assert metadata_of(tmp_path / "state.safetensors")["step"] == "3" and all(t.isfinite().all() for t in state.values())
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("change, named", [({"lr": 1e-3}, "lr 0.002 -> 0.001"), ({"seed": 1}, "seed 0 -> 1"),
+                                           ({"steps": 9}, "steps 2 -> 9"), ({"widths": "8,8,16,32"}, "widths 8,8,16,16 -> 8,8,16,32")])
+def test_other_settings_are_refused_on_resume(photos, small_crops, tmp_path, monkeypatch, change, named):
+    train(settings(photos, tmp_path, steps=2))
+    before = (tmp_path / "state.safetensors").read_bytes()
+    message = refusal_of(monkeypatch, photos, tmp_path, **{"steps": 2} | change)
+    assert f"other settings ({named})" in message and "--out" in message
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_damaged_picture_is_named(photos, small_crops, tmp_path, monkeypatch):
+    (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "half a picture"}))
+    assert "0.png: not a whole picture" in refusal_of(monkeypatch, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"norm_groups": 3}, {"widths": "8,8,8,8"}, {"widths": "8,8,16"}, {"widths": "wide"}, {"holdout": 1}])
+def test_settings_that_cannot_work_are_refused(photos, small_crops, tmp_path, monkeypatch, change):
+    if "holdout" in change:  # nothing would be left to train on
+        (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes())
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "the only picture"}))
+        photos = tmp_path
+    refusal_of(monkeypatch, photos, tmp_path / "out", **change)
+
+
+# ---- the script
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "train_vae.py"), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_script_trains_and_writes(photos, tmp_path):
+    done = run_script("--data", str(photos), "--out", str(tmp_path), "--widths", "8,8,16,16", "--norm-groups", "2", "--steps", "1",
+                      "--pixels", "4096", "--holdout", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "2 pictures, held out: 0.png; step 0 of 1" in done.stdout and f"wrote {tmp_path}/vae.safetensors" in done.stdout
+    (row,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert row["step"] == 1 and row["loss"] > 0 and row.keys() >= {"lr", "s_per_step", "psnr_f8_db", "psnr_f16_db"}
+    assert VAE.load(tmp_path / "vae.safetensors").encoder.norm_out.num_groups == 2
+
+
+def test_script_ends_with_one_line_where_there_are_no_pictures(tmp_path):
+    done = run_script("--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--threads", "1")
+    assert done.returncode != 0 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere/metadata.jsonl: not found" in line
+    assert not (tmp_path / "out").exists()

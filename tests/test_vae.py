@@ -1,0 +1,417 @@
+"""The autoencoder: official numbers at both factors, the partition trick and its slow twin, names, constants, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+import vae as vae_file
+from checkpoint import LazyTensor, Weights, _official_names, fill
+from vae import FLUX_SCALE, FLUX_SHIFT, SD3_SCALE, SD3_SHIFT, VAE, VAEConfig, enlarged_conv, partitioned_conv
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared"
+PARITY = 1e-5  # fp32, independent implementations agree to 5e-6; a group norm with eps 1e-5 would be 2.6e-5 away
+needs_manifests = pytest.mark.skipif(not SHARED.is_dir(), reason="the manifests lie beside the repository, not in it")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
+
+
+def golden(name: str) -> dict:
+    for file in (DATA / f"{name}.safetensors", SHARED / "goldens" / f"{name}.safetensors"):
+        if file.is_file():
+            return load_file(file)
+    pytest.skip(f"{name}.safetensors lies beside the repository, not in it; vae_f16 has the same shapes")
+
+
+def weights_of(tensors: dict) -> dict:
+    return {name: t for name, t in tensors.items() if not name.startswith(("in/", "out/"))}
+
+
+def lazy(shapes: dict) -> Weights:
+    """Weights that cost no memory: every tensor is one expanded zero."""
+    return Weights({name: LazyTensor(tuple(shape), lambda shape=shape: torch.zeros(()).expand(shape)) for name, shape in shapes.items()},
+                   {}, "a file")
+
+
+@pytest.fixture(scope="module")
+def f16():
+    return golden("vae_f16")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Name of a golden -> a file that holds its weights alone, and its inputs and outputs."""
+    def file_of(name: str) -> tuple[Path, dict]:
+        tensors, path = golden(name), tmp_path_factory.mktemp(name) / "weights.safetensors"
+        save_file(weights_of(tensors), path)
+        return path, tensors
+    return file_of
+
+
+@pytest.fixture(scope="module")
+def raw_vae(files):
+    """The golden's autoencoder with two levels, so factor 8 is 2 and factor 16 is 4; latents raw."""
+    return VAE.load(files("vae_f16")[0], scale_factor=1.0, shift_factor=0.0).requires_grad_(False)
+
+
+def random_diffusers(norm_groups: int, scaling_factor: float = 1.5305, shift_factor: float | None = 0.0609, **more) -> AutoencoderKL:
+    torch.manual_seed(norm_groups)
+    widths = (norm_groups, norm_groups, 2 * norm_groups, 2 * norm_groups)
+    theirs = AutoencoderKL(block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
+                           up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=norm_groups,
+                           scaling_factor=scaling_factor, shift_factor=shift_factor,
+                           **dict(use_quant_conv=False, use_post_quant_conv=False) | more)
+    for parameter in theirs.parameters():  # gains and biases other than 1 and 0
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return theirs.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def four_levels(tmp_path_factory):
+    """A folder of a narrow autoencoder with the official four levels, and its model."""
+    folder, theirs = tmp_path_factory.mktemp("four_levels"), random_diffusers(8)
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+# ---- official numbers
+
+def test_sd3_moments_latents_samples_and_pictures(files, monkeypatch):
+    path, case = files("vae_sd3")
+    vae = VAE.load(path, scale_factor=SD3_SCALE, shift_factor=SD3_SHIFT)
+    with torch.no_grad():
+        mean, logvar = vae.moments(case["in/image"], factor=8)
+        assert apart(torch.cat((mean, logvar), dim=1), case["out/moments"]) < PARITY
+        assert apart(vae.encode(case["in/image"], factor=8), case["out/scaled_mean"]) < PARITY
+        assert apart(vae.decode(case["in/latent"], factor=8), case["out/decoded_from_model_space"]) < PARITY
+        assert apart(vae.decode((case["in/latent"] - SD3_SHIFT) * SD3_SCALE, factor=8), case["out/decoded"]) < PARITY
+        monkeypatch.setattr(vae_file.torch, "randn", lambda *shape, **more: case["in/eps"])
+        sample = vae.encode(case["in/image"], factor=8, generator=torch.Generator())
+    assert apart(sample / SD3_SCALE + SD3_SHIFT, case["out/sample_with_eps"]) < PARITY
+
+
+def test_flux_moments_latents_and_pictures(files):
+    path, case = files("vae_flux")
+    vae = VAE.load(path)
+    with torch.no_grad():
+        assert apart(torch.cat(vae.moments(case["in/image"], factor=8), dim=1), case["out/moments"]) < PARITY
+        assert apart(vae.encode(case["in/image"], factor=8), case["out/encoded_scaled_mean"]) < PARITY
+        assert apart(vae.decode(case["in/latent"], factor=8), case["out/decoded"]) < PARITY
+        assert apart(vae.decoder(case["in/latent"], 8, 2), case["out/decoder_raw"]) < PARITY
+
+
+@pytest.mark.parametrize("dilation, name", [(1, "moments"), (2, "moments_dilation2")])
+def test_factor_16_moments_of_the_release_and_of_the_paper(f16, raw_vae, dilation, name):
+    assert apart(torch.cat(raw_vae.moments(f16["in/image"], 16, dilation), dim=1), f16[f"out/{name}"]) < PARITY
+
+
+@pytest.mark.parametrize("factor, offset, name", [(16, 1, "decoded_partitioned"), (16, 2, "decoded_unpartitioned"), (8, 2, "f8_decoded")])
+def test_factor_16_pictures_of_the_release_and_exact_ones(f16, raw_vae, factor, offset, name):
+    assert apart(raw_vae.decode(f16["in/latent"], factor, offset), f16[f"out/{name}"]) < PARITY
+
+
+def test_paper_and_exact_decode_are_the_defaults(f16, raw_vae):
+    assert apart(raw_vae.encode(f16["in/image"]), f16["out/moments_dilation2"][:, :4]) < PARITY
+    assert apart(raw_vae.decode(f16["in/latent"]), f16["out/decoded_unpartitioned"]) < PARITY
+
+
+def test_bfloat16_is_near_float32(files, f16, raw_vae):
+    half = VAE.load(files("vae_f16")[0], dtype=torch.bfloat16, scale_factor=1.0, shift_factor=0.0).requires_grad_(False)
+    latent, image = half.encode(f16["in/image"].bfloat16()), half.decode(f16["in/latent"].bfloat16())
+    assert latent.dtype == image.dtype == torch.bfloat16
+    # 8 bits of mantissa over some twenty layers: 1 % of values around 1 on average, as diffusers has it too
+    assert (latent - f16["out/moments_dilation2"][:, :4]).abs().mean() < 0.02
+    assert (image - f16["out/decoded_unpartitioned"]).abs().mean() < 0.02
+    draw = half.encode(f16["in/image"].bfloat16(), generator=torch.Generator().manual_seed(0))
+    exact = raw_vae.encode(f16["in/image"], generator=torch.Generator().manual_seed(0))
+    assert draw.dtype == torch.bfloat16 and (draw - exact).abs().mean() < 0.03
+
+
+# ---- the partition trick
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_dilation_2_is_factor_8_on_every_second_pixel(files, f16, dtype, tolerance):
+    vae = VAE.load(files("vae_f16")[0], dtype=dtype).requires_grad_(False)
+    for image in (f16["in/image"].to(dtype), normal(2, 3, 8, 20).to(dtype)):
+        large, small = vae.moments(image, 16, dilation=2), vae.moments(image[:, :, ::2, ::2], 8)
+        assert all(apart(a, b) < tolerance for a, b in zip(large, small, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8, 8), (2, 3, 12, 4)])
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_enlarged_partitioned_and_plain_convolutions_agree(shape, tiles):
+    x, weight, bias = normal(*shape), normal(7, shape[1], 3, 3, seed=1), normal(7, seed=2)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    assert apart(enlarged_conv(x, weight, bias), plain) < PARITY
+    assert apart(partitioned_conv(x, weight, bias, tiles=tiles), plain) < PARITY
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8, 8), (2, 3, 12, 4)])
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_released_shift_is_one_pixel_and_the_same_for_any_number_of_tiles(shape, tiles):
+    x, weight, bias = normal(*shape), normal(7, shape[1], 3, 3, seed=1), normal(7, seed=2)
+    released, exact = partitioned_conv(x, weight, bias, offset=1, tiles=tiles), enlarged_conv(x, weight, bias, offset=2)
+    assert apart(enlarged_conv(x, weight, bias, offset=1), released) < PARITY
+    assert apart(released[:, :, 1:, 1:], exact[:, :, :-1, :-1]) < PARITY
+    assert apart(released[:, :, 0], exact[:, :, 0]) > 0.1
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_slow_twin_gives_the_released_and_the_exact_picture(f16, raw_vae, offset, monkeypatch):
+    plain, twin = vae_file.enlarged_conv, partitioned_conv
+    monkeypatch.setattr(vae_file, "enlarged_conv", lambda x, w, b, o=2: (twin if len(w) == 3 else plain)(x, w, b, o))
+    name = "decoded_partitioned" if offset == 1 else "decoded_unpartitioned"
+    assert apart(raw_vae.decode(f16["in/latent"], 16, offset), f16[f"out/{name}"]) < PARITY
+
+
+def test_released_picture_is_the_exact_one_a_pixel_down_and_right(f16, raw_vae):
+    released, exact = raw_vae.decode(f16["in/latent"], offset=1), raw_vae.decode(f16["in/latent"], offset=2)
+    assert apart(released[:, :, 1:, 1:], exact[:, :, :-1, :-1]) < PARITY
+    assert apart(released, exact) > 1
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_gradients_equal_those_of_the_slow_twin(offset):
+    shapes, found = ((2, 3, 6, 4), (5, 3, 3, 3), (5,)), []
+    target = normal(2, 5, 12, 8, seed=9).double()
+    for conv in (enlarged_conv, partitioned_conv):
+        leaves = [normal(*shape, seed=k).double().requires_grad_() for k, shape in enumerate(shapes)]
+        (conv(*leaves, offset) - target).square().mean().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for fast, slow in zip(*found, strict=True):
+        assert fast.abs().max() > 1e-3 and apart(fast, slow) < 1e-12
+
+
+def test_gradient_reaches_latent_and_image(files, f16):
+    vae = VAE.load(files("vae_f16")[0], scale_factor=1.0, shift_factor=0.0)
+    image, latent = f16["in/image"].clone().requires_grad_(), f16["in/latent"].clone().requires_grad_()
+    vae.decode(latent).square().mean().backward()
+    torch.cat(vae.moments(image), dim=1).square().mean().backward()
+    assert all(t.grad.isfinite().all() and t.grad.abs().max() > 0 for t in (image, latent, *vae.parameters()))
+    assert image.grad[:, :, 1::2].abs().max() == 0  # factor 16 never looks at the other pixels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_convolutions_keep_the_dtype(dtype):
+    x, weight, bias = (normal(*shape).to(dtype) for shape in ((1, 3, 4, 6), (2, 3, 3, 3), (2,)))
+    fast, slow = enlarged_conv(x, weight, bias), partitioned_conv(x, weight, bias)
+    assert fast.dtype == slow.dtype == dtype and fast.shape == (1, 2, 8, 12)
+    assert apart(fast.float(), slow.float()) < {torch.float32: PARITY, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]  # values up to 10
+
+
+# ---- samples, batches, sizes
+
+def test_sample_is_a_function_of_the_generator(f16, raw_vae):
+    first, again, other = (raw_vae.encode(f16["in/image"], generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    mean, logvar = raw_vae.moments(f16["in/image"])
+    assert apart(first, mean + torch.exp(0.5 * logvar) * normal(*mean.shape, seed=3)) < 1e-6
+    assert torch.equal(raw_vae.encode(f16["in/image"]), mean)
+
+
+@pytest.mark.parametrize("logvar, kept", [(1000.0, 20.0), (-1000.0, -30.0)])
+def test_log_variance_is_clamped_in_the_sample(files, f16, logvar, kept):
+    vae = VAE.load(files("vae_f16")[0], scale_factor=1.0, shift_factor=0.0).requires_grad_(False)
+    vae.encoder.conv_out.weight[4:], vae.encoder.conv_out.bias[4:] = 0, logvar
+    sample, mean = vae.encode(f16["in/image"], generator=torch.Generator().manual_seed(0)), vae.moments(f16["in/image"])[0]
+    expected = mean + torch.exp(torch.tensor(0.5 * kept)) * normal(*mean.shape)
+    assert torch.allclose(sample, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_image_is_independent_of_its_batch(raw_vae):
+    images, latents = normal(3, 3, 16, 8), normal(3, 4, 4, 6, seed=1)
+    assert apart(raw_vae.encode(images)[1:2], raw_vae.encode(images[1:2])) < 1e-5
+    assert apart(raw_vae.decode(latents)[1:2], raw_vae.decode(latents[1:2])) < 1e-5
+
+
+def test_latent_sides_are_image_sides_over_the_factor(four_levels):
+    vae = VAE.load(four_levels[0]).requires_grad_(False)
+    image = normal(1, 3, 32, 48)
+    for factor, shape in ((8, (1, 16, 4, 6)), (16, (1, 16, 2, 3))):
+        latent = vae.encode(image, factor)
+        assert latent.shape == shape and vae.decode(latent, factor).shape == image.shape
+        assert [m.shape for m in vae.moments(image, factor)] == [shape, shape]
+
+
+# ---- diffusers
+
+@pytest.mark.parametrize("norm_groups", [8, 32])
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_random_autoencoder_of_diffusers_gives_the_same_numbers(norm_groups, shard_size, tmp_path):
+    theirs = random_diffusers(norm_groups)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "100KB")
+    vae, image, latent = VAE.load(tmp_path).requires_grad_(False), normal(2, 3, 32, 16), normal(2, 16, 3, 2, seed=1)
+    assert (vae.scale_factor, vae.shift_factor, vae.encoder.norm_out.num_groups) == (1.5305, 0.0609, norm_groups)
+    moments = theirs.encode(image).latent_dist.parameters
+    assert apart(torch.cat(vae.moments(image, 8), dim=1), moments) < PARITY
+    assert apart(vae.encode(image, 8), (moments[:, :16] - 0.0609) * 1.5305) < PARITY
+    assert apart(vae.decode(latent, 8), theirs.decode(latent / 1.5305 + 0.0609).sample) < PARITY
+
+
+def test_config_without_a_shift_means_no_shift(tmp_path):
+    random_diffusers(8, scaling_factor=0.18215, shift_factor=None).save_pretrained(tmp_path)
+    vae = VAE.load(tmp_path)
+    assert (vae.scale_factor, vae.shift_factor) == (0.18215, 0.0)
+
+
+def test_autoencoder_with_quant_convolutions_is_refused_by_name(tmp_path):
+    random_diffusers(8, use_quant_conv=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2 unknown: quant_conv.bias, quant_conv.weight") as refusal:
+        VAE.load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+# ---- names and shapes
+
+def manifest(name: str) -> dict:
+    tensors = json.loads((SHARED / "manifests" / f"{name}.json").read_text())["tensors"]
+    vae = {key: shape for key, shape in tensors.items() if key.startswith("first_stage_model.")}
+    return {key: tuple(shape) for key, shape in (vae or tensors).items()}
+
+
+@needs_manifests
+@pytest.mark.parametrize("name", ["ae", "sd3_medium", "vae_flux.diffusers", "vae_sd3.diffusers"])
+def test_published_names_and_shapes_are_exactly_accepted(name):
+    shapes = manifest(name)
+    weights = Weights(_official_names(lazy(shapes), "a file"), {}, "a file").part("first_stage_model.")
+    config = VAEConfig.of(weights, 32)
+    assert config == VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16, 32)
+    with torch.device("meta"):
+        vae = VAE(config)
+    assert {key: tuple(t.shape) for key, t in vae.state_dict().items()} == {key: t.shape for key, t in weights.items()}
+    assert len(shapes) == len(vae.state_dict()) == 244
+    if name == "ae":
+        fill(vae, weights)
+
+
+def load_shapes(shapes: dict, monkeypatch) -> VAE:
+    monkeypatch.setattr(vae_file, "open_weights", lambda path: lazy(shapes))
+    return VAE.load("a file")
+
+
+def test_each_missing_tensor_is_named(f16, monkeypatch):
+    shapes = {name: tuple(t.shape) for name, t in weights_of(f16).items()}
+    load_shapes(shapes, monkeypatch)
+    for name in shapes:
+        with pytest.raises(ValueError, match=name.replace(".", "[.]")) as refusal:
+            load_shapes({other: shape for other, shape in shapes.items() if other != name}, monkeypatch)
+        assert "\n" not in str(refusal.value), name
+
+
+def test_each_misshapen_tensor_is_refused(f16, monkeypatch):
+    shapes = {name: tuple(t.shape) for name, t in weights_of(f16).items()}
+    configuring = {name for name in shapes if name.endswith("block.0.conv1.weight") and ".mid." not in name} | {"encoder.conv_out.weight"}
+    for name, shape in shapes.items():
+        wrong = (shape[0] * 2, *shape[1:])
+        # the configuration is read from these: then it is their neighbours that do not fit
+        named = "differ" if name in configuring else name.replace(".", "[.]")
+        with pytest.raises(ValueError, match=named) as refusal:
+            load_shapes(shapes | {name: wrong}, monkeypatch)
+        assert "\n" not in str(refusal.value), name
+
+
+@pytest.mark.parametrize("extra", ["encoder.conv_in.lora", "loss.logvar", "quant_conv.weight", "encoder.down.1.downsample.conv.weight",
+                                   "decoder.up.0.attn.0.q.weight", "encoder.mid.block_3.conv1.bias"])
+def test_unknown_tensor_is_named(f16, extra, monkeypatch):
+    shapes = {name: tuple(t.shape) for name, t in weights_of(f16).items()}
+    with pytest.raises(ValueError, match=f"1 unknown: {extra}"):
+        load_shapes(shapes | {extra: (32,)}, monkeypatch)
+
+
+@pytest.mark.parametrize("extra, named", [("encoder.down.2.block.0.norm1.weight", "encoder.down.2.block.0.conv1.weight"),
+                                          ("decoder.up.3.upsample.conv.bias", "decoder.up.2.block.0.conv1.weight"),
+                                          ("encoder.down.0.block.3.conv1.bias", "encoder.down.0.block.1")])
+def test_tensor_of_an_incomplete_level_or_resnet_names_what_it_lacks(f16, extra, named, monkeypatch):
+    shapes = {name: tuple(t.shape) for name, t in weights_of(f16).items()}
+    with pytest.raises(ValueError, match=f"missing: .*{named}") as refusal:
+        load_shapes(shapes | {extra: (32,)}, monkeypatch)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_without_an_autoencoder_are_refused(tmp_path):
+    save_file({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}, tmp_path / "sd3.safetensors")
+    with pytest.raises(ValueError, match="sd3.safetensors: no autoencoder in it"):
+        VAE.load(tmp_path / "sd3.safetensors")
+    ends = {f"{part}.conv_out.weight": torch.zeros(32, 32, 3, 3) for part in ("encoder", "decoder")}
+    save_file(ends, tmp_path / "ends.safetensors")
+    with pytest.raises(ValueError, match="ends.safetensors: .*missing"):
+        VAE.load(tmp_path / "ends.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VAE.load(tmp_path / "nowhere")
+
+
+def test_norm_groups_that_do_not_divide_are_refused(files):
+    with pytest.raises(ValueError, match=r"\(32, 64\) do not divide into 24 norm groups; .*give norm_groups=") as refusal:
+        VAE.load(files("vae_f16")[0], norm_groups=24)
+    assert "\n" not in str(refusal.value)
+
+
+# ---- arguments
+
+def test_image_sides_must_be_multiples(four_levels):
+    vae = VAE.load(four_levels[0]).requires_grad_(False)
+    vae.encode(torch.zeros(1, 3, 16, 24), factor=8)
+    for shape, factor, message in (((1, 3, 16, 24), 16, "24x16 pixels: both sides must be multiples of 16"),
+                                   ((1, 3, 24, 16), 16, "16x24 pixels: both sides must be multiples of 16"),
+                                   ((1, 3, 16, 20), 8, "20x16 pixels: both sides must be multiples of 8")):
+        with pytest.raises(ValueError, match=message):
+            vae.encode(torch.zeros(shape), factor)
+
+
+def test_other_factors_dilations_and_offsets_are_refused(raw_vae):
+    image, latent = torch.zeros(1, 3, 24, 24), torch.zeros(1, 4, 2, 2)
+    for factor in (12, 0, 32):
+        with pytest.raises(ValueError, match=f"factor {factor} .*8 or 16"):
+            raw_vae.encode(image, factor)
+        with pytest.raises(ValueError, match=f"factor {factor} .*8 or 16"):
+            raw_vae.decode(latent, factor)
+    with pytest.raises(ValueError, match="dilation 3.*1 or 2"):
+        raw_vae.moments(image, 16, dilation=3)
+    with pytest.raises(ValueError, match="offset 0.*1 or 2"):
+        raw_vae.decode(latent, 16, offset=0)
+
+
+# ---- constants
+
+@pytest.mark.parametrize("prefix, expected", [("", (FLUX_SCALE, FLUX_SHIFT)), ("first_stage_model.", (SD3_SCALE, SD3_SHIFT))])
+def test_constants_come_from_the_family_then_the_metadata_then_the_keyword(f16, prefix, expected, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    tensors = {prefix + name: t for name, t in weights_of(f16).items()}
+    if prefix:
+        tensors["model.diffusion_model.pos_embed"] = torch.zeros(1)
+
+    def constants(**keywords) -> tuple[float, float, int]:
+        vae = VAE.load(file, **keywords)
+        return vae.scale_factor, vae.shift_factor, vae.decoder.norm_out.num_groups
+
+    save_file(tensors, file)
+    assert constants() == (*expected, 32)
+    save_file(tensors, file, {"scale_factor": "0.5", "shift_factor": "-0.25", "norm_groups": "16"})
+    assert constants() == (0.5, -0.25, 16)
+    assert constants(scale_factor=2.0, shift_factor=0.0, norm_groups=8) == (2.0, 0.0, 8)
+
+
+def test_encode_and_decode_apply_the_constants(files, f16, raw_vae):
+    vae = VAE.load(files("vae_f16")[0], scale_factor=2.0, shift_factor=0.5).requires_grad_(False)
+    assert apart(vae.encode(f16["in/image"]), (raw_vae.encode(f16["in/image"]) - 0.5) * 2) < 1e-6
+    assert apart(vae.decode((f16["in/latent"] - 0.5) * 2), raw_vae.decode(f16["in/latent"])) < 1e-5
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16, torch.bfloat16])
+def test_compute_dtype_is_float32_unless_asked(f16, storage, tmp_path):
+    save_file({name: t.to(storage) for name, t in weights_of(f16).items()}, tmp_path / "weights.safetensors")
+    assert {p.dtype for p in VAE.load(tmp_path / "weights.safetensors").parameters()} == {torch.float32}
+    assert {p.dtype for p in VAE.load(tmp_path / "weights.safetensors", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}

@@ -1,0 +1,231 @@
+"""Fine-tune the transformer of a model folder on a folder of captioned pictures.
+
+Paper      Diffusion-4K section 3.2 and 9: AdamW, constant lr 1e-6, weight decay 1e-4; VAE and text encoders stay frozen
+Objective  z = (1 - sigma) * latent + sigma * noise;  v = noise - latent;  haar() gives the bands LL, LH, HL, HH
+             --objective paper     w(sigma) * |haar(v_hat) - haar(v)|^2                             equation 4
+             --objective release   w(sigma) * |haar(z - sigma * v_hat) - haar(latent)|^2            the released trainer
+           With --bands 1,1,1,1 the first is exactly the plain velocity loss and the second sigma^2 times it
+           (tests/test_wavelet.py): the wavelet changes the gradient only with other band weights, or with --huber.
+Run        python train.py --model tiny-sd3 --data photos --res 256 --steps 20 --batch 8 --lr 3e-4   CPU, half a minute
+           python train.py --weights sd3 --data aesthetic-4k --res 4096                              one 80 GB GPU
+Restart    the same command: a run continues from OUT/state.safetensors, bit for bit on CPU
+Writes     OUT/sd3.safetensors   official names, transformer and VAE in one file: sample.py --transformer OUT/sd3.safetensors
+           OUT/state.safetensors, OUT/log.jsonl, OUT/settings.json
+Units      lr per step; loss and bands are mean squares of latents; images/s; peak memory in GiB
+Check      python -m pytest tests/test_train.py
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import locate, model_folder, open_weights, resume_run, save, save_run
+from data import Embeddings, Pictures, picture_size, read_folder, vary_caption
+from flow import DENSITIES, SCHEMES, denoised, interpolate, loss_weight, sample_sigma
+from mmdit import MMDiT
+from vae import VAE
+from wavelet import band_losses, wlf_loss
+
+MODEL_FILE = "sd3.safetensors"
+NOT_SETTINGS = ("data", "out", "device", "threads", "save_every", "dry_run", "steps")  # may differ when a run is resumed
+
+
+def latents_of(chosen: list[int], args: argparse.Namespace, pictures: Pictures, vae: VAE, known: dict[int, tuple[Tensor, Tensor]],
+               generator: torch.Generator) -> Tensor:
+    """Latents of the chosen pictures, drawn from their posteriors.
+
+    known    moments of central squares, which never change: filled here, empty with random squares
+    returns  (B, 16, h, w)
+    """
+    device = next(vae.parameters()).device
+    moments = []
+    for i in chosen:
+        if i not in known:
+            square = pictures.central_square(i, args.res) if args.center_crop else pictures.square(i, args.res, args.res, generator)
+            found = vae.moments(square[None].to(device), args.factor)
+            if args.center_crop:
+                known[i] = found
+        moments.append(known[i] if args.center_crop else found)
+    mean, logvar = (torch.cat(part) for part in zip(*moments, strict=True))
+    return vae.draw(mean, logvar, generator)
+
+
+def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor,
+              bands: tuple[float, ...], huber: float) -> Tensor:
+    """Equation 4 of the paper, or what the released trainer computes in its place.
+
+    name      "paper" or "release"
+    velocity  the network's, (B, 16, h, w), as are latent and noise
+    sigma     (B,), as is weight
+    returns   scalar
+    """
+    if name == "paper":
+        return wlf_loss(velocity, noise - latent, weight, bands, huber)
+    return wlf_loss(denoised(interpolate(latent, noise, sigma), velocity, sigma), latent, weight, bands, huber)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_model(path: Path, model: MMDiT, vae: VAE, started: dict[str, str], args: argparse.Namespace) -> None:
+    """One official file: the transformer, and the VAE its latents came from, with what sample.py wants to know."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.save_dtype]
+    tensors = {f"model.diffusion_model.{name}": t.to(dtype) for name, t in model.state_dict().items()}
+    tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
+    save(path, tensors, started | {
+        "res": args.res, "factor": args.factor, "norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
+        "shift_factor": vae.shift_factor, "training": json.dumps(vars(args))})
+
+
+def train(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    folder, out = model_folder(args.model, args.weights), Path(args.out)
+    transformer_path, vae_path = locate(folder)
+    transformer_path = Path(args.transformer or transformer_path)
+    items = read_folder(args.data)
+    for item in items:
+        if (short := min(picture_size(item.path))) < args.res:
+            raise ValueError(f"{item.path}: its short side is {short} px, below --res {args.res}: enlarging adds no detail; leave it out")
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    print(json.dumps(vars(args), indent=1))
+    if args.dry_run:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").write_text(json.dumps(vars(args), indent=1))
+
+    model, vae = MMDiT.load(transformer_path, device), VAE.load(vae_path, device).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    started = {k: v for k, v in open_weights(transformer_path).metadata.items() if k in ("steps", "cfg", "time_shift")}
+    embeddings = Embeddings(Path(args.data) / ".embeddings", folder, device)
+    captions, pictures = [item.captions for item in items], Pictures([item.path for item in items])
+    if not args.drop_words:
+        embeddings.fill(["", *(caption for several in captions for caption in several)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    kept = {"model": model} | ({"ema": ema} if ema else {})
+    start = resume_run(out / "state.safetensors", kept, optimizer, settings)
+
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    began, since = time.time(), start
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr)
+    for step in bar:
+        # data
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # every draw is a function of (seed, step)
+        chosen = torch.randint(len(items), (args.batch,), generator=generator).tolist()
+        texts = [vary_caption(captions[i], generator, args.drop_words, args.drop_caption) for i in chosen]
+        with torch.no_grad():
+            latent = latents_of(chosen, args, pictures, vae, known, generator)
+            context, pooled = (embeddings.encode if args.drop_words else embeddings.read)(texts)
+        # noise
+        noise = torch.randn(latent.shape, generator=generator).to(device)
+        sigma = sample_sigma(args.batch, args.density, args.time_shift, generator=generator).to(device)
+        weight = loss_weight(sigma, args.weighting)
+        z = interpolate(latent, noise, sigma)
+        # predict, loss, backward
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+            velocity = model(z, sigma, context, pooled)
+        loss = objective(args.objective, velocity, latent, noise, sigma, weight, args.bands, args.huber)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        # step
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {step}: gradient norm {norm.item()}, loss {loss.item()}, "
+                             f"sigma {[round(s, 3) for s in sigma.tolist()]}; the last good state is in {out}; try a smaller --lr")
+        optimizer.step()
+        if ema:
+            rate = min(args.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        # log, save
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            bands = band_losses(velocity.detach().float(), noise - latent).tolist()
+            row = {"step": step + 1, "loss": loss.item(),
+                   **{f"v_{name}": round(band, 5) for name, band in zip(("ll", "lh", "hl", "hh"), bands, strict=True)},
+                   "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                   "peak_gib": round(peak_memory_gib(device), 2),
+                   "images_per_s": round((step + 1 - since) * args.batch / (time.time() - began), 3)}
+            began, since = time.time(), step + 1
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_run(out / "state.safetensors", kept, optimizer, step + 1, settings)
+            write_model(out / MODEL_FILE, ema or model, vae, started, args)
+    print(f"wrote {out / MODEL_FILE}")
+
+
+def four_numbers(text: str) -> tuple[float, ...]:
+    values = tuple(float(v) for v in text.split(","))
+    if len(values) != 4 or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: four numbers >= 0 for LL,LH,HL,HH")
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default="tiny-sd3", help="name of a folder in models/")
+    add("--weights", metavar="DIR", help="another model folder, as downloaded")
+    add("--transformer", metavar="FILE", help="begin with this transformer instead of the folder's")
+    add("--data", metavar="DIR", required=True, help="pictures and metadata.jsonl")
+    add("--out", metavar="DIR", default="runs/train", help="folder of the run; an unfinished run there goes on")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--res", type=int, default=1024, help="side of the training squares, pixels")
+    add("--factor", type=int, default=16, choices=(8, 16), help="down-sampling of the VAE")
+    add("--center-crop", action="store_true", help="central squares, not mirrored: to learn a few pictures by heart")
+    add("--drop-words", type=float, default=0.0,
+        help="probability of each word, in every second caption; those are encoded as they come")
+    add("--drop-caption", type=float, default=0.1, help="probability of the empty caption, for classifier-free guidance")
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", default="paper", choices=("paper", "release"), help="bands of the velocity, or of the denoised latent")
+    add("--bands", type=four_numbers, default=(1.0, 1.0, 1.0, 1.0), help="weights of LL,LH,HL,HH")
+    add("--huber", type=float, default=0.0, help="0: squared; above: width of the pseudo-Huber penalty, in units of the latent")
+    add("--density", default="logit_normal", choices=DENSITIES, help="how sigma is drawn")
+    add("--time-shift", type=float, default=3.0, help="of the drawn sigma; above 1 is noisier")
+    add("--weighting", default="none", choices=SCHEMES, help="w(sigma)")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--steps", type=int, default=20_000, help="of the whole run")
+    add("--batch", type=int, default=32, help="pictures a step")
+    add("--lr", type=float, default=1e-6, help="constant after the warm-up")
+    add("--warmup", type=int, default=0, help="steps")
+    add("--weight-decay", type=float, default=1e-4, help="of AdamW")
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--ema", type=float, default=0.0, help="0: none; else decay a step of the averaged weights, which are then the ones written")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    add("--dtype", default="bf16" if cuda else "fp32", choices=("fp32", "bf16"), help="of the arithmetic; weights and moments are fp32")
+    add("--save-dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of the written model")
+    add("--save-every", type=int, default=500, help="steps between states")
+    add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--seed", type=int, default=0, help="of every draw")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    add("--dry-run", action="store_true", help="check everything, print the settings, stop")
+    args = parser.parse_args()
+    if args.res < 1 or args.res % (2 * args.factor):
+        parser.error(f"--res {args.res}: a multiple of {2 * args.factor} at --factor {args.factor}")
+    if min(args.steps, args.batch) < 1:
+        parser.error("--steps and --batch are at least 1")
+    torch.set_num_threads(args.threads)
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
