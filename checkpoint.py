@@ -90,7 +90,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
 def _files_of_folder(folder: Path) -> list[Path]:
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda f: len(f.name))
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}")
@@ -110,7 +110,18 @@ def _config_of_folder(folder: Path) -> dict[str, str]:
     config = folder / "config.json"
     if not config.is_file():
         return {}
-    return {k: str(v) for k, v in json.loads(config.read_text()).items() if v is not None}
+    return {k: str(v) for k, v in read_json(config).items() if v is not None}
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; ValueError that names the file if it is none."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error}): download it again") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: holds a {type(said).__name__}, not an object: download it again")
+    return said
 
 
 def _open_file(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -189,8 +200,10 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()  # with the permissions of an ordinary new file; an unwritable folder fails here
+        temporary.touch()  # an unwritable folder fails here
+        mode = temporary.stat().st_mode
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
+        os.chmod(temporary, mode)  # save_file makes files that only their owner reads
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

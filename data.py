@@ -18,7 +18,8 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from text import SD3Text
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
 CACHE_BYTES = 1 << 30            # resized pictures kept in memory
-Image.MAX_IMAGE_PIXELS = None    # replaced by the check against MOST_PIXELS, which names the file
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)  # what Pillow's formats raise on broken files
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,63 @@ def read_folder(folder: str | os.PathLike) -> list[Item]:
     folder   see Layout above
     returns  one Item a line, in the file's order
     raises   FileNotFoundError without metadata.jsonl; ValueError that names the line: broken JSON, no file_name, no text,
-             an empty caption, a path out of the folder, a picture that is not there or comes twice
+             an empty caption, "alt" that is no list, a path out of the folder, a picture that is not there or comes twice
     """
     folder = Path(folder)
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise FileNotFoundError(f"{listing}: not found; a data folder holds pictures and a metadata.jsonl with file_name and text")
-    items: dict[str, Item] = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut captions at U+2028 and the like
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listing}: not UTF-8 ({error})") from None
+    items: dict[Path, Item] = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{listing}:{number}"
         try:
             row = json.loads(line)
-            name, captions = row["file_name"], (row["text"], *row.get("alt", ()))
+            name, text, alt = row["file_name"], row["text"], row.get("alt", [])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{where}: each line is a JSON object with "file_name" and "text" ({type(error).__name__}: {error})') from None
-        if not isinstance(name, str) or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise ValueError(f"{where}: file_name and captions must be text that is not empty")
+        if not isinstance(alt, list) or not all(isinstance(s, str) and s.strip() for s in (name, text, *alt)):
+            raise ValueError(f'{where}: file_name, text and every entry of the list "alt" must be text that is not empty')
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{where}: {name!r} leads out of the folder")
-        if name in items:
+        if folder / name in items:
             raise ValueError(f"{where}: {name!r} stands twice")
         if not (folder / name).is_file():
             raise ValueError(f"{where}: no picture {name!r} in {folder}")
-        items[name] = Item(folder / name, captions)
+        items[folder / name] = Item(folder / name, (text, *alt))
     if not items:
         raise ValueError(f"{listing}: empty")
     return list(items.values())
+
+
+@contextmanager
+def _errors_name(path: str | os.PathLike) -> Iterator[None]:
+    """Pillow's errors become one ValueError with the file's name; its own size limit, a global, is off meanwhile."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    except UNREADABLE as error:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise ValueError(f"{path}: not a whole picture ({size} bytes; {error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def picture_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) in pixels, before any turning, from the header alone.
+
+    raises   ValueError that names the file if it is no picture, or over MOST_PIXELS
+    """
+    with _errors_name(path), Image.open(path) as picture:
+        width, height = picture.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{path}: {width}x{height} pixels; at most {MOST_PIXELS:,} are read, scale it down first")
+    return width, height
 
 
 def read_picture(path: str | os.PathLike) -> Image.Image:
@@ -85,32 +115,20 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 
     path     any format Pillow reads; gray, palette, CMYK and 16-bit are converted, transparency is laid over white
     returns  PIL image, mode RGB
-    raises   ValueError that names the file if it is no picture, truncated, or over MOST_PIXELS
+    raises   ValueError that names the file if it is no picture, truncated, over MOST_PIXELS, or gray in floating point
     """
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; at most {MOST_PIXELS:,} are read, scale it down first")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I") or picture.mode == "F":
-                levels = np.asarray(picture, dtype=np.float64)
-                return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        raise ValueError(f"{path}: not a whole picture ({size} bytes; {error})") from None
-
-
-def picture_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) in pixels, before any turning, from the header alone; raises ValueError as read_picture does."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a picture ({os.path.getsize(path)} bytes; {error})") from None
+    picture_size(path)
+    with _errors_name(path), Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F":
+            raise ValueError("floating-point gray has no agreed white; save it as 8 or 16 bit")
+        if picture.mode.startswith("I"):
+            levels = np.asarray(picture, dtype=np.float64)
+            return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return picture.convert("RGB")
 
 
 def resize_short_side(picture: Image.Image, res: int) -> Image.Image:
@@ -223,11 +241,12 @@ class Embeddings:
 
         returns  how many were encoded
         """
-        self.cache.mkdir(parents=True, exist_ok=True)
         lacking = [caption for caption in dict.fromkeys(captions) if not self._file(caption).is_file()]
         for start in tqdm(range(0, len(lacking), batch), desc="text embeddings", file=sys.stderr, disable=not lacking):
             chunk = lacking[start : start + batch]
-            for caption, context, pooled in zip(chunk, *self.encode(chunk), strict=True):
+            encoded = self.encode(chunk)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            for caption, context, pooled in zip(chunk, *encoded, strict=True):
                 save(self._file(caption), {"context": context, "pooled": pooled}, {"caption": caption})
         self._encoders = None
         return len(lacking)
@@ -244,7 +263,7 @@ class Embeddings:
 
 def _fingerprint(model: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(f for f in model.glob("t*/*") if f.is_file()):  # text_encoder*/, text_encoders/, tokenizer*/
+    for file in sorted(f for f in model.glob("t[eo]*/*") if f.is_file()):  # text_encoder*/, text_encoders/, tokenizer*/
         digest.update(f"{file.relative_to(model)} {file.stat().st_size}".encode())
         with open(file, "rb") as f:
             digest.update(f.read(1 << 16))

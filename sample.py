@@ -15,6 +15,7 @@ Picture k of a prompt has the seed SEED + k and noise of its own, drawn on the C
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -64,22 +65,39 @@ def velocity_with_cfg(model: MMDiT, context: Tensor, pooled: Tensor, cfg: float)
 
 
 @torch.inference_mode()
-def draw(pictures: list[Picture], args: argparse.Namespace, text: SD3Text, model: MMDiT,
+def draw(pictures: list[Picture], args: argparse.Namespace, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT,
          vae: VAE) -> Iterator[tuple[Picture, Tensor, float]]:
-    """Yield each picture with its image (3, H, W) in [-1, 1] and the seconds that one step took."""
+    """Yield each picture with its image (3, H, W) in [-1, 1] and the seconds that one step took.
+
+    encoded   prompt -> context (1, L, W), pooled (1, P); the negative prompt is among them
+    """
     width, height = args.res
-    context, pooled = text.encode([*dict.fromkeys(p.prompt for p in pictures), args.negative])
-    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(p.prompt for p in pictures))}
+    check_set(*encoded[args.negative], model, vae)
     weight = model.x_embedder.proj.weight
     sigmas = sd3_sigmas(args.steps, args.time_shift)
     for picture in pictures:
-        pair = [row[picture.prompt], len(row)]
-        velocity = velocity_with_cfg(model, context[pair].to(weight), pooled[pair].to(weight), args.cfg)
+        context, pooled = (torch.cat(pair).to(weight) for pair in zip(encoded[picture.prompt], encoded[args.negative], strict=True))
+        velocity = velocity_with_cfg(model, context, pooled, args.cfg)
         noise = draw_noise([picture.seed], (model.config.in_channels, height // args.factor, width // args.factor)).to(weight.device)
         began = time.time()
         latent = euler(velocity, noise, sigmas, progress=True)
+        finite = bool(latent.isfinite().all())  # waits for the device, so that the clock counts its work
         s_per_step = (time.time() - began) / args.steps
-        yield picture, vae.decode(latent.to(weight.dtype), args.factor)[0].float().cpu(), s_per_step
+        image = vae.decode(latent.to(weight.dtype), args.factor)[0].float().cpu()
+        if not (finite and image.isfinite().all()):
+            raise ValueError(f"seed {picture.seed} of {picture.prompt!r} became NaN or Inf: --dtype {args.dtype} overflowed or --cfg "
+                             f"{args.cfg} is too large; give --dtype bf16 or fp32, or a smaller --cfg")
+        yield picture, image, s_per_step
+
+
+def check_set(context: Tensor, pooled: Tensor, model: MMDiT, vae: VAE) -> None:
+    """Refuse a transformer that was trained with other text encoders or another VAE."""
+    for what, here, wanted in (("text encoders give a context", context.shape[-1], model.config.context_dim),
+                               ("text encoders give a pooled vector", pooled.shape[-1], model.config.pooled_dim),
+                               ("VAE has latents", vae.config.latent_channels, model.config.in_channels)):
+        if here != wanted:
+            raise ValueError(f"the folder's {what} {here} wide, and the transformer wants {wanted}: they do not belong together; "
+                             "give --weights the folder that the transformer was trained from")
 
 
 def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
@@ -87,11 +105,11 @@ def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
 
     image   (3, H, W) in [-1, 1]
     about   a PNG keeps each entry as text, JPEG and WebP keep all as JSON in the EXIF image description
-    raises  OSError if the disk is full or the folder not writable; nothing is left behind
+    raises  OSError that names the picture if the disk is full or the folder not writable; nothing is left behind
     """
     picture, temporary = Image.fromarray(to_pixels(image)), path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             entries = PngImagePlugin.PngInfo()
             for key, value in about.items():
                 entries.add_itxt(key, str(value))
@@ -101,6 +119,8 @@ def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
             exif[0x010E] = json.dumps(about)
             picture.save(temporary, quality=95, exif=exif)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,26 +128,35 @@ def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
 def resolution(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
     if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: pixels, as 1024 or, width x height, 3072x4096")
+        raise ValueError(f"--res {text!r}: give pixels, as 1024 or, width x height, 3072x4096")
     return int(match[1]), int(match[2] or match[1])
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts:
-        lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except OSError as error:
+            raise OSError(f"--prompts {args.prompts}: {error.strerror}; give a text file with one prompt a line") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {args.prompts}: not UTF-8 text; give a text file with one prompt a line") from None
         if not lines:
-            raise ValueError(f"{args.prompts}: no prompt in it; one a line is read")
+            raise ValueError(f"--prompts {args.prompts}: no prompt in it; give a text file with one prompt a line")
         prompts += lines
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "TEXT" or --prompts FILE')
+    if any(re.search("[\ud800-\udfff]", prompt) for prompt in (*prompts, args.negative)):  # how Python passes on bytes of another encoding
+        raise ValueError("a prompt is not UTF-8 text; set the terminal to UTF-8, or give --prompts FILE")
     return prompts
 
 
 def name_pictures(prompts: list[str], args: argparse.Namespace) -> list[Picture]:
     """One Picture for every prompt and seed; the place they go to is made and tried here, before any long work."""
     out = Path(args.out)
-    if out.suffix.lower() in SUFFIXES:
+    if out.suffix.lower() in Image.registered_extensions().keys() - SUFFIXES and not out.is_dir():
+        raise ValueError(f"--out {out}: written are {', '.join(SUFFIXES)}; name one of these, or a folder")
+    if out.suffix.lower() in SUFFIXES and not out.is_dir():
         if len(prompts) * args.count > 1:
             raise ValueError(f"--out {out} names one file, and {len(prompts) * args.count} pictures are asked for: name a folder")
         pictures, folder = [Picture(prompts[0], args.seed, out)], out.parent
@@ -138,17 +167,26 @@ def name_pictures(prompts: list[str], args: argparse.Namespace) -> list[Picture]
         folder = out
         pictures = [Picture(prompt, args.seed + k, out / f"{i:03d}-{slug(prompt)}-{args.seed + k}.png")
                     for i, prompt in enumerate(prompts) for k in range(args.count)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return pictures
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return pictures
+    except OSError as error:
+        raise OSError(f"--out {out}: {folder} is no folder that can be written ({error.strerror}); name another") from None
 
 
 def settle(args: argparse.Namespace, transformer: Weights) -> None:
-    """Fill in what the command line left open, from the file's metadata or the family; refuse what the model cannot draw."""
+    """Fill in what the command line left open, from the file's metadata or the family; refuse what cannot be drawn."""
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     for name, default in SD3_DEFAULTS.items():
         if getattr(args, name) is None:
-            said = type(default)(float(transformer.metadata.get(name, default)))
-            setattr(args, name, (said, said) if name == "res" else said)
+            said = transformer.metadata.get(name, default)
+            try:
+                setattr(args, name, str(said) if name == "res" else type(default)(float(said)))
+            except (ValueError, OverflowError):
+                raise ValueError(f"{transformer.source}: its metadata says {name} {said!r}; give --{name.replace('_', '-')}") from None
+    args.res = resolution(args.res)
+    check_settings(args)
     step = 2 * args.factor
     if any(side % step for side in args.res):
         raise ValueError(f"--res {args.res[0]}x{args.res[1]}: both sides must be multiples of {step} at --factor {args.factor}")
@@ -156,6 +194,18 @@ def settle(args: argparse.Namespace, transformer: Weights) -> None:
     if max(args.res) > most:
         raise ValueError(f"--res {args.res[0]}x{args.res[1]}: this model's position table ends at {most} px a side "
                          f"at --factor {args.factor}" + ("; --factor 16 reaches twice as far" if args.factor == 8 else ""))
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device not in here:
+        raise ValueError(f"--device {args.device}: this machine has {', '.join(here)}; cuda needs an NVIDIA GPU and a torch built for it")
+    for name, fits, accepted in (("steps", args.steps >= 1, "1 or more"), ("count", args.count >= 1, "1 or more"),
+                                 ("seed", 0 <= args.seed <= 2**63 - args.count, "0 to 2^63 - count"),
+                                 ("cfg", math.isfinite(args.cfg), "a finite number"),
+                                 ("time-shift", 0 < args.time_shift < math.inf, "a number above 0")):
+        if not fits:
+            raise ValueError(f"--{name} {getattr(args, name.replace('-', '_'))}: give {accepted}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -167,25 +217,27 @@ def run(args: argparse.Namespace) -> None:
 
     dtype = DTYPES[args.dtype]
     text = SD3Text.load(folder, args.device, None if dtype == torch.float16 else dtype)  # T5 overflows in fp16
+    # one at a time: rounding differs with the batch, and a picture must not
+    encoded = {prompt: text.encode([prompt]) for prompt in dict.fromkeys([args.negative, *(p.prompt for p in pictures)])}
+    del text  # T5-XXL is larger than what comes
     model, vae = MMDiT.load(transformer_path, args.device, dtype), VAE.load(vae_path, args.device, dtype)
-    for picture, image, s_per_step in draw(pictures, args, text, model, vae):
+    for picture, image, s_per_step in draw(pictures, args, encoded, model, vae):
         write_picture(picture.path, image, {
             "prompt": picture.prompt, "negative": args.negative, "seed": picture.seed, "model": str(transformer_path),
             "res": f"{args.res[0]}x{args.res[1]}", "factor": args.factor, "steps": args.steps, "cfg": args.cfg,
             "time_shift": args.time_shift, "dtype": args.dtype, "software": "diffusion-4k"})
-        cuda = args.device.startswith("cuda")
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        cpu = args.device == "cpu"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if cpu else torch.cuda.max_memory_allocated(args.device) / 2**30
         print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak:.1f} GiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompts", metavar="FILE", help="one prompt a line")
     add("--negative", default="", metavar="TEXT", help="what cfg leads away from (default: the empty prompt)")
-    add("--res", type=resolution, metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (SD3: 1024)")
+    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (SD3: 1024)")
     add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures a prompt, with seeds SEED, SEED+1 ... (default: 1)")
     add("--out", default="out", metavar="DIR", help="folder, or the name of one .png, .jpg or .webp (default: out)")
@@ -199,15 +251,15 @@ def main() -> None:
     add("--time-shift", type=float, help="of the schedule; above 1 spends more steps on noise (SD3: 3.0)")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the VAE: 8 as published, 16 partitioned (default: 16)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", default="bf16" if cuda else "fp32", choices=tuple(DTYPES), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    add("--dtype", choices=tuple(DTYPES), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
     args = parser.parse_args()
     try:
-        if args.count < 1 or (args.steps is not None and args.steps < 1):
-            raise ValueError(f"--count {args.count} --steps {args.steps}: at least 1")
         run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: the GPU's memory is too small for this; give a smaller --res, --dtype bf16, or --device cpu") from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Check     python -m pytest tests/test_text.py
 | pooled    | one vector a prompt, taken at the first end token  | y, pooled_projections  |
 """
 
-import json
 import math
 import os
 import re
@@ -38,7 +37,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
-from checkpoint import Weights, fill, open_weights
+from checkpoint import SD3_DOWNLOAD, Weights, fill, open_weights, read_json
 
 EOS = 49407                     # the last id of CLIP's vocabulary
 LEGACY_EOS = 2                  # what old config.json files of CLIP say, wrongly
@@ -47,7 +46,6 @@ CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L
 CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")   # in re-exports: 0, 1, 2, … and a training temperature
 T5_MAX_DISTANCE = 128           # relative positions beyond it share the last bucket
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")       # preferred to fp8, which has lost digits
-SD3_DOWNLOAD = "stabilityai/stable-diffusion-3-medium"
 
 
 # CLIP
@@ -281,6 +279,7 @@ class CLIPTokenizer:
 
     def __init__(self, backend: Tokenizer, bos: int, eos: int, pad: int):
         self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
+        self.size = backend.get_vocab_size()
 
     @staticmethod
     def load(folder: str | os.PathLike, pad: int | None = None) -> "CLIPTokenizer":
@@ -294,14 +293,15 @@ class CLIPTokenizer:
         prompt becomes the padding id 0. sd3-ref gives it its own id there.
         """
         folder = Path(folder)
-        said = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _clip_backend(folder)
-        else:
+        said = _said(folder / "special_tokens_map.json") | _said(folder / "tokenizer_config.json")
+        whole = (folder / "tokenizer.json").is_file()
+        if not whole and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
             raise FileNotFoundError(f"{folder}: no CLIP tokenizer: needs tokenizer.json, or vocab.json with merges.txt, as in tokenizer/ "
                                     f"and tokenizer_2/ of {SD3_DOWNLOAD}-diffusers")
+        try:
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json")) if whole else _clip_backend(folder)
+        except Exception as error:  # the library has no narrower class
+            raise ValueError(f"{folder}: its vocabulary cannot be read ({error}): download it again") from None
         named = [said[role] for role in ("bos_token", "eos_token", "unk_token", "pad_token") if said.get(role)]
         added = [*map(_added_token, said.get("added_tokens_decoder", {}).values()), *backend.get_added_tokens_decoder().values(),
                  *map(_added_token, (*named, CLIP_START, CLIP_END))]
@@ -353,6 +353,7 @@ class T5Tokenizer:
         self.special = {pieces.id_to_piece(i): i for i in (self.pad, self.eos, pieces.unk_id())}
         # <extra_id_0> is the last id; SentencePiece does not know these
         self.special |= {f"<extra_id_{i}>": pieces.vocab_size() + extra_ids - 1 - i for i in range(extra_ids)}
+        self.size = pieces.vocab_size() + extra_ids
         self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
 
     @staticmethod
@@ -366,10 +367,13 @@ class T5Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"{folder}: no T5 tokenizer: needs spiece.model (tokenizer.json is not read), as in tokenizer_3/ of "
                                     f"{SD3_DOWNLOAD}-diffusers")
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}): download it again") from None
         if min(pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) < 0:
             raise ValueError(f"{file}: has no padding, end or unknown token: not a T5 vocabulary")
-        return T5Tokenizer(pieces, _read_json(file.with_name("tokenizer_config.json")).get("extra_ids", 100))
+        return T5Tokenizer(pieces, _said(file.with_name("tokenizer_config.json")).get("extra_ids", 100))
 
     def __call__(self, prompts: Iterable[str], length: int) -> Tensor:
         """Prompts -> ids (B, length): text, end, padding. A prompt that is too long loses its tail, with a warning."""
@@ -402,8 +406,8 @@ def _warn_cut(tail: str, tokens: int, room: int) -> None:
     warnings.warn(f"a prompt of {tokens} tokens was cut to the limit of {room}; lost: {tail!r}", stacklevel=3)
 
 
-def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _said(file: Path) -> dict:
+    return read_json(file) if file.is_file() else {}
 
 
 # SD3
@@ -448,6 +452,11 @@ class SD3Text:
         clip_l = CLIPText.load(path_l, eos=pair[0].eos, device=device, dtype=dtype)
         clip_g = CLIPText.load(path_g, eos=pair[1].eos, device=device, dtype=dtype)
         t5 = T5Encoder.load(path_t5, device, dtype)
+        for name, words, rows in (("tokenizer", pair[0].size, clip_l.text_model.embeddings.token_embedding.num_embeddings),
+                                  ("tokenizer_2", pair[1].size, clip_g.text_model.embeddings.token_embedding.num_embeddings),
+                                  ("tokenizer_3", t5_tokenizer.size, t5.encoder.embed_tokens.num_embeddings)):
+            if words > rows:
+                raise ValueError(f"{folder / name}: {words} words, and its encoder knows {rows}: they do not belong together")
         return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from vae import VAE
 from wavelet import band_losses, wlf_loss
 
 MODEL_FILE = "sd3.safetensors"
-NOT_SETTINGS = ("data", "out", "device", "threads", "save_every", "dry_run", "steps")  # may differ when a run is resumed
+NOT_SETTINGS = ("data", "out", "device", "threads", "save_every", "dry_run", "steps")
 
 
 def latents_of(chosen: list[int], args: argparse.Namespace, pictures: Pictures, vae: VAE, known: dict[int, tuple[Tensor, Tensor]],
@@ -73,20 +73,27 @@ def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma:
     return wlf_loss(denoised(interpolate(latent, noise, sigma), velocity, sigma), latent, weight, bands, huber)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """What decides the numbers of a run; the rest may differ when it is resumed."""
+    return {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+
+
 def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def write_model(path: Path, model: MMDiT, vae: VAE, started: dict[str, str], args: argparse.Namespace) -> None:
+def write_model(path: Path, model: MMDiT, vae: VAE, sampling: dict[str, str], args: argparse.Namespace) -> None:
     """One official file: the transformer, and the VAE its latents came from, with what sample.py wants to know."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.save_dtype]
     tensors = {f"model.diffusion_model.{name}": t.to(dtype) for name, t in model.state_dict().items()}
     tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
-    save(path, tensors, started | {
+    if bad := next((name for name, t in tensors.items() if not torch.isfinite(torch.stack(t.aminmax())).all()), ""):
+        raise ValueError(f"{bad} holds NaN or Inf in {args.save_dtype}: {path} is not written; try a smaller --lr, or a wider --save-dtype")
+    save(path, tensors, sampling | {
         "res": args.res, "factor": args.factor, "norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
-        "shift_factor": vae.shift_factor, "training": json.dumps(vars(args))})
+        "shift_factor": vae.shift_factor, "training": json.dumps({"steps": args.steps} | settings_of(args))})
 
 
 def train(args: argparse.Namespace) -> None:
@@ -98,26 +105,25 @@ def train(args: argparse.Namespace) -> None:
     for item in items:
         if (short := min(picture_size(item.path))) < args.res:
             raise ValueError(f"{item.path}: its short side is {short} px, below --res {args.res}: enlarging adds no detail; leave it out")
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    sampling = {k: v for k, v in open_weights(transformer_path).metadata.items() if k in ("steps", "cfg", "time_shift")}
+    settings = settings_of(args)
     print(json.dumps(vars(args), indent=1))
     if args.dry_run:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(vars(args), indent=1))
 
     model, vae = MMDiT.load(transformer_path, device), VAE.load(vae_path, device).requires_grad_(False)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    started = {k: v for k, v in open_weights(transformer_path).metadata.items() if k in ("steps", "cfg", "time_shift")}
     embeddings = Embeddings(Path(args.data) / ".embeddings", folder, device)
     captions, pictures = [item.captions for item in items], Pictures([item.path for item in items])
-    if not args.drop_words:
-        embeddings.fill(["", *(caption for several in captions for caption in several)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     kept = {"model": model} | ({"ema": ema} if ema else {})
     start = resume_run(out / "state.safetensors", kept, optimizer, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").write_text(json.dumps(vars(args), indent=1))
+    if not args.drop_words:
+        embeddings.fill(["", *(caption for several in captions for caption in several)])
 
     known: dict[int, tuple[Tensor, Tensor]] = {}
-
     began, since = time.time(), start
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr)
     for step in bar:
@@ -149,7 +155,8 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         if ema:
             rate = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+            with torch.no_grad():  # else the average drags the graph of all its steps along
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
         # log, save
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             bands = band_losses(velocity.detach().float(), noise - latent).tolist()
@@ -163,8 +170,10 @@ def train(args: argparse.Namespace) -> None:
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            write_model(out / MODEL_FILE, ema or model, vae, sampling, args)  # first: it refuses weights that are no numbers
             save_run(out / "state.safetensors", kept, optimizer, step + 1, settings)
-            write_model(out / MODEL_FILE, ema or model, vae, started, args)
+    if start >= args.steps:  # nothing was left to do but to write
+        write_model(out / MODEL_FILE, ema or model, vae, sampling, args)
     print(f"wrote {out / MODEL_FILE}")
 
 
@@ -218,8 +227,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.res < 1 or args.res % (2 * args.factor):
         parser.error(f"--res {args.res}: a multiple of {2 * args.factor} at --factor {args.factor}")
-    if min(args.steps, args.batch) < 1:
-        parser.error("--steps and --batch are at least 1")
+    if min(args.steps, args.batch, args.save_every, args.log_every) < 1:
+        parser.error("--steps, --batch, --save-every and --log-every are at least 1")
     torch.set_num_threads(args.threads)
     try:
         train(args)

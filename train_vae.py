@@ -47,7 +47,7 @@ def new_vae(config: VAEConfig, seed: int) -> VAE:
     Copies   the first channels are copied (downsampling averages them), the others are small random filters.
     Branches residual branches and attention begin at zero.
 
-    config   shapes; even widths, one norm group, or groups that divide the halves
+    config   shapes, all widths even; with more than one norm group the halves are normed apart and the start is not linear
     seed     of the weights
     returns  VAE with scale_factor 1 and shift_factor 0, until latent_statistics says better
     """
@@ -151,6 +151,8 @@ def train(args: argparse.Namespace) -> None:
     widths = tuple(int(w) for w in args.widths.split(","))
     if len(widths) != 4 or any(width % 2 for width in widths) or widths[-1] < 2 * LATENT_CHANNELS + 2:
         raise ValueError(f"--widths {args.widths}: four even numbers, the last at least {2 * LATENT_CHANNELS + 2}")
+    if args.save_every < 1:
+        raise ValueError(f"--save-every {args.save_every}: at least 1")
     if not len(pictures):
         raise ValueError(f"{args.data}: --holdout {args.holdout} leaves no picture to train on")
     config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, LATENT_CHANNELS, args.norm_groups)
@@ -169,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
         image = batch_of(pictures, args.pixels, args.seed, step)
         draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8,
                            generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
-        lr = args.lr * min((step + 1) / args.warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        lr = args.lr * min((step + 1) / max(1, args.warmup), 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = vae_loss(vae, image, draw)

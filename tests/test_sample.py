@@ -1,0 +1,522 @@
+"""Drawing: a picture is its prompt, seed and settings and nothing else; defaults; metadata; every refusal is one line, before the work."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, load_file
+from torch import nn
+
+import sample
+from checkpoint import diffusers_names, open_weights, save
+from mmdit import MMDiT, MMDiTConfig, new_mmdit
+from models.make_tiny import seeded, write_clip_vocabulary, write_t5_vocabulary
+from text import CLIP_END, CLIPText, T5Encoder
+from train_vae import new_vae
+from vae import VAEConfig
+
+ROOT = Path(__file__).parents[1]
+CLIP_WIDTH, T5_WIDTH, HEADS, GROUPS = 16, 32, 2, 4
+TABLE_SIDE = 32  # 1024 px at factor 16
+TRANSFORMER = MMDiTConfig(hidden_size=64, depth=1, context_dim=T5_WIDTH, pooled_dim=2 * CLIP_WIDTH, table_side=TABLE_SIDE, mlp_hidden=64)
+AUTOENCODER = VAEConfig((8, 8, 16, 16), (8, 8, 16, 16), 1, 2, 16, GROUPS)
+SAID = {"steps": 2, "cfg": 3.0, "time_shift": 2.0, "res": 64}
+CAPTIONS = ["a red panda on a branch", "a blue bay seen from a hill", "snow on a small house", "a dandelion at sunset"] * 4
+
+
+def transformer_tensors(config: MMDiTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A transformer in which every input matters: a fresh one begins as the identity and predicts 0."""
+    generator = torch.Generator().manual_seed(seed)
+    model = new_mmdit(config, generator)
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer"):
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+        elif name.startswith(("t_embedder", "y_embedder")):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model folder as the official download, a few hundred KiB."""
+    folder, generator = tmp_path_factory.mktemp("model"), torch.Generator().manual_seed(0)
+    vocabulary = [write_clip_vocabulary(folder / name, CAPTIONS, pad) for name, pad in (("tokenizer", CLIP_END), ("tokenizer_2", "!"))][0]
+    pieces = write_t5_vocabulary(folder / "tokenizer_3", CAPTIONS)
+    (folder / "text_encoders").mkdir()
+    for name, projection in (("clip_l", None), ("clip_g", CLIP_WIDTH)):
+        clip = CLIPText(vocabulary, 77, CLIP_WIDTH, CLIP_WIDTH, 2, HEADS, "gelu", vocabulary - 1, projection)
+        save(folder / "text_encoders" / f"{name}.safetensors", seeded(clip, generator),
+             {"num_attention_heads": HEADS, "hidden_act": "gelu"})
+    t5 = T5Encoder(pieces, T5_WIDTH, T5_WIDTH, T5_WIDTH, 1, (32, HEADS))
+    save(folder / "text_encoders" / "t5xxl_fp16.safetensors", seeded(t5, generator), {})
+    tensors = {f"model.diffusion_model.{name}": t for name, t in transformer_tensors(TRANSFORMER).items()}
+    tensors |= {f"first_stage_model.{name}": t for name, t in new_vae(AUTOENCODER, seed=0).state_dict().items()}
+    tensors["first_stage_model.decoder.conv_out.weight"] *= 0.3  # an untrained decoder saturates
+    save(folder / "sd3.safetensors", tensors, SAID | {"norm_groups": GROUPS})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(folder, tmp_path_factory) -> Path:
+    """The same weights in the layout of diffusers."""
+    other, whole = tmp_path_factory.mktemp("diffusers"), open_weights(folder / "sd3.safetensors")
+    for part, prefix, config in (
+            ("transformer", "model.diffusion_model.", {"_class_name": "SD3Transformer2DModel", "sample_size": 128}),
+            ("vae", "first_stage_model.", {"norm_num_groups": GROUPS, "scaling_factor": 1.5305, "shift_factor": 0.0609})):
+        (other / part).mkdir()
+        (other / part / "config.json").write_text(json.dumps(config))
+        tensors = diffusers_names({name: t.read() for name, t in whole.part(prefix).items()})
+        save(other / part / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    config = {"num_attention_heads": HEADS, "hidden_act": "gelu", "eos_token_id": 2}
+    for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl_fp16")):
+        (other / part).mkdir()
+        (other / part / "config.json").write_text(json.dumps(config))
+        save(other / part / "model.safetensors", load_file(folder / "text_encoders" / f"{name}.safetensors"), {"format": "pt"})
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(folder / name, other / name)
+    return other
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """A copy of the model folder, to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def draw(folder, tmp_path, monkeypatch):
+    """Call sample.py's main; the pictures in --out, by name."""
+    def draw(*arguments, out="out", weights=None) -> list[Path]:
+        told = ["--weights", weights or folder, "--device", "cpu", "--out", tmp_path / out]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, (*told, *arguments))])
+        sample.main()
+        return [tmp_path / out] if (tmp_path / out).is_file() else sorted((tmp_path / out).iterdir())
+
+    return draw
+
+
+@pytest.fixture
+def refusal(draw, tmp_path):
+    """The one line that sample.py ends with; it has written nothing."""
+    def refusal(*arguments, out="out", weights=None) -> str:
+        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit) as end:
+            draw(*arguments, out=out, weights=weights)
+        message = end.value.code
+        assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message and len(message) < 500
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+        return message
+
+    return refusal
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Fails where weights would be loaded."""
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    for module in (sample.SD3Text, sample.MMDiT, sample.VAE):
+        monkeypatch.setattr(module, "load", loaded)
+
+
+@pytest.fixture
+def settled(draw, monkeypatch):
+    """The settings that a command line comes to, without drawing."""
+    def settled(*arguments, weights=None) -> dict:
+        kept = {}
+        monkeypatch.setattr(sample, "draw", lambda pictures, args, *_: kept.update(vars(args)) or iter(()))
+        draw("--prompt", "a hill", *arguments, weights=weights)
+        return kept
+
+    return settled
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
+# ---- a picture is its prompt, seed and settings
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_another_picture(draw):
+    [first], [again], [other] = (draw("--prompt", "a hill", "--seed", seed, out=out) for seed, out in ((5, "a"), (5, "b"), (6, "c")))
+    assert first.name == "000-a-hill-5.png" and other.name == "000-a-hill-6.png"
+    assert first.read_bytes() == again.read_bytes()
+    assert pixels(first) != pixels(other)
+
+
+def test_picture_k_of_count_equals_the_picture_of_its_seed(draw):
+    together = draw("--prompt", "a hill", "--seed", 3, "--count", 3, out="together")
+    assert len({pixels(path) for path in together}) == 3
+    for k, path in enumerate(together):
+        assert draw("--prompt", "a hill", "--seed", 3 + k, out=f"alone{k}")[0].read_bytes() == path.read_bytes()
+
+
+def test_each_of_several_prompts_draws_its_solo_picture(draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeff a red panda on a branch, seen from far below\n\n  snow \n", encoding="utf-8")
+    prompts = ["a hill", "a red panda on a branch, seen from far below", "snow"]
+    together = draw("--prompt", "a hill", "--prompts", tmp_path / "prompts.txt", "--count", 2, out="together")
+    assert [path.name for path in together] == [
+        "000-a-hill-0.png", "000-a-hill-1.png", "001-a-red-panda-on-a-branch-seen-from-far-below-0.png",
+        "001-a-red-panda-on-a-branch-seen-from-far-below-1.png", "002-snow-0.png", "002-snow-1.png"]
+    assert len({pixels(path) for path in together}) == 6
+    for i, prompt in enumerate(prompts):
+        assert draw("--prompt", prompt, out=f"alone{i}")[0].read_bytes() == together[2 * i].read_bytes()
+
+
+def test_a_prompt_is_encoded_bit_for_bit_as_alone(folder):
+    text, prompts, alone = sample.SD3Text.load(folder), [], []
+    encode, text.encode = text.encode, lambda given: prompts.append(given) or encode(given)
+    args = Namespace(res=(32, 32), negative="", steps=1, time_shift=3.0, cfg=2.0, factor=16, dtype="fp32")
+    pictures = [sample.Picture(prompt, 0, Path()) for prompt in ("a hill", "snow", "a hill")]
+    model, vae = MMDiT.load(folder / "sd3.safetensors"), sample.VAE.load(folder / "sd3.safetensors")
+    for picture in pictures:
+        alone += [image for _, image, _ in sample.draw([picture], args, text, model, vae)]
+    prompts.clear()
+    together = [image for _, image, _ in sample.draw(pictures, args, text, model, vae)]
+    assert all(map(torch.equal, together, alone))
+    assert sorted(prompts) == [[""], ["a hill"], ["snow"]]  # once each, never in a batch, whose rounding would differ
+
+
+def test_both_layouts_of_the_same_weights_draw_the_same_picture(draw, diffusers_folder):
+    settings = ("--prompt", "a hill", "--res", 64, "--steps", 2, "--cfg", 3, "--time-shift", 2)
+    [official], [diffusers] = draw(*settings, out="a"), draw(*settings, out="b", weights=diffusers_folder)
+    assert pixels(official) == pixels(diffusers)
+
+
+@pytest.mark.parametrize("changed", [("--prompt", "snow"), ("--cfg", 1), ("--cfg", 5), ("--negative", "snow"), ("--steps", 3),
+                                     ("--time-shift", 6), ("--factor", 8)])
+def test_every_setting_matters(draw, changed):
+    usual = {"--prompt": "a hill", "--cfg": 3}
+    [one], [other] = (draw(*(word for pair in settings.items() for word in pair), out=out)
+                      for settings, out in ((usual, "a"), (usual | dict([changed]), "b")))
+    assert pixels(one) != pixels(other)
+    assert Image.open(other).size == (64, 64)
+
+
+def test_cfg_is_away_plus_cfg_times_the_difference_and_1_is_one_pass_of_the_prompt(folder, monkeypatch):
+    model, generator = MMDiT.load(folder / "sd3.safetensors"), torch.Generator().manual_seed(0)
+    z, context, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 4, 6), (2, 9, T5_WIDTH), (2, 2 * CLIP_WIDTH)))
+    sigma = torch.tensor([0.7])
+    with torch.no_grad():
+        towards, away = (model(z, sigma, context[i:i + 1], pooled[i:i + 1]) for i in (0, 1))
+        guided = sample.velocity_with_cfg(model, context, pooled, 3.0)(z, sigma)
+        assert (guided - (away + 3 * (towards - away))).abs().max() < 1e-5 * guided.abs().max()  # fp32, another batch size
+        assert (towards - away).abs().max() > 1e-3 * towards.abs().max()
+        passes = []
+        forward = MMDiT.forward
+        monkeypatch.setattr(MMDiT, "forward", lambda self, latent, *rest: passes.append(len(latent)) or forward(self, latent, *rest))
+        assert torch.equal(sample.velocity_with_cfg(model, context, pooled, 1.0)(z, sigma), towards)
+    assert passes == [1]
+
+
+def test_without_guidance_the_negative_prompt_has_no_say(draw):
+    [one], [other] = (draw("--prompt", "a hill", "--cfg", 1, "--negative", negative, out=f"out{negative}") for negative in ("", "snow"))
+    assert pixels(one) == pixels(other)
+
+
+def test_res_is_width_times_height(draw):
+    [path] = draw("--prompt", "a hill", "--res", "96x64")
+    assert Image.open(path).size == (96, 64)
+    assert Image.open(path).text["res"] == "96x64"
+    [path] = draw("--prompt", "a hill", "--res", "48X32", "--factor", 8, out="eight")
+    assert Image.open(path).size == (48, 32)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bit_arithmetic_draws_nearly_the_same_picture(draw, dtype):
+    [full], [half] = draw("--prompt", "a hill", out="a"), draw("--prompt", "a hill", "--dtype", dtype, out="b")
+    full, half = (torch.frombuffer(bytearray(pixels(path)), dtype=torch.uint8).float() for path in (full, half))
+    assert (full - half).abs().mean() < 2  # of 255; bf16 keeps 8 bits
+    assert full.std() > 20
+
+
+# ---- what it says and writes
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.jpeg", "picture.webp", "PICTURE.PNG"])
+def test_metadata_says_prompt_seed_settings_and_model(draw, folder, tmp_path, name):
+    prompt = 'Blüten "im Schnee", 雪'
+    [path] = draw("--prompt", prompt, "--negative", "blur", "--seed", 4, "--cfg", 2.5, "--time-shift", 1.5, out=f"new/{name}")
+    with Image.open(path) as picture:
+        said = picture.text if name.lower().endswith("png") else json.loads(picture.getexif()[0x010E])
+        assert picture.format == {"g": "PNG", "G": "PNG", "p": "WEBP"}.get(name[-1] if "jp" not in name else "", "JPEG")
+    assert {key: str(value) for key, value in said.items()} == {
+        "prompt": prompt, "negative": "blur", "seed": "4", "model": str(folder / "sd3.safetensors"), "res": "64x64", "factor": "16",
+        "steps": "2", "cfg": "2.5", "time_shift": "1.5", "dtype": "fp32", "software": "diffusion-4k"}
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_one_line_a_picture_with_path_time_and_memory(draw, capsys):
+    paths = draw("--prompt", "a hill", "--count", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for path, line in zip(paths, lines, strict=True):
+        assert re.fullmatch(re.escape(str(path)) + r"  \d+\.\d\d s/step  peak \d+\.\d GiB", line)
+
+
+def test_a_folder_may_be_called_like_a_picture(draw, tmp_path):
+    (tmp_path / "all.png").mkdir()
+    assert [path.name for path in draw("--prompt", "a hill", "--prompt", "", out="all.png")] == ["000-a-hill-0.png", "001-empty-0.png"]
+
+
+@pytest.mark.parametrize("name", ["out", "picture.png", "picture.jpg"])
+def test_a_full_disk_leaves_nothing_half_written(refusal, monkeypatch, name):
+    def full(self, path, **_):
+        Path(path).write_bytes(b"the first half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    message = refusal("--prompt", "a hill", out=name)
+    assert "No space left" in message and ("picture" in message or "000-a-hill-0.png" in message)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
+    [path] = draw("--prompt", "a hill")
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("encoder error")))
+    with pytest.raises(SystemExit, match="a-hill-0.png: could not be written .encoder error"):
+        draw("--prompt", "a hill")
+    assert [entry.read_bytes() for entry in (tmp_path / "out").iterdir()] == [before]
+
+
+# ---- defaults
+
+def test_defaults_come_from_the_metadata_of_the_file(settled):
+    args = settled()
+    assert {name: args[name] for name in SAID} == SAID | {"res": (64, 64)}
+    assert isinstance(args["steps"], int) and args["factor"] == 16 and args["dtype"] == "fp32" and args["count"] == 1
+
+
+def test_defaults_are_those_of_sd3_where_the_file_says_nothing(settled, diffusers_folder):
+    args = settled(weights=diffusers_folder)
+    assert {name: args[name] for name in SAID} == {"steps": 28, "cfg": 7.0, "time_shift": 3.0, "res": (1024, 1024)}
+
+
+def test_the_command_line_wins_over_the_metadata(settled):
+    args = settled("--steps", 5, "--cfg", 1, "--time-shift", 4, "--res", "64x96")
+    assert {name: args[name] for name in SAID} == {"steps": 5, "cfg": 1.0, "time_shift": 4.0, "res": (64, 96)}
+
+
+def test_another_transformer_brings_its_own_defaults_and_shape(settled, draw, tmp_path):
+    config = MMDiTConfig(**vars(TRANSFORMER) | {"hidden_size": 128, "depth": 2, "table_side": 4, "qk_norm": True})
+    save(tmp_path / "larger.safetensors", transformer_tensors(config), {"steps": 1, "res": 96})
+    [path] = draw("--prompt", "a hill", "--transformer", tmp_path / "larger.safetensors")
+    said = Image.open(path).text
+    assert (said["steps"], said["cfg"], said["res"], said["model"]) == ("1", "7.0", "96x96", str(tmp_path / "larger.safetensors"))
+    assert Image.open(path).size == (96, 96)
+
+
+def test_dtype_follows_the_device_that_is_asked_for(settled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settled()["dtype"] == "fp32"  # --device cpu on a machine with a GPU
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--res", "100"), "100x100: both sides must be multiples of 32 at --factor 16"),
+    (("--res", "64x100"), "64x100: both sides must be multiples of 32"),
+    (("--res", "40"), "multiples of 32"),
+    (("--res", "24", "--factor", "8"), "multiples of 16 at --factor 8"),
+    (("--res", "0"), "pixels"), (("--res", "64x0"), "pixels"), (("--res", "-64"), "pixels"), (("--res", "big"), "pixels"),
+    (("--res", "64x"), "pixels"), (("--res", ""), "pixels"), (("--res", "64.5"), "pixels"), (("--res", "64,64"), "pixels"),
+    (("--res", "1056"), "ends at 1024 px a side at --factor 16"),
+    (("--res", "64x2048"), "ends at 1024 px"),
+    (("--res", "528", "--factor", "8"), "ends at 512 px a side at --factor 8; --factor 16 reaches twice as far")])
+def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_path, arguments, says):
+    message = refusal("--prompt", "a hill", *arguments)
+    assert "--res" in message and says in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--steps", "0"), "--steps 0: give 1 or more"), (("--count", "0"), "--count 0"), (("--count", "-1"), "--count -1"),
+    (("--seed", "-1"), "--seed -1"), (("--seed", str(2**63)), "--seed"), (("--seed", str(2**63 - 1), "--count", "2"), "--seed"),
+    (("--cfg", "nan"), "--cfg nan"), (("--cfg", "inf"), "--cfg inf"),
+    (("--time-shift", "0"), "--time-shift 0"), (("--time-shift", "-3"), "above 0"), (("--time-shift", "nan"), "above 0"),
+    (("--device", "foo"), "--device foo: this machine has cpu"), (("--device", ""), "this machine has cpu"),
+    (("--device", "meta"), "this machine has cpu"), (("--device", "cuda:99"), "this machine has cpu"),
+    (("--negative", "\udcff"), "not UTF-8")])
+def test_a_setting_out_of_range_is_refused(refusal, no_loading, tmp_path, arguments, says):
+    assert says in refusal("--prompt", "a hill", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_where_there_is_none_is_refused(refusal, no_loading, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "--device cuda: this machine has cpu; cuda needs an NVIDIA GPU" in refusal("--prompt", "a hill", "--device", "cuda")
+
+
+def test_prompts_that_are_not_there_are_refused(refusal, no_loading, tmp_path):
+    assert "nothing to draw" in refusal()
+    assert "nowhere.txt: No such file" in refusal("--prompts", "nowhere.txt")
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    assert "no prompt in it" in refusal("--prompts", tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes("Blüte".encode("latin-1"))
+    assert "latin.txt: not UTF-8" in refusal("--prompts", tmp_path / "latin.txt")
+    assert "Is a directory" in refusal("--prompts", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [("--count", "2"), ("--prompt", "snow")])
+def test_several_pictures_with_one_file_name_are_refused(refusal, no_loading, more):
+    assert "picture.png names one file, and 2 pictures are asked for" in refusal("--prompt", "a hill", *more, out="picture.png")
+
+
+@pytest.mark.parametrize("name", ["picture.gif", "picture.TIFF", "picture.bmp"])
+def test_a_format_that_is_not_written_is_refused(refusal, no_loading, tmp_path, name):
+    assert "written are .png, .jpg, .jpeg, .webp" in refusal("--prompt", "a hill", out=name)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/deeper", "file/picture.png"])
+def test_a_place_that_cannot_be_written_is_refused_before_weights_are_loaded(refusal, no_loading, tmp_path, out):
+    (tmp_path / "file").write_text("in the way")
+    message = refusal("--prompt", "a hill", out=out)
+    assert "--out" in message and "no folder that can be written" in message
+
+
+def test_a_model_that_is_not_there_is_refused_with_the_download_command(refusal, draw, tmp_path, monkeypatch):
+    message = refusal("--prompt", "a hill", weights=tmp_path / "nowhere")
+    assert "nowhere: no such folder" in message and "hf download stabilityai/stable-diffusion-3-medium" in message
+    (tmp_path / "hollow").mkdir()
+    assert "hf download" in refusal("--prompt", "a hill", weights=tmp_path / "hollow")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "a hill", "--model", "nobody"])
+    with pytest.raises(SystemExit, match="models/nobody: no such folder.*hf download"):
+        sample.main()
+
+
+@pytest.mark.parametrize("gone, says", [
+    ("tokenizer", "tokenizer: no CLIP tokenizer"), ("tokenizer_2", "tokenizer_2: no CLIP tokenizer"), ("tokenizer_3", "no T5 tokenizer"),
+    ("text_encoders/clip_l.safetensors", "clip_l.safetensors: not found"), ("text_encoders/clip_g.safetensors", "clip_g"),
+    ("text_encoders/t5xxl_fp16.safetensors", "t5xxl_fp16.safetensors: not found"), ("text_encoders", "text_encoder: not found")])
+def test_a_missing_part_is_named_with_the_download_that_has_it(refusal, broken, gone, says):
+    shutil.rmtree(broken / gone) if (broken / gone).is_dir() else (broken / gone).unlink()
+    message = refusal("--prompt", "a hill", weights=broken)
+    assert says in message and "stabilityai/stable-diffusion-3-medium" in message
+
+
+def damaged(how: str, file: Path) -> None:
+    whole = file.read_bytes()
+    tensors = load(whole)  # not mapped: the file is written over
+    if how == "truncated":
+        file.write_bytes(whole[:len(whole) * 2 // 3])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "web page":
+        file.write_text("<!DOCTYPE html><html>Access to this model is restricted.</html>")
+    elif how == "pickle":
+        torch.save(tensors, file)
+    elif how == "foreign":
+        save(file, {"encoder.weight": torch.zeros(3, 3)}, {})
+    elif how == "NaN":
+        tensors["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"][3, 4] = float("nan")
+        save(file, tensors, {})
+    elif how == "one missing":
+        del tensors["model.diffusion_model.t_embedder.mlp.2.bias"]
+        save(file, tensors, {})
+    elif how == "one unknown":
+        save(file, tensors | {"model.diffusion_model.lora": torch.zeros(2)}, {})
+    elif how == "one misshapen":
+        save(file, tensors | {"model.diffusion_model.x_embedder.proj.bias": torch.zeros(2)}, {})
+    elif how == "no VAE":
+        save(file, {name: t for name, t in tensors.items() if name.startswith("model.")}, {})
+    else:
+        save(file, tensors, {"norm_groups": GROUPS, "steps": how})
+
+
+@pytest.mark.parametrize("how, says", [
+    ("truncated", "not a whole safetensors file"), ("empty", "not a whole safetensors file"), ("web page", "looks like a web page"),
+    ("pickle", "looks like a zip archive or pickle"), ("foreign", "no SD3 transformer"), ("NaN", "qkv.weight holds NaN or Inf"),
+    ("one missing", "t_embedder.mlp.2.bias"), ("one unknown", "1 unknown: lora"),
+    ("one misshapen", "1 shapes differ: x_embedder.proj.bias"), ("no VAE", "no autoencoder in it"),
+    ("many", "metadata says steps 'many'; give --steps"), ("inf", "metadata says steps 'inf'")])
+def test_a_damaged_model_file_is_refused_by_name(refusal, broken, how, says):
+    damaged(how, broken / "sd3.safetensors")
+    message = refusal("--prompt", "a hill", "--res", "64", weights=broken)
+    assert "sd3.safetensors" in message and says in message
+
+
+@pytest.mark.parametrize("part", ["clip_l", "clip_g", "t5xxl_fp16"])
+def test_a_damaged_text_encoder_is_refused_by_name(refusal, broken, part):
+    file = broken / "text_encoders" / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert f"{part}.safetensors: not a whole safetensors file" in refusal("--prompt", "a hill", weights=broken)
+
+
+def test_a_pickle_is_never_opened_as_transformer(refusal, folder, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    for name in ("model.ckpt", "model.pt", "renamed.safetensors"):
+        torch.save({"joint_blocks": Trap()}, tmp_path / name)
+        assert f"{name}: " in (message := refusal("--prompt", "a hill", "--transformer", tmp_path / name)) and "pickle" in message
+    assert not (tmp_path / "sprung").exists()
+    assert "nowhere.safetensors: no such file" in refusal("--prompt", "a hill", "--transformer", tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("other, says", [({"context_dim": 48}, "context 32 wide, and the transformer wants 48"),
+                                         ({"pooled_dim": 24}, "pooled vector 32 wide, and the transformer wants 24"),
+                                         ({"in_channels": 4, "out_channels": 4}, "latents 16 wide, and the transformer wants 4")])
+def test_a_transformer_of_other_encoders_or_another_vae_is_refused(refusal, tmp_path, other, says):
+    save(tmp_path / "other.safetensors", transformer_tensors(MMDiTConfig(**vars(TRANSFORMER) | other)), SAID)
+    assert says in refusal("--prompt", "a hill", "--transformer", tmp_path / "other.safetensors")
+
+
+def test_a_picture_that_overflows_is_refused(refusal):
+    assert "became NaN or Inf" in refusal("--prompt", "a hill", "--cfg", "1e38")
+
+
+def test_a_full_gpu_is_one_line(refusal, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(sample, "draw", full)
+    assert "give a smaller --res" in refusal("--prompt", "a hill")
+
+
+# ---- the script
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "sample.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "200"})
+
+
+def test_help_gives_units_and_defaults():
+    shown = script("--help")
+    assert shown.returncode == 0
+    words = " ".join(shown.stdout.split())
+    assert all(word in words for word in (
+        "pixels", "PX", "WIDTHxHEIGHT", "(SD3: 1024)", "(SD3: 28)", "(SD3: 7.0)", "(SD3: 3.0)", "(default: tiny-sd3)", "(default: 16)",
+        "(default: 0)", "(default: 1)", "(default: out)", "fp32 on cpu", "--negative", "--transformer", "--prompts"))
+
+
+def test_the_script_draws_with_a_progress_bar_and_refuses_without_a_traceback(folder, tmp_path):
+    done = script("--prompt", "a hill", "--weights", folder, "--device", "cpu", "--out", tmp_path / "picture.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'picture.png'}  ") and "s/step" in done.stdout and "2/2" in done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    failed = script("--prompt", "a hill", "--weights", folder, "--res", "100")
+    assert failed.returncode == 1 and failed.stdout == "" and failed.stderr.startswith("error: --res") and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "models" / "tiny-sd3").is_dir(), reason="models/tiny-sd3 is not here")
+def test_the_embedded_model_draws_1024_px(tmp_path):
+    done = script("--prompt", "a red panda", "--res", "1024", "--steps", "2", "--device", "cpu", "--out", tmp_path / "panda.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "panda.png") as picture:
+        assert picture.size == (1024, 1024) and picture.text["steps"] == "2"
+        assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 20
