@@ -250,7 +250,7 @@ def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimi
                 tensor.copy_(saved[f"{key}.{name}"].read())
         for name, parameter in modules["model"].named_parameters():
             if f"{MOMENTS[0]}.{name}" in saved:
-                optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
+                optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | {
                     moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
     return step
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import model_folder, open_weights, save
-from text import SD3Text
+from text import T5_LENGTH, SD3Text
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
 CACHE_BYTES = 1 << 30            # resized pictures kept in memory
@@ -216,24 +216,25 @@ def vary_caption(captions: Sequence[str], generator: torch.Generator, drop_words
 class Embeddings:
     """Text embeddings of captions, each computed once and kept on disk.
 
-    The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes), the length.
+    The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes), the
+    T5 length, the dtype (fp32 on CPU, bf16 on a GPU).
     A cache made with other encoders is therefore never read.
     """
 
-    def __init__(self, folder: str | os.PathLike, model: str | os.PathLike, device: str | torch.device = "cpu",
-                 dtype: torch.dtype | None = None):
+    def __init__(self, folder: str | os.PathLike, model: str | os.PathLike, device: str | torch.device = "cpu"):
         """
         folder  where the cache lives
         model   folder with the text encoders and tokenizers
         """
-        self.model, self.device, self.dtype = Path(model), device, dtype
-        self.cache = Path(folder) / _fingerprint(self.model)
+        self.model, self.device = Path(model), device
+        self.dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        self.cache = Path(folder) / f"{_fingerprint(self.model)}-{T5_LENGTH}-{str(self.dtype).removeprefix('torch.')}"
         self._encoders: SD3Text | None = None
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L, W) context and (B, P) pooled of captions that are not worth keeping, straight from the encoders."""
         if self._encoders is None:
-            self._encoders = SD3Text.load(self.model, device=self.device, dtype=self.dtype)
+            self._encoders = SD3Text.load(self.model, self.device, self.dtype, T5_LENGTH)
         return self._encoders.encode(captions)
 
     def fill(self, captions: Sequence[str], batch: int = 16) -> int:
@@ -305,8 +306,7 @@ def main() -> None:
         if args.command == "check":
             check(args.folder)
         captions = ["", *(caption for item in read_folder(args.folder) for caption in item.captions)]
-        dtype = torch.bfloat16 if args.device.startswith("cuda") else None
-        embeddings = Embeddings(Path(args.folder) / ".embeddings", model_folder(args.model, args.weights), args.device, dtype)
+        embeddings = Embeddings(Path(args.folder) / ".embeddings", model_folder(args.model, args.weights), args.device)
         print(f"{embeddings.fill(captions)} captions encoded, {len(set(captions))} in {embeddings.cache}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

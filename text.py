@@ -44,6 +44,7 @@ LEGACY_EOS = 2                  # what old config.json files of CLIP say, wrongl
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")   # in re-exports: 0, 1, 2, … and a training temperature
+T5_LENGTH = 77                  # tokens, in training and evaluation
 T5_MAX_DISTANCE = 128           # relative positions beyond it share the last bucket
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")       # preferred to fp8, which has lost digits
 
@@ -437,12 +438,12 @@ class SD3Text:
 
     @staticmethod
     def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-             t5_length: int = 77) -> "SD3Text":
+             t5_length: int = T5_LENGTH) -> "SD3Text":
         """Read the encoders of a model folder in either layout.
 
         folder     with text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or with text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
-        t5_length  T5 tokens: 77 in training and evaluation, up to 512
+        t5_length  T5 tokens, up to 512
         raises     FileNotFoundError that names what is missing and which download has it
         """
         folder = Path(folder)
