@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MODELS = Path(__file__).parent / "models"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SD3_DOWNLOAD = "stabilityai/stable-diffusion-3-medium"
 PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -239,6 +240,8 @@ def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimi
     if not Path(path).is_file():
         return 0
     saved = open_weights(path)
+    if "settings" not in saved.metadata:
+        raise ValueError(f"{path}: not the state of a run; use another --out")
     then, now = json.loads(saved.metadata["settings"]), json.loads(json.dumps(dict(settings)))
     if then != now:
         differ = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k))
@@ -257,7 +260,14 @@ def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimi
 
 def model_folder(name: str, weights: str | None = None) -> Path:
     """The folder that --model NAME or --weights DIR means."""
-    return Path(weights) if weights else Path(__file__).parent / "models" / name
+    return Path(weights) if weights else MODELS / name
+
+
+def check_device(name: str) -> None:
+    """Refuse a --device that this machine lacks: ValueError lists those it has."""
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in here:
+        raise ValueError(f"--device {name}: this machine has {', '.join(here)}; cuda needs an NVIDIA GPU and a torch built for it")
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
@@ -274,6 +284,8 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     files = sorted(folder.glob("sd3*.safetensors"))
     if not files:
         what = "holds neither sd3*.safetensors nor transformer/ and vae/" if folder.is_dir() else "no such folder"
+        if folder.parent == MODELS:
+            what += f", there is {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
         raise FileNotFoundError(f"{folder}: {what}; to get SD3, accept its licence on its page, then: "
                                 f"hf download {SD3_DOWNLOAD}-diffusers --local-dir {folder}")
     # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
@@ -353,6 +365,11 @@ def _rows(table: str) -> Iterable[tuple[str, str, list[str]]]:
 
 
 def _rename(name: str, old: str, new: str, names: Collection[str]) -> str | None:
+    """`name` after its pattern `old` is replaced by `new`; None if it does not fit.
+
+    With four levels in `names`, up.~ -> up_blocks.~ turns up.3.weight into up_blocks.0.weight; with blocks 0 to 23,
+    joint_blocks.$ fits joint_blocks.23 alone.
+    """
     found = re.fullmatch(re.sub("[#~$]", r"(\\d+)", old.replace(".", r"\.")) + TAIL, name)
     if not found:
         return None

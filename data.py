@@ -5,7 +5,7 @@ Paper     Diffusion-4K section 9 "Training Details": short side resized, random 
 Layout    DIR/metadata.jsonl   one JSON object a line: "file_name", "text" and, if you like, "alt": [more captions]
           DIR/<file_name>      jpg, png, webp …; shown upright, converted to 8-bit RGB
 Crop      short side resized to `res` (Lanczos), a random square of res x res, mirrored with probability 1/2
-Run       python data.py check DIR                   every picture and line looked at, all that is wrong listed
+Run       python data.py check DIR                   stops at a broken line, then lists every broken picture
           python data.py encode DIR --model tiny-sd3   text embeddings of all captions, cached in DIR/.embeddings
 Check     python -m pytest tests/test_data.py
 
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -29,12 +30,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import model_folder, open_weights, save
+from checkpoint import check_device, model_folder, open_weights, save
 from text import T5_LENGTH, SD3Text
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
 CACHE_BYTES = 1 << 30            # resized pictures kept in memory
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)  # what Pillow's formats raise on broken files
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)  # what Pillow's formats raise on broken files
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command == "check":
-            check(args.folder)
+            return check(args.folder)
+        check_device(args.device)
         captions = ["", *(caption for item in read_folder(args.folder) for caption in item.captions)]
         embeddings = Embeddings(Path(args.folder) / ".embeddings", model_folder(args.model, args.weights), args.device)
         print(f"{embeddings.fill(captions)} captions encoded, {len(set(captions))} in {embeddings.cache}")

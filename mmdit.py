@@ -99,7 +99,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)  # thirds of the rows, heads inside each third
-        return (self.ln_q(q), self.ln_k(k), v) if self.qk_norm else (q, k, v)
+        if self.qk_norm:  # in the dtype of q and k, under autocast too
+            q, k = (F.rms_norm(t, (HEAD_DIM,), norm.weight.to(t.dtype), NORM_EPS) for t, norm in ((q, self.ln_q), (k, self.ln_k)))
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -150,7 +152,7 @@ class StreamBlock(nn.Module):
         if not read_only:
             self.mlp = MLP(config)
 
-    def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
+    def chunks_of(self, cond: Tensor) -> tuple[Tensor, ...]:
         return self.adaLN_modulation(cond)[:, None].chunk(self.chunks, dim=-1)  # (B, 1, D) each
 
 
@@ -161,8 +163,10 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(config, dual=index in config.dual_attention)
 
     def forward(self, context: Tensor, x: Tensor, cond: Tensor) -> tuple[Tensor | None, Tensor]:
-        shift_c, scale_c, *rest_c = self.context_block.modulation(cond)                    # (B, 1, D)
-        shift_x, scale_x, *rest_x = self.x_block.modulation(cond)                          # (B, 1, D)
+        """Joint attention, then (dual blocks) attention among the image alone, then the MLPs; chunks of cond are (B, 1, D)."""
+        shift_c, scale_c, *of_writer = self.context_block.chunks_of(cond)                  # empty in the last block
+        shift_x, scale_x, gate_x, *mlp_x = self.x_block.chunks_of(cond)
+        mlp_x, dual = mlp_x[:3], mlp_x[3:]                                                 # shift, scale, gate each
         normed = layer_norm(x)                                                             # (B, N, D)
         of_context = self.context_block.attn.heads(modulate(layer_norm(context), shift_c, scale_c))
         of_image = self.x_block.attn.heads(modulate(normed, shift_x, scale_x))             # (B, N, H, 64) q, k, v
@@ -170,19 +174,18 @@ class JointBlock(nn.Module):
         del of_context, of_image                                                           # they are as large as q, k, v
         out_c, out_x = attend(q, k, v).split((context.shape[1], x.shape[1]), dim=1)        # (B, L, D), (B, N, D)
         del q, k, v
-        gate, *rest_x = rest_x
-        attended = torch.addcmul(x, gate, self.x_block.attn.proj(out_x))                   # (B, N, D)
-        if len(rest_x) == 6:
-            shift, scale, gate = rest_x[3:]
+        attended = torch.addcmul(x, gate_x, self.x_block.attn.proj(out_x))                 # (B, N, D)
+        if dual:
+            shift, scale, gate = dual
             attn2 = self.x_block.attn2
             attended = torch.addcmul(attended, gate, attn2.proj(attend(*attn2.heads(modulate(normed, shift, scale)))))
         del normed
-        x = add_mlp(attended, self.x_block.mlp, *rest_x[:3])                               # (B, N, D)
-        if not rest_c:
+        x = add_mlp(attended, self.x_block.mlp, *mlp_x)                                    # (B, N, D)
+        if not of_writer:
             return None, x
-        gate, *rest_c = rest_c
-        context = torch.addcmul(context, gate, self.context_block.attn.proj(out_c))        # (B, L, D)
-        return add_mlp(context, self.context_block.mlp, *rest_c), x
+        gate_c, *mlp_c = of_writer
+        context = torch.addcmul(context, gate_c, self.context_block.attn.proj(out_c))      # (B, L, D)
+        return add_mlp(context, self.context_block.mlp, *mlp_c), x
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -299,6 +302,20 @@ def read_config(weights: Mapping[str, LazyTensor]) -> MMDiTConfig:
         mlp_hidden=usual(".mlp.fc1.weight", 0, "joint_blocks.0.x_block.mlp.fc1.weight"),
         qk_norm=any(".attn.ln_q." in name for name in weights),
         dual_attention=tuple(sorted({int(block[1]) for block in blocks if block[2]})))
+
+
+def check_set(config: MMDiTConfig, context: Tensor, pooled: Tensor, latent_channels: int) -> None:
+    """Refuse text encoders or a VAE that this transformer was not trained with.
+
+    context, pooled  of any prompt
+    raises           ValueError that says what is how wide
+    """
+    for what, here, wanted in (("text encoders give a context", context.shape[-1], config.context_dim),
+                               ("text encoders give a pooled vector", pooled.shape[-1], config.pooled_dim),
+                               ("VAE has latents", latent_channels, config.in_channels)):
+        if here != wanted:
+            raise ValueError(f"the folder's {what} {here} wide, and the transformer wants {wanted}: they do not belong together; "
+                             "give --weights the folder that the transformer was trained from")
 
 
 def new_mmdit(config: MMDiTConfig, generator: torch.Generator, base: float | None = None) -> MMDiT:

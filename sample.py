@@ -29,10 +29,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import Weights, locate, model_folder, open_weights
+from checkpoint import Weights, check_device, locate, model_folder, open_weights
 from data import to_pixels
 from flow import draw_noise, euler, sd3_sigmas
-from mmdit import MMDiT, read_config
+from mmdit import MMDiT, check_set, read_config
 from text import SD3Text
 from vae import VAE
 
@@ -72,7 +72,6 @@ def draw(pictures: list[Picture], args: argparse.Namespace, encoded: dict[str, t
     encoded   prompt -> context (1, L, W), pooled (1, P); the negative prompt is among them
     """
     width, height = args.res
-    check_set(*encoded[args.negative], model, vae)
     weight = model.x_embedder.proj.weight
     sigmas = sd3_sigmas(args.steps, args.time_shift)
     for picture in pictures:
@@ -88,16 +87,6 @@ def draw(pictures: list[Picture], args: argparse.Namespace, encoded: dict[str, t
             raise ValueError(f"seed {picture.seed} of {picture.prompt!r} became NaN or Inf: --dtype {args.dtype} overflowed or --cfg "
                              f"{args.cfg} is too large; give --dtype bf16 or fp32, or a smaller --cfg")
         yield picture, image, s_per_step
-
-
-def check_set(context: Tensor, pooled: Tensor, model: MMDiT, vae: VAE) -> None:
-    """Refuse a transformer that was trained with other text encoders or another VAE."""
-    for what, here, wanted in (("text encoders give a context", context.shape[-1], model.config.context_dim),
-                               ("text encoders give a pooled vector", pooled.shape[-1], model.config.pooled_dim),
-                               ("VAE has latents", vae.config.latent_channels, model.config.in_channels)):
-        if here != wanted:
-            raise ValueError(f"the folder's {what} {here} wide, and the transformer wants {wanted}: they do not belong together; "
-                             "give --weights the folder that the transformer was trained from")
 
 
 def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
@@ -136,7 +125,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts:
         try:
-            lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except OSError as error:
             raise OSError(f"--prompts {args.prompts}: {error.strerror}; give a text file with one prompt a line") from None
         except UnicodeDecodeError:
@@ -197,9 +186,7 @@ def settle(args: argparse.Namespace, transformer: Weights) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if args.device not in here:
-        raise ValueError(f"--device {args.device}: this machine has {', '.join(here)}; cuda needs an NVIDIA GPU and a torch built for it")
+    check_device(args.device)
     for name, fits, accepted in (("steps", args.steps >= 1, "1 or more"), ("count", args.count >= 1, "1 or more"),
                                  ("seed", 0 <= args.seed <= 2**63 - args.count, "0 to 2^63 - count"),
                                  ("cfg", math.isfinite(args.cfg), "a finite number"),
@@ -213,14 +200,16 @@ def run(args: argparse.Namespace) -> None:
     transformer_path, vae_path = locate(folder)
     transformer_path = Path(args.transformer or transformer_path)
     settle(args, open_weights(transformer_path))
+    open_weights(vae_path)  # a missing or broken one is named before the text encoders are read
     pictures = name_pictures(read_prompts(args), args)
 
     dtype = DTYPES[args.dtype]
-    text = SD3Text.load(folder, args.device, None if dtype == torch.float16 else dtype)  # T5 overflows in fp16
+    text = SD3Text.load(folder, args.device, torch.bfloat16 if dtype == torch.float16 else dtype)  # T5 overflows in fp16
     # one at a time: rounding differs with the batch, and a picture must not
     encoded = {prompt: text.encode([prompt]) for prompt in dict.fromkeys([args.negative, *(p.prompt for p in pictures)])}
     del text  # T5-XXL is larger than what comes
     model, vae = MMDiT.load(transformer_path, args.device, dtype), VAE.load(vae_path, args.device, dtype)
+    check_set(model.config, *encoded[args.negative], vae.config.latent_channels)
     for picture, image, s_per_step in draw(pictures, args, encoded, model, vae):
         write_picture(picture.path, image, {
             "prompt": picture.prompt, "negative": args.negative, "seed": picture.seed, "model": str(transformer_path),

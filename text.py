@@ -95,17 +95,16 @@ class CLIPText(nn.Module):
 
     @staticmethod
     def load(path: str | os.PathLike, activation: str | None = None, num_heads: int | None = None, eos: int | None = None,
-             device: str | torch.device = "cpu", dtype: torch.dtype | None = None, prefix: str = "") -> "CLIPText":
+             device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "CLIPText":
         """Read a CLIP text encoder; a keyword wins over what the file says, and that over the official value.
 
         path        clip_l.safetensors, clip_g.safetensors, or a transformers folder
         activation  "quick_gelu" or "gelu" (exact); official: quick_gelu at width 768, gelu otherwise
         num_heads   official: width / 64
         eos         id of the end token; official: 49407, the last id of the vocabulary
-        prefix      part of a larger file, such as "text_encoders.clip_l.transformer."
         raises      ValueError if names or shapes differ from CLIP's, or heads or activation make no sense
         """
-        weights = open_weights(path).part(prefix)
+        weights = open_weights(path)
         if "embeddings.token_embedding.weight" in weights:   # transformers 5 saves CLIPTextModel without the official prefix
             weights = Weights({f"text_model.{name}": t for name, t in weights.items()}, weights.metadata, weights.source)
         for name in CLIP_UNUSED:
@@ -214,18 +213,16 @@ class T5Encoder(nn.Module):
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     @staticmethod
-    def load(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-             prefix: str = "") -> "T5Encoder":
+    def load(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "T5Encoder":
         """Read a T5 v1.1 encoder.
 
         path    t5xxl_*.safetensors, or a transformers folder, sharded or not
         dtype   None is float32; float16 overflows in T5 and is refused
-        prefix  part of a larger file, such as "text_encoders.t5xxl.transformer."
         raises  ValueError if names or shapes differ from T5's, or dtype is float16
         """
         if dtype is torch.float16:
             raise ValueError("T5 overflows in float16; compute in bfloat16 or float32 (a float16 file is read as either)")
-        weights = open_weights(path).part(prefix)
+        weights = open_weights(path)
         if shared := weights.pop("shared.weight", None):   # files hold the embedding under one name, the other, or both
             embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
             if shared.shape != embedding.shape:

@@ -20,6 +20,7 @@ import copy
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,15 +29,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import locate, model_folder, open_weights, resume_run, save, save_run
+from checkpoint import check_device, locate, model_folder, open_weights, resume_run, save, save_run
 from data import Embeddings, Pictures, picture_size, read_folder, vary_caption
 from flow import DENSITIES, SCHEMES, denoised, interpolate, loss_weight, sample_sigma
-from mmdit import MMDiT
+from mmdit import MMDiT, check_set
 from vae import VAE
-from wavelet import band_losses, wlf_loss
+from wavelet import BANDS, band_losses, wlf_loss
 
 MODEL_FILE = "sd3.safetensors"
-NOT_SETTINGS = ("data", "out", "device", "threads", "save_every", "dry_run", "steps")
+NOT_SETTINGS = ("data", "out", "device", "threads", "save_every", "log_every", "save_dtype", "dry_run", "steps")
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def latents_of(chosen: list[int], args: argparse.Namespace, pictures: Pictures, vae: VAE, known: dict[int, tuple[Tensor, Tensor]],
@@ -84,16 +86,36 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def write_model(path: Path, model: MMDiT, vae: VAE, sampling: dict[str, str], args: argparse.Namespace) -> None:
+def commit() -> str:
+    """The commit of this code, for settings.json; "unknown" outside a checkout."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    step = 2 * args.factor
+    for name, fits, accepted in (
+            ("res", args.res > 0 and args.res % step == 0, f"a multiple of {step} at --factor {args.factor}"),
+            *((name, getattr(args, name) >= 1, "1 or more") for name in ("steps", "batch", "save_every", "log_every", "threads")),
+            *((name, 0 <= getattr(args, name) <= 1, "a probability") for name in ("drop_words", "drop_caption")),
+            *((name, getattr(args, name) >= 0, "0 or more") for name in ("huber", "warmup", "weight_decay", "seed")),
+            *((name, getattr(args, name) > 0, "a number above 0") for name in ("lr", "clip", "time_shift")),
+            ("ema", 0 <= args.ema < 1, "0 for none, or a decay below 1")):
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {accepted}")
+
+
+def write_model(path: Path, model: MMDiT, vae: VAE, sampling: dict[str, str], step: int, args: argparse.Namespace) -> None:
     """One official file: the transformer, and the VAE its latents came from, with what sample.py wants to know."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.save_dtype]
-    tensors = {f"model.diffusion_model.{name}": t.to(dtype) for name, t in model.state_dict().items()}
-    tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
+    dtype = SAVE_DTYPES[args.save_dtype]
+    tensors = {f"model.diffusion_model.{name}": t.to("cpu", dtype) for name, t in model.state_dict().items()}
+    tensors |= {f"first_stage_model.{name}": t.to("cpu", dtype) for name, t in vae.state_dict().items()}
     if bad := next((name for name, t in tensors.items() if not torch.isfinite(torch.stack(t.aminmax())).all()), ""):
         raise ValueError(f"{bad} holds NaN or Inf in {args.save_dtype}: {path} is not written; try a smaller --lr, or a wider --save-dtype")
     save(path, tensors, sampling | {
         "res": args.res, "factor": args.factor, "norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
-        "shift_factor": vae.shift_factor, "training": json.dumps({"steps": args.steps} | settings_of(args))})
+        "shift_factor": vae.shift_factor, "training": json.dumps({"steps": step} | settings_of(args))})
 
 
 def train(args: argparse.Namespace) -> None:
@@ -112,6 +134,7 @@ def train(args: argparse.Namespace) -> None:
         return
 
     model, vae = MMDiT.load(transformer_path, device), VAE.load(vae_path, device).requires_grad_(False)
+    model.position(args.res // args.factor, args.res // args.factor)  # refuses what its table cannot hold
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     embeddings = Embeddings(Path(args.data) / ".embeddings", folder, device)
     captions, pictures = [item.captions for item in items], Pictures([item.path for item in items])
@@ -119,9 +142,9 @@ def train(args: argparse.Namespace) -> None:
     kept = {"model": model} | ({"ema": ema} if ema else {})
     start = resume_run(out / "state.safetensors", kept, optimizer, settings)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(vars(args), indent=1))
-    if not args.drop_words:
-        embeddings.fill(["", *(caption for several in captions for caption in several)])
+    (out / "settings.json").write_text(json.dumps({"commit": commit()} | vars(args), indent=1))
+    embeddings.fill([""] if args.drop_words else ["", *(caption for several in captions for caption in several)])
+    check_set(model.config, *embeddings.read([""]), vae.config.latent_channels)
 
     known: dict[int, tuple[Tensor, Tensor]] = {}
     began, since = time.time(), start
@@ -161,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             bands = band_losses(velocity.detach().float(), noise - latent).tolist()
             row = {"step": step + 1, "loss": loss.item(),
-                   **{f"v_{name}": round(band, 5) for name, band in zip(("ll", "lh", "hl", "hh"), bands, strict=True)},
+                   **{f"v_{name}": round(band, 5) for name, band in zip(BANDS, bands, strict=True)},
                    "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "peak_gib": round(peak_memory_gib(device), 2),
                    "images_per_s": round((step + 1 - since) * args.batch / (time.time() - began), 3)}
@@ -170,10 +193,10 @@ def train(args: argparse.Namespace) -> None:
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            write_model(out / MODEL_FILE, ema or model, vae, sampling, args)  # first: it refuses weights that are no numbers
+            write_model(out / MODEL_FILE, ema or model, vae, sampling, step + 1, args)  # first: it refuses weights that are no numbers
             save_run(out / "state.safetensors", kept, optimizer, step + 1, settings)
     if start >= args.steps:  # nothing was left to do but to write
-        write_model(out / MODEL_FILE, ema or model, vae, sampling, args)
+        write_model(out / MODEL_FILE, ema or model, vae, sampling, start, args)
     print(f"wrote {out / MODEL_FILE}")
 
 
@@ -218,22 +241,21 @@ def main() -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     add("--dtype", default="bf16" if cuda else "fp32", choices=("fp32", "bf16"), help="of the arithmetic; weights and moments are fp32")
-    add("--save-dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="of the written model")
+    add("--save-dtype", default="fp16", choices=tuple(SAVE_DTYPES), help="of the written model")
     add("--save-every", type=int, default=500, help="steps between states")
     add("--log-every", type=int, default=10, help="steps between log lines")
     add("--seed", type=int, default=0, help="of every draw")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     add("--dry-run", action="store_true", help="check everything, print the settings, stop")
     args = parser.parse_args()
-    if args.res < 1 or args.res % (2 * args.factor):
-        parser.error(f"--res {args.res}: a multiple of {2 * args.factor} at --factor {args.factor}")
-    if min(args.steps, args.batch, args.save_every, args.log_every) < 1:
-        parser.error("--steps, --batch, --save-every and --log-every are at least 1")
-    torch.set_num_threads(args.threads)
     try:
+        check_settings(args)
+        torch.set_num_threads(args.threads)
         train(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: the GPU's memory is too small for this; give a smaller --res or --batch") from None
 
 
 if __name__ == "__main__":

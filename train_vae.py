@@ -1,13 +1,12 @@
 """Train an autoencoder of the official shape on a folder of pictures.
 
-Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)), at factor 8.
+Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)), both a mean per number, at factor 8.
            Factor 16 needs no training: the partition trick uses the same weights (vae.py).
-Start      every residual branch begins at zero, so the first steps train an almost linear autoencoder, which on
-           smooth photographs is most of the way; few norm groups let brightness and contrast through.
+Start      a linear network (new_vae), which on smooth photographs is most of the way; one norm group, since many let
+           neither brightness nor contrast through a narrow network.
 Crops      each step takes one of CROPS (short side, crop side): several sizes, so that attention and norms, which see the
            whole map, meet more than one map size. The number of pixels a step is constant.
-Run        python train_vae.py --data photos --out runs/vae                        CPU, two cores: about an hour
-           python train_vae.py --data photos --out runs/vae --steps 6000           the same command again resumes
+Run        python train_vae.py --data photos --out runs/vae     12 minutes of two cores; the same command again resumes
 Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official names), OUT/log.jsonl
 Units      lr per step of AdamW; PSNR in dB of a range of 255 levels, mean over held-out 256-pixel crops
 Check      python -m pytest tests/test_train_vae.py
@@ -89,13 +88,12 @@ def start_linear(name: str, conv: nn.Conv2d) -> None:
     conv.weight.copy_(pair if last else torch.cat((pair, -pair)))
 
 
-def batch_of(pictures: Pictures, pixels: int, seed: int, step: int) -> Tensor:
-    """The training batch of a step, a function of (seed, step) alone.
+def batch_of(pictures: Pictures, pixels: int, generator: torch.Generator) -> Tensor:
+    """A training batch.
 
     pixels   a step, all crops together
     returns  (B, 3, side, side) in [-1, 1], B = pixels / side^2
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     res, side = CROPS[int(torch.randint(len(CROPS), (1,), generator=generator))]
     chosen = torch.randint(len(pictures), (max(1, pixels // side ** 2),), generator=generator).tolist()
     return torch.stack([pictures.square(i, res, side, generator) for i in chosen])
@@ -151,8 +149,9 @@ def train(args: argparse.Namespace) -> None:
     widths = tuple(int(w) for w in args.widths.split(","))
     if len(widths) != 4 or any(width % 2 for width in widths) or widths[-1] < 2 * LATENT_CHANNELS + 2:
         raise ValueError(f"--widths {args.widths}: four even numbers, the last at least {2 * LATENT_CHANNELS + 2}")
-    if args.save_every < 1:
-        raise ValueError(f"--save-every {args.save_every}: at least 1")
+    for name in ("norm_groups", "blocks", "save_every", "steps", "pixels"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     if not len(pictures):
         raise ValueError(f"{args.data}: --holdout {args.holdout} leaves no picture to train on")
     config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, LATENT_CHANNELS, args.norm_groups)
@@ -168,9 +167,9 @@ def train(args: argparse.Namespace) -> None:
 
     bar, began, window = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr), time.time(), []
     for step in bar:
-        image = batch_of(pictures, args.pixels, args.seed, step)
-        draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8,
-                           generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # every draw is a function of (seed, step)
+        image = batch_of(pictures, args.pixels, generator)
+        draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8, generator=generator)
         lr = args.lr * min((step + 1) / max(1, args.warmup), 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -217,8 +216,10 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of weights and draws")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     try:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: give 1 or more")
+        torch.set_num_threads(args.threads)
         train(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

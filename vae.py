@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import Weights, fill, open_weights
+from checkpoint import SD3_DOWNLOAD, Weights, fill, open_weights
 
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
@@ -50,7 +50,8 @@ class VAEConfig:
         for name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
             if name not in weights:
                 some = ", ".join(sorted(weights)[:3]) or "nothing"
-                raise ValueError(f"{weights.source}: no autoencoder in it: {name} is missing; it holds {some} …")
+                raise ValueError(f"{weights.source}: no autoencoder in it: {name} is missing; it holds {some} …; "
+                                 f"{SD3_DOWNLOAD} and its -diffusers/vae have one")
 
         def levels(stem: str) -> tuple[tuple[int, ...], int]:
             count = len({name.split(".")[2] for name in weights if name.startswith(stem)})
@@ -137,9 +138,9 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)                                                                   # (B, C, h, w)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
-        y = F.scaled_dot_product_attention(q, k, v)                                        # scale C^-1/2
+        y = self.norm(x)                              # (B, C, h, w)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None].contiguous() for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
+        y = F.scaled_dot_product_attention(q, k, v)   # scale C^-1/2; only contiguous heads take the kernel without a (hw, hw) matrix
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 

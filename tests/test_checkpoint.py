@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from golden import published, published_map
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
 from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights, resume_run, save, save_run
 
-MANIFESTS = Path(__file__).parents[2] / "shared" / "manifests"
-needs_manifests = pytest.mark.skipif(not MANIFESTS.is_dir(), reason="the manifests lie beside the repository, not in it")
-FAMILIES = {  # diffusers manifest: official manifest, prefix
+FAMILIES = {  # names in diffusers: official file, prefix in it
     "sd3_medium": ("sd3_medium", "model.diffusion_model."), "sd3.5_medium": ("sd3.5_medium", "model.diffusion_model."),
     "sd3.5_large": ("sd3.5_large", "model.diffusion_model."), "flux1-dev": ("flux1-dev", ""),
     "vae_sd3": ("sd3_medium", "first_stage_model."), "vae_flux": ("ae", "")}
@@ -34,35 +33,36 @@ def shapes_of(tensors) -> dict:
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
-def manifest(name: str, prefix: str = "") -> dict:
-    tensors = json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"]
-    return {key.removeprefix(prefix): tuple(shape) for key, shape in tensors.items() if key.startswith(prefix)}
-
-
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(block_out_channels=(32, 64, 96, 96), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
                          up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False)
 
 
-@needs_manifests
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_names_and_shapes_become_exactly_the_official_ones_and_go_back(family):
-    theirs, ours = manifest(f"{family}.diffusers"), manifest(*FAMILIES[family])
+    theirs, ours = published(f"{family}.diffusers"), published(*FAMILIES[family])
     assert shapes_of(_official_names(lazy(on_meta(theirs)), "a file")) == ours
     assert shapes_of(diffusers_names(on_meta(ours))) == theirs
 
 
-@needs_manifests
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_lands_where_the_published_map_says(family):
-    entries = json.loads((MANIFESTS / f"map_{family}.json").read_text())["map"]
+    entries = published_map(family)
     rows = {name: torch.tensor([[2 * i], [2 * i + 1]]) for i, name in enumerate(entries)}  # two rows stand for a tensor
     expected = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["rows"] or [0]):
-        piece = rows[name].flip(0) if entry["op"] == "swap_halves" else rows[name]
-        expected.setdefault(entry["official"].removeprefix(FAMILIES[family][1]), []).extend(piece.flatten().tolist())
+    for name, (official, _, op) in sorted(entries.items(), key=lambda item: item[1][1] or [0]):
+        piece = rows[name].flip(0) if op == "swap_halves" else rows[name]
+        expected.setdefault(official.removeprefix(FAMILIES[family][1]), []).extend(piece.flatten().tolist())
     assert {name: t.read().flatten().tolist() for name, t in _official_names(lazy(rows), "a file").items()} == expected
+
+
+def test_transformer_without_guidance_goes_to_diffusers_and_back():
+    ours = published("flux1-schnell")
+    theirs = diffusers_names(on_meta(ours))
+    guidance = {name for name in published("flux1-dev.diffusers") if "guidance" in name}
+    assert guidance and theirs.keys() == published("flux1-dev.diffusers").keys() - guidance
+    assert shapes_of(_official_names(lazy(theirs), "a file")) == ours
 
 
 def test_random_vae_of_diffusers_has_official_names_and_goes_back(tmp_path):

@@ -1,21 +1,17 @@
 """MMDiT: parity with the official code and with diffusers, every published shape, refusals, independence, a first training step."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from einops import rearrange
-from safetensors.torch import load_file, save_file
+from golden import published, read_case, write_weights
+from safetensors.torch import save_file
 
 from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights
 from flow import euler
-from mmdit import Embedder, FinalLayer, JointBlock, MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table, timestep_embedding
+from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table
 
-DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).parents[2] / "shared"
 TOLERANCE = 1e-5  # absolute, fp32: two right implementations differ by 1e-6 to 5e-6, a wrong epsilon by 2e-5
 TINY = MMDiTConfig(hidden_size=128, depth=2, context_dim=24, pooled_dim=20, table_side=10, mlp_hidden=512)
 DUAL = replace(TINY, depth=3, qk_norm=True, dual_attention=(0, 1))
@@ -24,8 +20,6 @@ PUBLISHED = {
     "sd3.5_medium": MMDiTConfig(table_side=384, qk_norm=True, dual_attention=tuple(range(13))),
     "sd3.5_large": MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True),
 }
-needs_goldens = pytest.mark.skipif(not (SHARED / "goldens").is_dir(), reason="the full golden cases lie beside the repository, not in it")
-needs_manifests = pytest.mark.skipif(not (SHARED / "manifests").is_dir(), reason="the manifests lie beside the repository, not in it")
 
 
 @pytest.fixture(autouse=True)
@@ -85,16 +79,10 @@ def shapes_of(weights) -> dict:
     return {name: tuple(t.shape) for name, t in weights.items()}
 
 
-def load_golden(case: str, folder: Path) -> tuple[MMDiT, dict]:
-    tensors = load_file(SHARED / "goldens" / f"{case}.safetensors")
-    save_file({name: t for name, t in tensors.items() if "/" not in name}, folder / "model.safetensors")
-    return MMDiT.load(folder), tensors
-
-
-@needs_goldens
 @pytest.mark.parametrize("case", ["mmdit_sd3", "mmdit_sd35_medium"])
 def test_velocity_and_every_block_equal_the_official_ones(case, tmp_path):
-    model, golden = load_golden(case, tmp_path)
+    path, golden = write_weights(case, tmp_path)
+    model = MMDiT.load(path)
     seen = {}
     for i, block in enumerate(model.joint_blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"mid/block{i}.context": out[0], f"mid/block{i}.x": out[1]}))
@@ -107,9 +95,9 @@ def test_velocity_and_every_block_equal_the_official_ones(case, tmp_path):
     assert {name: d for name, value in expected.items() if (d := distance(seen[name], value)) > TOLERANCE} == {}
 
 
-@needs_goldens
 def test_two_euler_steps_with_cfg_equal_the_official_ones(tmp_path):
-    model, golden = load_golden("mmdit_sd3", tmp_path)
+    path, golden = write_weights("mmdit_sd3", tmp_path)
+    model = MMDiT.load(path)
     context, pooled = (torch.cat((golden[f"in/{name}_uncond"], golden[f"in/{name}"])) for name in ("context", "y"))
 
     def velocity(z, sigma):
@@ -119,29 +107,9 @@ def test_two_euler_steps_with_cfg_equal_the_official_ones(tmp_path):
     assert distance(euler(velocity, golden["in/x"], golden["in/euler_sigmas"]), golden["out/euler2_cfg5"]) <= TOLERANCE
 
 
-def test_last_block_and_embedders_equal_the_official_ones():
-    golden = load_file(DATA / "mmdit_sd3_last_block.safetensors")
-    config = MMDiTConfig(hidden_size=128, depth=2, pooled_dim=64, mlp_hidden=512)
-
-    def part(prefix, make):
-        with torch.device("meta"):
-            module = make()
-        fill(module, lazy_tensors({name.removeprefix(prefix): t for name, t in golden.items() if name.startswith(prefix)}))
-        return module
-
-    time = part("t_embedder.", lambda: Embedder(256, 128))(timestep_embedding(1000 * golden["in/sigma"]))
-    pooled = part("y_embedder.", lambda: Embedder(64, 128))(golden["in/y"])
-    cond = torch.nn.functional.silu(time + pooled)
-    context, x = part("joint_blocks.1.", lambda: JointBlock(config, 1))(golden["mid/block0.context"], golden["mid/block0.x"], cond)
-    velocity = rearrange(part("final_layer.", lambda: FinalLayer(config))(x, cond), "B (h w) (p q c) -> B c (h p) (w q)", h=6, p=2, q=2)
-    assert context is None
-    for name, ours in (("mid/t_emb", time), ("mid/y_emb", pooled), ("mid/block1.x", x), ("out/model_output", velocity)):
-        assert distance(ours, golden[name]) <= TOLERANCE, name
-
-
 @pytest.mark.parametrize("name, table", [("plain_64_5", (64, 5)), ("scaled3_64_6", (64, 6, 2)), ("offset_64_4", (64, 4, 2, -0.5))])
 def test_sincos_table_equals_the_official_one(name, table):
-    assert distance(sincos_table(*table), load_file(DATA / "pos_embed_sincos.safetensors")[f"out/{name}"]) <= 1e-6
+    assert distance(sincos_table(*table), read_case("pos_embed_sincos")[f"out/{name}"]) <= 1e-6
 
 
 def test_sincos_table_with_base_equals_that_of_diffusers():
@@ -149,11 +117,9 @@ def test_sincos_table_with_base_equals_that_of_diffusers():
     assert distance(sincos_table(TINY.hidden_size, TINY.table_side, base=8), theirs.float()) <= 1e-6
 
 
-@needs_manifests
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_names_and_shapes_are_exactly_the_models(name):
-    shapes = json.loads((SHARED / "manifests" / f"{name}.json").read_text())["tensors"]
-    weights = lazy(shapes).part("model.diffusion_model.")
+    weights = lazy(published(name)).part("model.diffusion_model.")
     config = read_config(weights)
     assert config == PUBLISHED[name]
     with torch.device("meta"):

@@ -1,9 +1,4 @@
-"""Text encoders, tokenizers and SD3's conditioning.
-
-tests/data/{clip_l,clip_g,t5_encoder,sd3_cond}.safetensors are cut from ../shared/goldens: unused rows of the embedding dropped and
-the ids renumbered, outputs kept at a few positions (`at`). `python tests/test_text.py` cuts them again. Weights stay float16, exactly
-the values the reference ran with; outputs stay float32, for independent implementations agree to 5e-6 and the bound is 1e-5.
-"""
+"""Text encoders, tokenizers and SD3's conditioning: the reference's numbers, published names, transformers, real vocabularies."""
 
 import json
 import os
@@ -14,32 +9,24 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from golden import published, read_case, weights_of, write_weights
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from checkpoint import LazyTensor, Weights
 from text import CLIPText, CLIPTokenizer, SD3Text, T5Encoder, T5Tokenizer, sd3_context, t5_buckets
 
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
-VOCABULARIES = Path(os.environ.get("D4K_TOKENIZERS", ROOT.parent / "tokenizers"))
-CASES = ("clip_l", "clip_g", "t5_encoder", "sd3_cond")
-FETCH = "python ../shared/tokenizers/fetch_tokenizers.py --out ../tokenizers"
-GOLDENS = [pytest.param(DATA, id="cut"), pytest.param(SHARED / "goldens", id="whole", marks=pytest.mark.skipif(
-    not (SHARED / "goldens").is_dir(), reason="whole golden cases not found at ../shared/goldens"))]
-with_shared = pytest.mark.skipif(not (SHARED / "manifests").is_dir(), reason="names of published files not found at ../shared/manifests")
-with_vocabularies = pytest.mark.skipif(not (VOCABULARIES / "sd3").is_dir(),
-                                       reason=f"no real vocabularies in {VOCABULARIES}; fetch them: {FETCH}, or set D4K_TOKENIZERS")
+VOCABULARIES = Path(os.environ.get("D4K_TOKENIZERS", Path(__file__).parents[2] / "tokenizers"))
+with_vocabularies = pytest.mark.skipif(not (VOCABULARIES / "sd3").is_dir(), reason=(
+    f"no real vocabularies in {VOCABULARIES}: they have licences of their own and are not in the repository; D4K_TOKENIZERS names a folder "
+    "with the downloads' sd3/tokenizer, sd3/tokenizer_2, sd3/tokenizer_3, flux/tokenizer, flux/tokenizer_2"))
 
 
-def golden(folder, case, tmp_path):
-    """Path of the weights, inputs, expected outputs of a case."""
-    tensors = load_file(folder / f"{case}.safetensors")
-    parts = {side: {k.removeprefix(side): v for k, v in tensors.items() if k.startswith(side)} for side in ("in/", "out/")}
-    path = tmp_path / f"{case}.safetensors"
-    save_file({k: v for k, v in tensors.items() if not k.startswith(("in/", "out/", "at"))}, path)
-    return path, parts["in/"], parts["out/"], tensors.get("at", torch.arange(256))
+def golden(case, tmp_path):
+    """Path of the weights, inputs, expected outputs of a case, and the positions that the outputs are kept at."""
+    path, tensors = write_weights(case, tmp_path)
+    given, expected = ({k.removeprefix(side): v for k, v in tensors.items() if k.startswith(side)} for side in ("in/", "out/"))
+    return path, given, expected, tensors.get("at")
 
 
 def error(ours, expected):
@@ -53,10 +40,9 @@ def rows(x, at):
 
 # encoders against the reference
 
-@pytest.mark.parametrize("folder", GOLDENS)
 @pytest.mark.parametrize(("case", "activation", "heads"), [("clip_l", "quick_gelu", 4), ("clip_g", "gelu", 5)])
-def test_clip_equals_the_reference(folder, case, activation, heads, tmp_path):
-    path, given, expected, at = golden(folder, case, tmp_path)
+def test_clip_equals_the_reference(case, activation, heads, tmp_path):
+    path, given, expected, at = golden(case, tmp_path)
     clip = CLIPText.load(path, activation=activation, num_heads=heads, eos=int(given["input_ids"].max()))
     last, penultimate, pooled = clip(given["input_ids"])
     assert error(rows(last, at), expected["last_hidden_state"]) < 1e-5
@@ -65,24 +51,21 @@ def test_clip_equals_the_reference(folder, case, activation, heads, tmp_path):
     assert error(clip.at_eos(last, given["input_ids"]), expected["pooled_unprojected"]) < 1e-5
 
 
-@pytest.mark.parametrize("folder", GOLDENS)
-def test_t5_equals_the_reference_at_both_lengths(folder, tmp_path):
-    path, given, expected, at = golden(folder, "t5_encoder", tmp_path)
+def test_t5_equals_the_reference_at_both_lengths(tmp_path):
+    path, given, expected, at = golden("t5_encoder", tmp_path)
     t5 = T5Encoder.load(path)
     assert error(rows(t5(given["input_ids_77"]), at), expected["last_hidden_77"]) < 1e-5
     assert error(rows(t5(given["input_ids_256"]), at), expected["last_hidden_256"]) < 1e-5
     assert error(t5.position_bias(256)[:, :, :1], expected["position_bias"]) == 0
 
 
-@pytest.mark.parametrize("folder", GOLDENS)
-def test_t5_buckets_are_the_reference(folder, tmp_path):
-    expected = golden(folder, "t5_encoder", tmp_path)[2]["buckets_rel_-399_399"]
+def test_t5_buckets_are_the_reference(tmp_path):
+    expected = read_case("t5_encoder")["out/buckets_rel_-399_399"]
     assert torch.equal(t5_buckets(torch.arange(-399, 400)), expected.long())
 
 
-@pytest.mark.parametrize("folder", GOLDENS)
-def test_sd3_context_equals_the_reference(folder, tmp_path):
-    _, given, expected, _ = golden(folder, "sd3_cond", tmp_path)
+def test_sd3_context_equals_the_reference(tmp_path):
+    _, given, expected, _ = golden("sd3_cond", tmp_path)
     context = sd3_context(given["l_out"], given["g_out"], given["t5_out"])
     assert torch.equal(context[:, :2, :128], torch.cat((given["l_out"], given["g_out"]), -1)[:, :2])
     assert torch.equal(context[:, 76:79], expected["context_tokens_76_79"])
@@ -106,8 +89,7 @@ def manifest(name, monkeypatch):
     """Weights with the shapes of a published file; reading the first of them ends the test of names."""
     def read():
         raise Built
-    shapes = json.loads((SHARED / "manifests" / f"{name}.json").read_text())["tensors"]
-    weights = Weights({k: LazyTensor(tuple(v), read) for k, v in shapes.items()}, {}, f"{name}.safetensors")
+    weights = Weights({k: LazyTensor(shape, read) for k, shape in published(name).items()}, {}, f"{name}.safetensors")
     monkeypatch.setattr("text.open_weights", lambda path: weights)
     return weights
 
@@ -115,7 +97,6 @@ def manifest(name, monkeypatch):
 PUBLISHED = [("clip_l", CLIPText), ("clip_g", CLIPText), ("t5xxl", T5Encoder)]
 
 
-@with_shared
 @pytest.mark.parametrize(("name", "encoder"), PUBLISHED)
 def test_encoder_takes_exactly_the_published_names(name, encoder, monkeypatch):
     manifest(name, monkeypatch)
@@ -123,7 +104,6 @@ def test_encoder_takes_exactly_the_published_names(name, encoder, monkeypatch):
         encoder.load(name)
 
 
-@with_shared
 @pytest.mark.parametrize(("name", "encoder"), PUBLISHED)
 @pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen"])
 def test_encoder_refuses_and_names_one_wrong_tensor(name, encoder, damage, monkeypatch):
@@ -140,7 +120,6 @@ def test_encoder_refuses_and_names_one_wrong_tensor(name, encoder, damage, monke
         encoder.load(name)
 
 
-@with_shared
 @pytest.mark.parametrize(("name", "encoder"), [PUBLISHED[0], PUBLISHED[2]])
 def test_encoder_names_whichever_tensor_is_missing(name, encoder, monkeypatch):
     weights = manifest(name, monkeypatch)
@@ -152,7 +131,6 @@ def test_encoder_names_whichever_tensor_is_missing(name, encoder, monkeypatch):
         weights[victim] = lost
 
 
-@with_shared
 def test_clip_projection_and_leftovers_are_optional(monkeypatch):
     weights = manifest("clip_l", monkeypatch)
     del weights["text_projection.weight"]
@@ -162,7 +140,6 @@ def test_clip_projection_and_leftovers_are_optional(monkeypatch):
         CLIPText.load("clip_l")
 
 
-@with_shared
 @pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
 def test_t5_embedding_has_either_name_or_both(names, monkeypatch):
     weights = manifest("t5xxl", monkeypatch)
@@ -236,7 +213,7 @@ def test_t5_equals_transformers_from_its_own_folder(shard, tmp_path):
 @torch.no_grad()
 def test_bfloat16_encoders_run_and_stay_near_float32(tmp_path):
     for case, load, inputs in (("clip_l", CLIPText.load, "input_ids"), ("t5_encoder", T5Encoder.load, "input_ids_77")):
-        path, given, _, _ = golden(DATA, case, tmp_path)
+        path, given, _, _ = golden(case, tmp_path)
         keywords = {"num_heads": 4, "activation": "quick_gelu"} if case == "clip_l" else {}
         full, half = (load(path, dtype=dtype, **keywords)(given[inputs]) for dtype in (None, torch.bfloat16))
         full, half = (x[0] if isinstance(x, tuple) else x for x in (full, half))
@@ -244,7 +221,7 @@ def test_bfloat16_encoders_run_and_stay_near_float32(tmp_path):
 
 
 def test_t5_reads_fp8_storage_and_refuses_float16_compute(tmp_path):
-    path, given, _, _ = golden(DATA, "t5_encoder", tmp_path)
+    path, given, _, _ = golden("t5_encoder", tmp_path)
     stored = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(path).items()}
     save_file(stored, path)
     t5 = T5Encoder.load(path)
@@ -258,8 +235,7 @@ def test_t5_reads_fp8_storage_and_refuses_float16_compute(tmp_path):
 
 def clip_file(path, metadata):
     """A CLIP of 2 heads, told by its metadata."""
-    t = load_file(DATA / "clip_l.safetensors")
-    save_file({k: v for k, v in t.items() if not k.startswith(("in/", "out/", "at"))}, path, metadata)
+    save_file(weights_of(read_case("clip_l")), path, metadata)
     return path
 
 
@@ -286,16 +262,8 @@ def test_clip_refuses_heads_that_do_not_divide_and_foreign_activations(tmp_path)
         CLIPText.load(path, num_heads=5)
 
 
-def test_clip_reads_a_part_of_a_larger_file(tmp_path):
-    own = load_file(clip_file(tmp_path / "clip.safetensors", {}))
-    larger = {f"text_encoders.clip_l.transformer.{k}": v for k, v in own.items()} | {"model.diffusion_model.x": torch.zeros(2)}
-    save_file(larger, tmp_path / "incl_clips.safetensors")
-    clip = CLIPText.load(tmp_path / "incl_clips.safetensors", prefix="text_encoders.clip_l.transformer.")
-    assert torch.equal(clip.text_projection.weight, own["text_projection.weight"].float())
-
-
 def test_clip_pools_at_the_first_end_and_ignores_what_follows(tmp_path):
-    path, given, _, _ = golden(DATA, "clip_g", tmp_path)
+    path, given, _, _ = golden("clip_g", tmp_path)
     tokens, eos = given["input_ids"][:1], int(given["input_ids"].max())
     clip, changed = CLIPText.load(path, num_heads=5), given["input_ids"][:1].clone()
     first = (tokens[0] == eos).nonzero()[0].item()
@@ -305,7 +273,7 @@ def test_clip_pools_at_the_first_end_and_ignores_what_follows(tmp_path):
 
 
 def test_clip_refuses_rows_without_end_and_too_many_tokens(tmp_path):
-    path, given, _, _ = golden(DATA, "clip_g", tmp_path)
+    path, given, _, _ = golden("clip_g", tmp_path)
     clip = CLIPText.load(path, num_heads=5)
     with pytest.raises(ValueError, match="holds no end token"):
         clip(torch.zeros(1, 5, dtype=torch.long))
@@ -314,7 +282,7 @@ def test_clip_refuses_rows_without_end_and_too_many_tokens(tmp_path):
 
 
 def test_encoders_are_frozen(tmp_path):
-    clip, t5 = (golden(DATA, case, tmp_path)[0] for case in ("clip_l", "t5_encoder"))
+    clip, t5 = (golden(case, tmp_path)[0] for case in ("clip_l", "t5_encoder"))
     for module in (CLIPText.load(clip), T5Encoder.load(t5)):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
 
@@ -396,9 +364,9 @@ def test_t5_tokenizer_equals_transformers_on_real_vocabularies(folder, length):
 @pytest.mark.parametrize("folder", ["sd3/tokenizer_3", "flux/tokenizer_2"])
 def test_t5_tokenizer_equals_the_published_pipeline_character_by_character(folder):
     """transformers 5 builds a pipeline of its own, which takes U+0085 for a space; the published tokenizer.json does not."""
-    published, ours = Tokenizer.from_file(str(VOCABULARIES / folder / "tokenizer.json")), T5Tokenizer.load(VOCABULARIES / folder)
+    pipeline, ours = Tokenizer.from_file(str(VOCABULARIES / folder / "tokenizer.json")), T5Tokenizer.load(VOCABULARIES / folder)
     for text in [*prompts(), *(f"ab{chr(c)}cd {chr(c)} e" for c in (*range(1, 0x3100), *range(0xFE00, 0x10000), 0x1F642))]:
-        assert [*ours.encode(text), 1] == published.encode(text).ids, repr(text)
+        assert [*ours.encode(text), 1] == pipeline.encode(text).ids, repr(text)
 
 
 @with_vocabularies
@@ -562,31 +530,3 @@ def test_sd3_text_names_the_missing_encoder_and_its_download(tiny, official, los
         (folder / lost).rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match=f"{lost}: not found; stabilityai/stable-diffusion-3-medium.* has it"):
         SD3Text.load(folder)
-
-
-def cut_goldens():
-    """Write tests/data from ../shared/goldens."""
-    for case in CASES:
-        t = load_file(SHARED / "goldens" / f"{case}.safetensors")
-        if case == "sd3_cond":
-            t["in/t5_out"], t["out/context_sum_per_token"] = t["in/t5_out"][:, :2].clone(), t["out/context_sum_per_token"][:, :79].clone()
-            del t["out/context_first2_tokens"]
-        else:
-            at = t["at"] = torch.tensor([0, 1, 2, 7, 8, 9, 23, 24, 25, 50, 76, 130, 255])
-            ids = [k for k in t if k.startswith("in/")]
-            used = torch.cat([t[k].flatten() for k in ids]).unique()
-            table = "encoder.embed_tokens.weight" if case == "t5_encoder" else "text_model.embeddings.token_embedding.weight"
-            t[table] = t[table][used]
-            t |= {k: torch.searchsorted(used, t[k]) for k in ids}
-            for name in [k for k in t if k.startswith("out/")]:
-                if "penultimate_with" in name or "sd3_" in name:
-                    del t[name]
-                elif "hidden" in name or "penultimate" in name:
-                    t[name] = rows(t[name], at)
-            if case == "t5_encoder":
-                t["out/buckets_rel_-399_399"] = t["out/buckets_rel_-399_399"].to(torch.uint8)
-        save_file({k: v.contiguous() for k, v in t.items()}, DATA / f"{case}.safetensors")
-
-
-if __name__ == "__main__":
-    cut_goldens()

@@ -446,11 +446,19 @@ def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, sa
 
 
 @pytest.mark.parametrize("changed, says", [
-    ({"res": 100}, "--res 100: a multiple of 32 at --factor 16"), ({"res": 0}, "--res 0: a multiple"),
-    ({"res": 24, "factor": 8}, "--res 24: a multiple of 16 at --factor 8"), ({"factor": 4}, "invalid choice: 4"),
-    ({"data": None}, "--data"), ({"bands": "1,1,1"}, "four numbers >= 0"), ({"bands": "1,1,1,-1"}, "four numbers >= 0"),
-    ({"bands": "a,b,c,d"}, "--bands"), ({"steps": 0}, "at least 1"), ({"batch": 0}, "at least 1"), ({"save_every": 0}, "at least 1"),
-    ({"log_every": 0}, "at least 1"), ({"objective": "mine"}, "invalid choice: 'mine'")])
+    ({"res": 100}, "--res 100: give a multiple of 32 at --factor 16"), ({"res": 0}, "--res 0: give a multiple"),
+    ({"res": 24, "factor": 8}, "--res 24: give a multiple of 16 at --factor 8"), ({"steps": 0}, "--steps 0: give 1 or more"),
+    ({"batch": 0}, "1 or more"), ({"save_every": 0}, "1 or more"), ({"log_every": 0}, "1 or more"), ({"threads": 0}, "1 or more"),
+    ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_words": 2.0}, "a probability"),
+    ({"time_shift": 0.0}, "a number above 0"), ({"huber": -1.0}, "0 or more"), ({"device": "foo"}, "--device foo: this machine has cpu")])
+def test_settings_out_of_range_are_refused(settings, tmp_path, monkeypatch, changed, says):
+    assert says in refusal_of(settings, monkeypatch, **changed)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed, says", [
+    ({"factor": 4}, "invalid choice: 4"), ({"data": None}, "--data"), ({"bands": "1,1,1"}, "four numbers >= 0"),
+    ({"bands": "1,1,1,-1"}, "four numbers >= 0"), ({"bands": "a,b,c,d"}, "--bands"), ({"objective": "mine"}, "invalid choice: 'mine'")])
 def test_wrong_flags_are_refused(settings, tmp_path, monkeypatch, capsys, changed, says):
     monkeypatch.setattr(sys, "argv", ["train.py", *settings.flags(**changed)])
     with pytest.raises(SystemExit) as end:

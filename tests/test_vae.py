@@ -1,22 +1,17 @@
 """The autoencoder: official numbers at both factors, the partition trick and its slow twin, names, constants, refusals."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from golden import published, read_case, weights_of, write_weights
+from safetensors.torch import save_file
 
 import vae as vae_file
 from checkpoint import LazyTensor, Weights, _official_names, fill
 from vae import FLUX_SCALE, FLUX_SHIFT, SD3_SCALE, SD3_SHIFT, VAE, VAEConfig, enlarged_conv, partitioned_conv
 
-DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).parents[2] / "shared"
 PARITY = 1e-5  # fp32, independent implementations agree to 5e-6; a group norm with eps 1e-5 would be 2.6e-5 away
-needs_manifests = pytest.mark.skipif(not SHARED.is_dir(), reason="the manifests lie beside the repository, not in it")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,17 +23,6 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def golden(name: str) -> dict:
-    for file in (DATA / f"{name}.safetensors", SHARED / "goldens" / f"{name}.safetensors"):
-        if file.is_file():
-            return load_file(file)
-    pytest.skip(f"{name}.safetensors lies beside the repository, not in it; vae_f16 has the same shapes")
-
-
-def weights_of(tensors: dict) -> dict:
-    return {name: t for name, t in tensors.items() if not name.startswith(("in/", "out/"))}
-
-
 def lazy(shapes: dict) -> Weights:
     """Weights that cost no memory: every tensor is one expanded zero."""
     return Weights({name: LazyTensor(tuple(shape), lambda shape=shape: torch.zeros(()).expand(shape)) for name, shape in shapes.items()},
@@ -47,17 +31,13 @@ def lazy(shapes: dict) -> Weights:
 
 @pytest.fixture(scope="module")
 def f16():
-    return golden("vae_f16")
+    return read_case("vae_f16")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Name of a golden -> a file that holds its weights alone, and its inputs and outputs."""
-    def file_of(name: str) -> tuple[Path, dict]:
-        tensors, path = golden(name), tmp_path_factory.mktemp(name) / "weights.safetensors"
-        save_file(weights_of(tensors), path)
-        return path, tensors
-    return file_of
+    """Name of a case -> a file that holds its weights alone, and its inputs and outputs."""
+    return lambda case: write_weights(case, tmp_path_factory.mktemp(case))
 
 
 @pytest.fixture(scope="module")
@@ -276,16 +256,9 @@ def test_autoencoder_with_quant_convolutions_is_refused_by_name(tmp_path):
 
 # ---- names and shapes
 
-def manifest(name: str) -> dict:
-    tensors = json.loads((SHARED / "manifests" / f"{name}.json").read_text())["tensors"]
-    vae = {key: shape for key, shape in tensors.items() if key.startswith("first_stage_model.")}
-    return {key: tuple(shape) for key, shape in (vae or tensors).items()}
-
-
-@needs_manifests
 @pytest.mark.parametrize("name", ["ae", "sd3_medium", "vae_flux.diffusers", "vae_sd3.diffusers"])
 def test_published_names_and_shapes_are_exactly_accepted(name):
-    shapes = manifest(name)
+    shapes = {key: shape for key, shape in published(name).items() if not key.startswith("model.diffusion_model.")}
     weights = Weights(_official_names(lazy(shapes), "a file"), {}, "a file").part("first_stage_model.")
     config = VAEConfig.of(weights, 32)
     assert config == VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16, 32)

@@ -1,0 +1,49 @@
+"""What tests/data holds: outputs of the reference implementations on tiny random weights, names and shapes of the published files.
+
+Mirrors    mmdit_sd3, vae_sd3, pos_embed_sincos: sd3-ref (MMDiT, SDVAE) · mmdit_sd35_medium: sd3.5 (MMDiTX) ·
+           vae_flux: flux (AutoEncoder) · vae_f16: diffusion-4k (AutoencoderKL, stride 2) ·
+           clip_l, clip_g, t5_encoder, sd3_cond: sd3-ref (SDClipModel, SDXLClipG, T5XXLModel)
+Cases      CASE.safetensors: weights under their official names, float16, exactly the values the reference ran with;
+           in/…, mid/…, out/… float32 (ids and buckets integers): independent implementations agree to 5e-6, the bounds are 1e-5.
+           Text encoders: embedding rows that no prompt uses are dropped and the ids renumbered; hidden states at the positions `at`.
+Published  manifests.json.gz: {"shapes": {file: {name: shape}}, "maps": {family: {diffusers name: [official name, rows, op]}}}
+"""
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+DATA = Path(__file__).parent / "data"
+
+
+def read_case(name: str) -> dict:
+    return load_file(DATA / f"{name}.safetensors")
+
+
+def weights_of(tensors: dict) -> dict:
+    return {name: t for name, t in tensors.items() if "/" not in name and name != "at"}
+
+
+def write_weights(case: str, folder: Path) -> tuple[Path, dict]:
+    """A file in `folder` with the weights of a case alone, and all tensors of the case."""
+    tensors, path = read_case(case), folder / f"{case}.safetensors"
+    save_file(weights_of(tensors), path)
+    return path, tensors
+
+
+@cache
+def _manifests() -> dict:
+    return json.loads(gzip.decompress((DATA / "manifests.json.gz").read_bytes()))
+
+
+def published(file: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a published file; of those that begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tuple(shape) for name, shape in _manifests()["shapes"][file].items() if name.startswith(prefix)}
+
+
+def published_map(family: str) -> dict[str, list]:
+    """Name in diffusers -> official name, its rows there [start, stop] or None for all, and None, "swap_halves" or "squeeze_1x1"."""
+    return _manifests()["maps"][family]
