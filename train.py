@@ -99,8 +99,8 @@ def check_settings(args: argparse.Namespace) -> None:
             ("res", args.res > 0 and args.res % step == 0, f"a multiple of {step} at --factor {args.factor}"),
             *((name, getattr(args, name) >= 1, "1 or more") for name in ("steps", "batch", "save_every", "log_every", "threads")),
             *((name, 0 <= getattr(args, name) <= 1, "a probability") for name in ("drop_words", "drop_caption")),
-            *((name, getattr(args, name) >= 0, "0 or more") for name in ("huber", "warmup", "weight_decay", "seed")),
-            *((name, getattr(args, name) > 0, "a number above 0") for name in ("lr", "clip", "time_shift")),
+            *((name, getattr(args, name) >= 0, "0 or more") for name in ("lr", "huber", "warmup", "weight_decay", "seed")),
+            *((name, getattr(args, name) > 0, "a number above 0") for name in ("clip", "time_shift")),
             ("ema", 0 <= args.ema < 1, "0 for none, or a decay below 1")):
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {accepted}")
