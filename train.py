@@ -6,8 +6,8 @@ Objective  z = (1 - sigma) * latent + sigma * noise;  v = noise - latent;  haar(
              --objective release   w(sigma) * |haar(z - sigma * v_hat) - haar(latent)|^2            the released trainer
            With --bands 1,1,1,1 the first is exactly the plain velocity loss and the second sigma^2 times it
            (tests/test_wavelet.py): the wavelet changes the gradient only with other band weights, or with --huber.
-Run        python train.py --model tiny-sd3 --data photos --res 256 --steps 20 --batch 8 --lr 3e-4   CPU, half a minute
-           python train.py --weights sd3 --data aesthetic-4k --res 4096                              one 80 GB GPU
+Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1e-4                  CPU, half a minute
+           python train.py --weights sd3 --data aesthetic-4k --res 1024 --batch 4                    one GPU
 Restart    the same command: a run continues from OUT/state.safetensors, bit for bit on CPU
 Writes     OUT/sd3.safetensors   official names, transformer and VAE in one file: sample.py --transformer OUT/sd3.safetensors
            OUT/state.safetensors, OUT/log.jsonl, OUT/settings.json

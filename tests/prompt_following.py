@@ -76,7 +76,7 @@ def main() -> None:
             tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[found].path.name}: {caption}")
     for kind, right in hits.items():
         print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
-              f"({args.res} px, {steps} steps, cfg {cfg}, {transformer})")
+              f"({args.res} px, {steps} steps, cfg {cfg}, {Path(transformer).name})")
 
 
 if __name__ == "__main__":
