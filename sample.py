@@ -123,6 +123,7 @@ def resolution(text: str) -> tuple[int, int]:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
+    """--prompt, then the lines of --prompts; ValueError or OSError if there is nothing to draw or to read."""
     prompts = list(args.prompt or [])
     if args.prompts:
         try:
@@ -187,6 +188,7 @@ def settle(args: argparse.Namespace, transformer: Weights) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
+    """Refuse a flag out of range: ValueError that says what was given and what is accepted."""
     check_device(args.device)
     for name, fits, accepted in (("steps", args.steps >= 1, "1 or more"), ("count", args.count >= 1, "1 or more"),
                                  ("seed", 0 <= args.seed <= 2**63 - args.count, "0 to 2^63 - count"),
@@ -197,6 +199,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Check, encode, draw, write: every refusal comes before the long work."""
     folder = model_folder(args.model, args.weights)
     transformer_path, vae_path = locate(folder)
     transformer_path = Path(args.transformer or transformer_path)

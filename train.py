@@ -93,6 +93,7 @@ def commit() -> str:
 
 
 def check_settings(args: argparse.Namespace) -> None:
+    """Refuse a flag out of range: ValueError that says what was given and what is accepted."""
     check_device(args.device)
     step = 2 * args.factor
     for name, fits, accepted in (
@@ -119,6 +120,7 @@ def write_model(path: Path, model: MMDiT, vae: VAE, sampling: dict[str, str], st
 
 
 def train(args: argparse.Namespace) -> None:
+    """The whole run, from checks to the written model; continues from OUT/state.safetensors where there is one."""
     device = torch.device(args.device)
     folder, out = model_folder(args.model, args.weights), Path(args.out)
     transformer_path, vae_path = locate(folder)

@@ -142,6 +142,7 @@ def write_vae(path: Path, vae: VAE, config: VAEConfig, pictures: Pictures, setti
 
 
 def train(args: argparse.Namespace) -> None:
+    """The whole run, from checks to the written autoencoder; continues from OUT/state.safetensors where there is one."""
     items = read_folder(args.data)
     every = max(1, len(items) // args.holdout) if args.holdout else 1
     held_out = [item.path for item in items[args.holdout // 2 :: every]][: args.holdout]

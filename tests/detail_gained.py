@@ -1,4 +1,6 @@
-"""What the wavelet fine-tuning at 1024 px adds: the same prompts and seeds drawn by the base and by the fine-tuned model.
+"""Detail before and after fine-tuning at 1024 px: the same prompts and seeds drawn by the base and by the fine-tuned model.
+
+More is not better by itself: noise has the most detail. Look at the pictures beside the figures.
 
 Prints  the mean absolute Laplacian (levels of 255, gray) and the bytes of the JPEG at quality 95, before and after
 Writes  OUT/before_after.jpg: base above, fine-tuned below
