@@ -1,20 +1,26 @@
 """Speed and memory beside diffusers, on the same weights, in one run.
 
-Mirrors   diffusers.SD3Transformer2DModel; the outputs of both sides must agree before anything is timed
+Mirrors   diffusers.SD3Transformer2DModel, FluxTransformer2DModel; the outputs of both sides must agree before anything is timed
 Cases     mmdit  the SD3 transformer at its real width, a few blocks deep, against diffusers
+          flux   the Flux transformer at its real width, one double and two single blocks, against diffusers
           vae    the last convolution of the factor-16 decoder: sub-pixel phases, the paper's partition, the whole map
+          glcm   GLCM Score of a 4096x4096 photograph beside the release's loop over scikit-image's functions
+          jpeg   the size of its JPEG at quality 95 beside Pillow
 Time      sides take turns (A B A B ...), so a machine that slows down slows both; the median ratio of neighbours counts
 Share     floating-point operations of the matrix products / time / the rate of one large matmul measured in between
 Memory    each side alone in a fresh process. Peak: everything, loading and Python included. Forward: what the
           forward pass adds to what was held before it. CPU: resident set (Linux), GPU: torch's allocator. In MiB
 Run       python bench.py mmdit --threads 2          two minutes on two cores; needs requirements-dev.txt
+          python bench.py flux --threads 2           needs 8 GB of memory
           python bench.py vae
+          python bench.py glcm --picture PHOTO.jpg
 Check     python -m pytest tests/test_bench.py       tiny sizes; asserts agreement, never a time
 """
 
 import argparse
 import ctypes
 import gc
+import io
 import resource
 import statistics
 import sys
@@ -26,11 +32,18 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from checkpoint import save
+from data import read_picture
+from flux import Flux
+from glcm import LEVELS, PATCH, RADII, glcm_score, gray_levels
+from jpeg import jpeg_size
 from mmdit import MMDiT
 from vae import enlarged_conv, partitioned_conv
 
@@ -68,6 +81,30 @@ class MMDiTCase:
         attention = 2 * self.depth * (image + context) ** 2 * width
         ends = 2 * image * 64 * width + context * self.context_width * width  # a patch is 2·2·16 numbers, in and out
         return 2 * (blocks * width**2 + attention + ends)
+
+
+@dataclass(frozen=True)
+class FluxCase:
+    """Flux-dev's transformer at 1024 px and factor 16, cut to a few blocks; batch 1."""
+
+    depth: int = 1
+    depth_single: int = 2
+    width: int = 3072  # heads of 128, as in every published model
+    side: int = 64  # of the latent; a token is 2x2
+    context_tokens: int = 512  # of T5
+    context_width: int = 4096
+    pooled_width: int = 768
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.side // 2) ** 2
+
+    @property
+    def flop(self) -> int:
+        """As above: 12D² a token in both kinds of block, a double one's in each stream; attention over all tokens."""
+        width, tokens, blocks = self.width, self.image_tokens + self.context_tokens, self.depth + self.depth_single
+        ends = 2 * self.image_tokens * 64 * width + self.context_tokens * self.context_width * width
+        return 2 * (12 * blocks * tokens * width**2 + 2 * blocks * tokens**2 * width + ends)
 
 
 @dataclass(frozen=True)
@@ -163,10 +200,10 @@ def report(title: str, times: dict[str, list[float]], memories: dict[str, tuple[
     print(f"largest difference of the outputs: {worst:.1e}")
 
 
-# --- the SD3 transformer
+# --- the transformers
 
 
-def mmdit_inputs(case: MMDiTCase, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs_of(case: MMDiTCase | FluxCase, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(1, 16, case.side, case.side, generator=generator)
     context = torch.randn(1, case.context_tokens, case.context_width, generator=generator)
@@ -201,7 +238,7 @@ def page_in(model: nn.Module) -> None:
 def our_mmdit(case: MMDiTCase, folder: str, device: str) -> Callable[[], Tensor]:
     model = MMDiT.load(Path(folder) / OFFICIAL, device=device)
     page_in(model)
-    inputs = mmdit_inputs(case, device)
+    inputs = inputs_of(case, device)
     return lambda: model(*inputs)
 
 
@@ -210,17 +247,64 @@ def diffusers_mmdit(case: MMDiTCase, folder: str, device: str) -> Callable[[], T
 
     model = SD3Transformer2DModel.from_pretrained(folder).to(device)
     page_in(model)
-    latent, sigma, context, pooled = mmdit_inputs(case, device)
+    latent, sigma, context, pooled = inputs_of(case, device)
     return lambda: model(latent, context, pooled, 1000 * sigma).sample
 
 
+def write_flux(case: FluxCase, folder: str) -> None:
+    """As write_mmdit."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    FluxTransformer2DModel(
+        num_layers=case.depth,
+        num_single_layers=case.depth_single,
+        attention_head_dim=128,
+        num_attention_heads=case.width // 128,
+        joint_attention_dim=case.context_width,
+        pooled_projection_dim=case.pooled_width,
+        guidance_embeds=True,
+    ).save_pretrained(folder)
+    save(Path(folder) / OFFICIAL, Flux.load(folder).state_dict(), {})
+
+
+def our_flux(case: FluxCase, folder: str, device: str) -> Callable[[], Tensor]:
+    model = Flux.load(Path(folder) / OFFICIAL, device=device)
+    page_in(model)
+    inputs, guidance = inputs_of(case, device), torch.tensor([3.5], device=device)
+    return lambda: model(*inputs, guidance)
+
+
+def diffusers_flux(case: FluxCase, folder: str, device: str) -> Callable[[], Tensor]:
+    """Packing and position ids are made beforehand; only the way back to the latent is in the step."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel.from_pretrained(folder).to(device)
+    page_in(model)
+    latent, sigma, context, pooled = inputs_of(case, device)
+    packed = rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    text_ids, side = torch.zeros(case.context_tokens, 3, device=device), torch.arange(case.side // 2.0, device=device)
+    image_ids = torch.cartesian_prod(torch.zeros(1, device=device), side, side)
+    guidance = torch.tensor([3.5], device=device)
+
+    def step() -> Tensor:
+        velocity = model(packed, context, pooled, sigma, image_ids, text_ids, guidance).sample
+        return rearrange(velocity, "b (h w) (c p q) -> b c (h p) (w q)", h=case.side // 2, p=2, q=2)
+
+    return step
+
+
 @torch.inference_mode()
-def bench_mmdit(case: MMDiTCase, device: str = "cpu", threads: int = 1, rounds: int = ROUNDS, matmul_side: int = 2048) -> None:
+def bench_transformer(case: MMDiTCase | FluxCase, device: str = "cpu", threads: int = 1, rounds: int = ROUNDS,
+                      matmul_side: int = 2048) -> None:
     torch.set_num_threads(threads)
-    builders = {"ours": our_mmdit, "diffusers": diffusers_mmdit}
+    name, blocks, write, builders = "MMDiT", f"{case.depth} blocks", write_mmdit, {"ours": our_mmdit, "diffusers": diffusers_mmdit}
+    if isinstance(case, FluxCase):
+        name, blocks = "Flux", f"{case.depth} double and {case.depth_single} single blocks"
+        write, builders = write_flux, {"ours": our_flux, "diffusers": diffusers_flux}
     with tempfile.TemporaryDirectory() as folder:
         arguments = (case, folder, device)
-        fresh(write_mmdit, case, folder)
+        fresh(write, case, folder)
         memories = {side: fresh(memory, build, arguments, device, threads) for side, build in builders.items()}
         steps = {side: build(*arguments) for side, build in builders.items()}
         worst = worst_difference(steps)
@@ -229,7 +313,7 @@ def bench_mmdit(case: MMDiTCase, device: str = "cpu", threads: int = 1, rounds: 
     rate = 2 * matmul_side**3 / statistics.median(times.pop("matmul"))  # FLOP per ms
     share = {side: f"{case.flop / statistics.median(values) / rate:.0%}" for side, values in times.items()}
     title = (
-        f"MMDiT: {case.depth} blocks of width {case.width}, {case.image_tokens} + {case.context_tokens} tokens, "
+        f"{name}: {blocks} of width {case.width}, {case.image_tokens} + {case.context_tokens} tokens, "
         f"{case.flop / 1e9:.1f} GFLOP a step, fp32, batch 1, {where(device)}\n"
         f"this machine's matmul ({matmul_side} square, fp32): {rate / 1e6:.1f} GFLOP/s"
     )
@@ -270,21 +354,73 @@ def bench_vae(case: VAECase, device: str = "cpu", threads: int = 1, rounds: int 
     report(title, times, memories, rate | {"": "Mpixel/s"}, worst)
 
 
+# --- the detail metrics, on one photograph
+
+def photograph(path: str, side: int) -> np.ndarray:
+    """(side, side, 3) uint8: the middle of a picture, scaled where it must be."""
+    return np.asarray(ImageOps.fit(read_picture(path), (side, side), Image.Resampling.LANCZOS))
+
+
+def release_glcm(rgb: np.ndarray) -> float:
+    """The released eval.py's loop, patch by patch; the gray levels are ours."""
+    from skimage.feature import graycomatrix  # a package of requirements-dev.txt
+    from skimage.measure import shannon_entropy
+
+    gray, found = gray_levels(rgb, LEVELS).astype(np.uint8), []
+    for top in range(0, gray.shape[0] - PATCH + 1, PATCH):
+        for left in range(0, gray.shape[1] - PATCH + 1, PATCH):
+            patch = gray[top : top + PATCH, left : left + PATCH]
+            found.append(shannon_entropy(graycomatrix(patch, RADII, np.arange(4) * np.pi / 4, levels=LEVELS, normed=True)))
+    return np.mean(found)
+
+
+def pillow_size(rgb: np.ndarray) -> int:
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "JPEG", quality=95)
+    return file.tell()
+
+
+DETAIL = {
+    "glcm": {"ours": lambda rgb, threads: glcm_score(rgb, threads=threads), "release": lambda rgb, threads: release_glcm(rgb)},
+    "jpeg": {"ours": lambda rgb, threads: jpeg_size(rgb), "Pillow": lambda rgb, threads: pillow_size(rgb)},
+}
+
+
+def detail_step(case: str, side: str, path: str, pixels: int, threads: int) -> Callable[[], Tensor]:
+    rgb, measure = photograph(path, pixels), DETAIL[case][side]
+    return lambda: torch.tensor(measure(rgb, threads), dtype=torch.float64)
+
+
+def bench_detail(case: str, path: str, threads: int = 1, rounds: int = ROUNDS, pixels: int = 4096) -> None:
+    arguments = {side: (case, side, path, pixels, threads) for side in DETAIL[case]}
+    memories = {side: fresh(memory, detail_step, of, "cpu", threads) for side, of in arguments.items()}
+    steps = {side: detail_step(*of) for side, of in arguments.items()}
+    worst = worst_difference(steps)
+    times = take_turns(steps, "cpu", rounds)
+    rate = {side: f"{pixels**2 / 1e3 / statistics.median(values):.1f}" for side, values in times.items()}
+    title = f"{case}: {Path(path).name} at {pixels} x {pixels} px, {next(iter(steps.values()))().item():.10g}, CPU, {threads} threads"
+    report(title, times, memories, rate | {"": "Mpixel/s"}, worst)
+
+
 def where(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("mmdit", "vae"))
+    parser.add_argument("case", choices=("mmdit", "flux", "vae", *DETAIL))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed steps a side (default: %(default)s)")
+    parser.add_argument("--picture", default=str(Path(__file__).parent / "examples" / "dandelion_meadow.jpg"),
+                        help="of glcm and jpeg (default: the example)")
     args = parser.parse_args()
-    if args.case == "mmdit":
-        bench_mmdit(MMDiTCase(), args.device, args.threads, args.rounds)
-    else:
+    if args.case in DETAIL:
+        bench_detail(args.case, args.picture, args.threads, args.rounds)
+    elif args.case == "vae":
         bench_vae(VAECase(), args.device, args.threads, args.rounds)
+    else:
+        bench_transformer(MMDiTCase() if args.case == "mmdit" else FluxCase(), args.device, args.threads, args.rounds)
 
 
 if __name__ == "__main__":

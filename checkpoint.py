@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,13 @@ OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MODELS = Path(__file__).parent / "models"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SD3_DOWNLOAD = "stabilityai/stable-diffusion-3-medium"
+SD3_DOWNLOAD, FLUX_DOWNLOAD = "stabilityai/stable-diffusion-3-medium", "black-forest-labs/FLUX.1-dev"
+FLUX_PARTS = "--exclude '*/diffusion_pytorch_model*'"  # the same weights again, in the names of diffusers
+FLUX_SIZES = "34 GB: transformer 23.8, T5 9.5, VAE 0.3, CLIP-L 0.2"
+DOWNLOADS = {  # --model NAME: arguments of hf download, sizes
+    "sd3": (f"{SD3_DOWNLOAD}-diffusers", ""),
+    "flux": (f"{FLUX_DOWNLOAD} {FLUX_PARTS}", FLUX_SIZES),
+    "flux-schnell": (f"black-forest-labs/FLUX.1-schnell {FLUX_PARTS}", FLUX_SIZES)}
 PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
@@ -37,6 +44,11 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    cut: Callable[[int, int], Tensor] | None = None  # where read() puts it together: the same for some rows
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first to last, excluded, of the first axis. Of a mapped tensor no other byte is touched."""
+        return self.cut(first, last) if self.cut else self.read()[first:last]
 
 
 class Weights(dict[str, LazyTensor]):
@@ -133,19 +145,23 @@ def _open_file(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         names = list(handle.keys())
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({_what_it_is(file)}; {error}): download it again") from None
+        what, another = _what_it_is(file)
+        do = "give the .safetensors of the same weights" if another else "download it again"
+        raise ValueError(f"{file}: not a whole safetensors file ({what}; {error}): {do}") from None
     lazy = {name: LazyTensor(shapes[name], lambda name=name: handle.get_tensor(name)) for name in names}
     return lazy, handle.metadata() or {}
 
 
-def _what_it_is(file: Path) -> str:
+def _what_it_is(file: Path) -> tuple[str, bool]:
+    """What a file looks like, for a message, and whether it is whole but of another kind."""
     with open(file, "rb") as f:
         head = f.read(8)
     size = file.stat().st_size
-    for start, kind in ((b"PK", "a zip archive or pickle"), (b"\x80", "a pickle"), (b"GGUF", "a GGUF file"), (b"<", "a web page")):
+    for start, kind, another in ((b"PK", "a zip archive or pickle", True), (b"\x80", "a pickle", True), (b"GGUF", "a GGUF file", True),
+                                 (b"<", "a web page", False)):
         if head.startswith(start):
-            return f"{size} bytes, looks like {kind}"
-    return f"{size} bytes"
+            return f"{size} bytes, looks like {kind}", another
+    return f"{size} bytes", False
 
 
 def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | torch.device = "cpu",
@@ -157,6 +173,8 @@ def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | tor
     device   where the tensors go, one by one
     dtype    compute dtype; None is float32
     raises   ValueError that lists the names or shapes that differ, or the first tensor with NaN or Inf
+
+    A parameter that FSDP has cut into rows (a DTensor, already on its device) takes its own rows of the file, and no others are read.
     """
     wanted, source = module.state_dict(), getattr(weights, "source", "weights")
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
@@ -167,16 +185,27 @@ def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | tor
     if differ:
         raise ValueError(f"{source}: {len(differ)} shapes differ: " + "; ".join(f"{k}: file {a}, model {b}" for k, a, b in differ[:4]))
     for name, place in _places(module):
-        tensor = weights[name].read().to(device=device, dtype=dtype or torch.float32)
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # no mask of the tensor's size
+        shard = wanted[name].to_local() if hasattr(wanted[name], "to_local") else None
+        tensor = weights[name].read() if shard is None else weights[name].rows(*_own_rows(wanted[name]))
+        tensor = tensor.to(device=device, dtype=dtype or torch.float32)
+        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # no mask of the tensor's size
             raise ValueError(f"{source}: {name} holds NaN or Inf: the file is damaged or a training run diverged")
         owner, kind = place
         leaf = name.rpartition(".")[2]
-        if kind == "parameter":
+        if shard is not None:
+            shard.copy_(tensor)
+        elif kind == "parameter":
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad))
         else:
             owner.register_buffer(leaf, tensor)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a tensor stayed on meta"
+
+
+def _own_rows(tensor: Tensor) -> tuple[int, int]:
+    """First and last row (excluded) of this rank's part of a DTensor that is cut along its first axis, as torch.chunk cuts."""
+    mesh = tensor.device_mesh
+    size = -(-tensor.shape[0] // mesh.size())
+    return tuple(min(k * size, tensor.shape[0]) for k in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
 
 
 def _places(module: nn.Module) -> Iterable[tuple[str, tuple[nn.Module, str]]]:
@@ -242,10 +271,7 @@ def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimi
     saved = open_weights(path)
     if "settings" not in saved.metadata:
         raise ValueError(f"{path}: not the state of a run; use another --out")
-    then, now = json.loads(saved.metadata["settings"]), json.loads(json.dumps(dict(settings)))
-    if then != now:
-        differ = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k))
-        raise ValueError(f"{path}: that run had other settings ({differ}); use them, or another --out")
+    same_settings(path, json.loads(saved.metadata["settings"]), settings)
     step = int(saved.metadata["step"])
     with torch.no_grad():
         for key, module in modules.items():
@@ -256,6 +282,13 @@ def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimi
                 optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | {
                     moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
     return step
+
+
+def same_settings(where: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """ValueError that lists what differs between the settings of a run, as JSON kept them, and those it would go on with."""
+    now = json.loads(json.dumps(dict(now)))
+    if differ := [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]:
+        raise ValueError(f"{where}: that run had other settings ({', '.join(differ)}); use them, or another --out")
 
 
 def model_folder(name: str, weights: str | None = None) -> Path:
@@ -273,26 +306,41 @@ def check_device(name: str) -> None:
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     """Where a model folder keeps its transformer and its autoencoder.
 
-    folder   as downloaded: sd3*.safetensors with both, or the diffusers layout with transformer/ and vae/
+    folder   as downloaded: sd3*.safetensors with both, or flux*.safetensors and ae.safetensors, or the diffusers layout with
+             transformer/ and vae/
     returns  (transformer, vae), paths for open_weights
-    raises   FileNotFoundError with the download command if there is no such folder or neither layout is in it;
+    raises   FileNotFoundError with the download command if there is no such folder or no layout is in it;
              ValueError if several files could be meant
     """
     folder = Path(folder)
-    if (folder / "transformer").is_dir() and (folder / "vae").is_dir():
+    files = sorted([*folder.glob("sd3*.safetensors"), *folder.glob("flux*.safetensors")])
+    if (folder / "transformer").is_dir() and (folder / "vae").is_dir() and (any(folder.glob("transformer/*.safetensors")) or not files):
         return folder / "transformer", folder / "vae"
-    files = sorted(folder.glob("sd3*.safetensors"))
     if not files:
-        what = "holds neither sd3*.safetensors nor transformer/ and vae/" if folder.is_dir() else "no such folder"
-        if folder.parent == MODELS:
-            what += f", there is {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
-        raise FileNotFoundError(f"{folder}: {what}; to get SD3, accept its licence on its page, then: "
-                                f"hf download {SD3_DOWNLOAD}-diffusers --local-dir {folder}")
+        raise FileNotFoundError(_nothing_there(folder))
     # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
     files = [f for f in files if not any(f.stem.startswith(g.stem + "_") for g in files)]
     if len(files) > 1:
         raise ValueError(f"{folder}: several files could be the model ({', '.join(f.name for f in files)}): keep one there")
-    return files[0], files[0]
+    if files[0].name.startswith("sd3"):
+        return files[0], files[0]
+    if not (folder / "ae.safetensors").is_file():
+        raise FileNotFoundError(f"{folder / 'ae.safetensors'}: not found; it is Flux's autoencoder, {FLUX_DOWNLOAD} has it")
+    return files[0], folder / "ae.safetensors"
+
+
+def _nothing_there(folder: Path) -> str:
+    """What a folder without a model lacks, and the command that fills it: of the model that it is named after, else of all."""
+    what = "holds no model: no sd3*.safetensors, flux*.safetensors, transformer/ with vae/" if folder.is_dir() else "no such folder"
+    if folder.parent == MODELS:
+        what += f", there is {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
+    if folder.parent == MODELS and folder.name in DOWNLOADS:
+        arguments, sizes = DOWNLOADS[folder.name]
+        command = f"hf download {arguments} --local-dir {folder}" + (f" ({sizes})" if sizes else "")
+    else:
+        first, *others = (arguments for arguments, _ in DOWNLOADS.values())
+        command = f"hf download {first} --local-dir {folder}; or {', or '.join(name.split()[0] for name in others)}"
+    return f"{folder}: {what}; accept the model's licence on its page at huggingface.co, then: {command}"
 
 
 def _official_names(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
@@ -323,13 +371,25 @@ def _official_names(tensors: dict[str, LazyTensor], source: str) -> dict[str, La
 
 def _joined(how: str, parts: list[LazyTensor]) -> LazyTensor:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    if how == "swap":
-        return LazyTensor(shape, lambda: torch.cat(parts[0].read().chunk(2)[::-1]))
     if how == "conv" and len(shape) == 2:
         return LazyTensor((*shape, 1, 1), lambda: parts[0].read()[:, :, None, None])
-    if len(parts) == 1:
+    if how != "swap" and len(parts) == 1:
         return parts[0]
-    return LazyTensor(shape, lambda: torch.cat([part.read() for part in parts]))
+    half = shape[0] // 2
+    halves = [(parts[0], half, shape[0]), (parts[0], 0, half)]
+    cut = partial(_stacked_rows, halves if how == "swap" else [(part, 0, part.shape[0]) for part in parts])
+    return LazyTensor(shape, partial(cut, 0, shape[0]), cut)
+
+
+def _stacked_rows(pieces: list[tuple[LazyTensor, int, int]], first: int, last: int) -> Tensor:
+    """Rows of what the pieces (tensor, from, to) make when they are stacked; only the pieces in question are read."""
+    found, start = [], 0
+    for tensor, begin, end in pieces:
+        low, high = max(first - start, 0), min(last - start, end - begin)
+        if low < high:
+            found.append(tensor.rows(begin + low, begin + high))
+        start += end - begin
+    return torch.cat(found) if found else pieces[0][0].rows(0, 0)
 
 
 def diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

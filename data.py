@@ -4,9 +4,14 @@ Paper     Diffusion-4K section 9 "Training Details": short side resized, random 
           text embeddings computed once
 Layout    DIR/metadata.jsonl   one JSON object a line: "file_name", "text" and, if you like, "alt": [more captions]
           DIR/<file_name>      jpg, png, webp …; shown upright, converted to 8-bit RGB
-Crop      short side resized to `res` (Lanczos), a random square of res x res, mirrored with probability 1/2
-Run       python data.py check DIR                   stops at a broken line, then lists every broken picture
-          python data.py encode DIR --model tiny-sd3   text embeddings of all captions, cached in DIR/.embeddings
+Crop      scaled until it covers the wanted size (Lanczos), cut at a random place, mirrored with probability 1/2
+Aspect    pictures of one batch have one size: all res x res, or each picture goes to that of ASPECTS which is nearest its own, at
+          about res x res pixels
+Order     every epoch shuffles each size's pictures, cuts them into batches and shuffles these: a function of (seed, step) alone
+Caches    DIR/.embeddings of captions, DIR/.latents of central crops; a file's name is the hash of all that decides its content
+Run       python data.py check DIR                     stops at a broken line, then lists every broken picture
+          python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents --res 1024: latents too
+          torchrun --nproc-per-node 8 data.py encode DIR --weights flux     each rank a share; the same command goes on where it was
 Check     python -m pytest tests/test_data.py
 
 Every draw is a function of a generator that the caller seeds.
@@ -15,6 +20,7 @@ Every draw is a function of a generator that the caller seeds.
 import argparse
 import hashlib
 import json
+import math
 import os
 import struct
 import sys
@@ -31,10 +37,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_device, model_folder, open_weights, save
-from text import T5_LENGTH, SD3Text
+from family import SD3, Family, find
+from text import T5_LENGTH, FluxText, SD3Text
+from vae import VAE
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
-CACHE_BYTES = 1 << 30            # resized pictures kept in memory
+CACHE_BYTES = 1 << 30            # resized pictures kept in memory; latents likewise
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)  # what Pillow's formats raise on broken files
 
 
@@ -111,6 +120,14 @@ def picture_size(path: str | os.PathLike) -> tuple[int, int]:
     return width, height
 
 
+def upright_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) as read_picture gives it, from the header alone."""
+    width, height = picture_size(path)
+    with _errors_name(path), Image.open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) > 4
+    return (height, width) if turned else (width, height)
+
+
 def read_picture(path: str | os.PathLike) -> Image.Image:
     """Decode a picture, upright, as 8-bit RGB.
 
@@ -132,11 +149,15 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
         return picture.convert("RGB")
 
 
+def resize_to_cover(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale so that one side is as wanted and the other no shorter (Lanczos)."""
+    scale = max(height / picture.height, width / picture.width)
+    return picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))), Image.Resampling.LANCZOS)
+
+
 def resize_short_side(picture: Image.Image, res: int) -> Image.Image:
     """Scale so that the shorter side is `res` pixels (Lanczos)."""
-    width, height = picture.size
-    scale = res / min(width, height)
-    return picture.resize((max(res, round(width * scale)), max(res, round(height * scale))), Image.Resampling.LANCZOS)
+    return resize_to_cover(picture, res, res)
 
 
 def to_image(pixels: np.ndarray) -> Tensor:
@@ -150,28 +171,32 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 
 class Pictures:
-    """Random squares of a list of pictures; resized pictures stay in memory up to CACHE_BYTES."""
+    """Crops of a list of pictures; resized pictures stay in memory up to CACHE_BYTES."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
-        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def resized(self, index: int, res: int) -> np.ndarray:
-        """(H, W, 3) uint8 of picture `index` with its short side at `res` pixels."""
-        key = (index, res)
+    def resized(self, index: int, height: int, width: int | None = None) -> np.ndarray:
+        """(H, W, 3) uint8 of picture `index`, scaled until it covers height x width (a square without a width)."""
+        key = (index, height, width or height)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        pixels = np.array(resize_short_side(read_picture(self.paths[index]), res))
+        pixels = np.array(resize_to_cover(read_picture(self.paths[index]), *key[1:]))
         self._kept[key] = pixels
         self._bytes += pixels.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return pixels
+
+    def crop(self, index: int, height: int, width: int, generator: torch.Generator, flip: bool = True) -> Tensor:
+        """(3, height, width) in [-1, 1]: a random place of picture `index`, scaled until it covers the crop."""
+        return _random_cut(self.resized(index, height, width), height, width, generator, flip)
 
     def square(self, index: int, res: int, side: int, generator: torch.Generator, flip: bool = True) -> Tensor:
         """A random square of picture `index`.
@@ -181,17 +206,55 @@ class Pictures:
         flip     mirror with probability 1/2
         returns  (3, side, side) in [-1, 1]
         """
-        pixels = self.resized(index, res)
-        top, left, mirror = (int(torch.randint(n, (1,), generator=generator))
-                             for n in (pixels.shape[0] - side + 1, pixels.shape[1] - side + 1, 2))
-        crop = pixels[top : top + side, left : left + side]
-        return to_image(crop[:, ::-1] if flip and mirror else crop)
+        return _random_cut(self.resized(index, res), side, side, generator, flip)
+
+    def central_crop(self, index: int, height: int, width: int) -> Tensor:
+        """(3, height, width) in [-1, 1]: the middle of picture `index`, scaled until it covers the crop."""
+        pixels = self.resized(index, height, width)
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        return to_image(pixels[top : top + height, left : left + width])
 
     def central_square(self, index: int, res: int) -> Tensor:
         """(3, res, res) in [-1, 1]: the middle of picture `index` at short side `res`."""
-        pixels = self.resized(index, res)
-        top, left = (pixels.shape[0] - res) // 2, (pixels.shape[1] - res) // 2
-        return to_image(pixels[top : top + res, left : left + res])
+        return self.central_crop(index, res, res)
+
+
+def _random_cut(pixels: np.ndarray, height: int, width: int, generator: torch.Generator, flip: bool) -> Tensor:
+    top, left, mirror = (int(torch.randint(n, (1,), generator=generator))
+                         for n in (pixels.shape[0] - height + 1, pixels.shape[1] - width + 1, 2))
+    crop = pixels[top : top + height, left : left + width]
+    return to_image(crop[:, ::-1] if flip and mirror else crop)
+
+
+def aspect_sizes(res: int, step: int, most: float = math.inf) -> list[tuple[int, int]]:
+    """(height, width) of every aspect: multiples of `step` of about res x res pixels, no side above `most`."""
+    sizes = [(round(res / aspect**0.5 / step) * step, round(res * aspect**0.5 / step) * step) for aspect in ASPECTS]
+    return [size for size in dict.fromkeys(sizes) if step <= min(size) and max(size) <= most]
+
+
+def nearest_size(sizes: Sequence[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
+    """The (height, width) whose aspect is nearest that of a picture."""
+    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+
+
+def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> list[int]:
+    """Which pictures a training step sees, a function of its arguments alone.
+
+    sizes    of every picture; a batch has one. Where the batch does not divide a size's pictures, the epoch's last batch of that size
+             takes its first pictures again
+    batch    pictures a step, over all ranks
+    returns  batch indices; epoch = step // (batches an epoch), in which every picture comes at least once
+    """
+    members: dict[object, list[int]] = {}
+    for index, size in enumerate(sizes):
+        members.setdefault(size, []).append(index)
+    count = sum(-(-len(each) // batch) for each in members.values())
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step // count) % 2**32)
+    batches = []
+    for each in members.values():
+        shuffled = [each[k] for k in torch.randperm(len(each), generator=generator).tolist()]
+        batches += [[shuffled[k % len(each)] for k in range(start, start + batch)] for start in range(0, len(each), batch)]
+    return batches[int(torch.randperm(count, generator=generator)[step % count])]
 
 
 def vary_caption(captions: Sequence[str], generator: torch.Generator, drop_words: float = 0.0, drop_caption: float = 0.0) -> str:
@@ -217,33 +280,37 @@ def vary_caption(captions: Sequence[str], generator: torch.Generator, drop_words
 class Embeddings:
     """Text embeddings of captions, each computed once and kept on disk.
 
-    The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes), the
-    T5 length, the dtype (fp32 on CPU, bf16 on a GPU).
+    The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes; their metadata
+    may say a T5 length), the usual T5 length, the dtype (fp32 on CPU, bf16 on a GPU).
     A cache made with other encoders is therefore never read.
     """
 
-    def __init__(self, folder: str | os.PathLike, model: str | os.PathLike, device: str | torch.device = "cpu"):
+    def __init__(self, folder: str | os.PathLike, model: str | os.PathLike, device: str | torch.device = "cpu", family: Family = SD3,
+                 t5_length: int | None = None):
         """
-        folder  where the cache lives
-        model   folder with the text encoders and tokenizers
+        folder     where the cache lives
+        model      folder with the text encoders and tokenizers
+        family     whose text conditioning it is
+        t5_length  tokens of T5; None: the family's
         """
-        self.model, self.device = Path(model), device
+        self.model, self.device, self.family, self.t5_length = Path(model), device, family, t5_length or family.t5_length
         self.dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        self.cache = Path(folder) / f"{_fingerprint(self.model)}-{T5_LENGTH}-{str(self.dtype).removeprefix('torch.')}"
-        self._encoders: SD3Text | None = None
+        self.cache = Path(folder) / f"{_fingerprint(self.model)}-{self.t5_length or T5_LENGTH}-{str(self.dtype).removeprefix('torch.')}"
+        self._encoders: SD3Text | FluxText | None = None
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L, W) context and (B, P) pooled of captions that are not worth keeping, straight from the encoders."""
         if self._encoders is None:
-            self._encoders = SD3Text.load(self.model, self.device, self.dtype, T5_LENGTH)
+            self._encoders = self.family.text.load(self.model, self.device, self.dtype, self.t5_length)
         return self._encoders.encode(captions)
 
-    def fill(self, captions: Sequence[str], batch: int = 16) -> int:
+    def fill(self, captions: Sequence[str], batch: int = 16, rank: int = 0, world: int = 1) -> int:
         """Encode the captions that the cache lacks, with a progress bar, and let go of the encoders.
 
-        returns  how many were encoded
+        rank, world  this process encodes every world-th caption, from the rank-th
+        returns      how many were encoded
         """
-        lacking = [caption for caption in dict.fromkeys(captions) if not self._file(caption).is_file()]
+        lacking = [caption for caption in list(dict.fromkeys(captions))[rank::world] if not self._file(caption).is_file()]
         for start in tqdm(range(0, len(lacking), batch), desc="text embeddings", file=sys.stderr, disable=not lacking):
             chunk = lacking[start : start + batch]
             encoded = self.encode(chunk)
@@ -263,15 +330,61 @@ class Embeddings:
         return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
 
 
-def _fingerprint(model: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(f for f in model.glob("t[eo]*/*") if f.is_file()):  # text_encoder*/, text_encoders/, tokenizer*/
-        digest.update(f"{file.relative_to(model)} {file.stat().st_size}".encode())
+class Latents:
+    """Moments of central crops, which never change: computed once, kept in memory up to CACHE_BYTES and, if asked, on disk.
+
+    The key is what decides the numbers: the picture (size, first and last bytes), the crop, the autoencoder's weights, factor and
+    dilation. What another autoencoder made is therefore never read.
+    """
+
+    def __init__(self, pictures: Pictures, vae: VAE, factor: int, dilation: int, folder: Path | None = None):
+        self.pictures, self.vae, self.factor, self.dilation, self.folder = pictures, vae, factor, dilation, folder
+        self._kept: OrderedDict[tuple[int, int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self._bytes = 0
+        if folder:
+            digest = hashlib.sha256(f"{factor} {dilation}".encode())
+            for name, tensor in vae.encoder.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self.folder = folder / digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def moments(self, index: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """(mean, logvar) of a picture's central crop of height x width, (1, 16, h, w) each, on the device of the autoencoder."""
+        key, weight = (index, height, width), next(self.vae.parameters())
+        if key not in self._kept:
+            file = self.folder and self.folder / f"{_digest([self.pictures.paths[index]], f'{height} {width}')[:32]}.safetensors"
+            if file and file.is_file():
+                saved = open_weights(file)
+                found = saved["mean"].read(), saved["logvar"].read()
+            else:
+                found = self.vae.moments(self.pictures.central_crop(*key)[None].to(weight), self.factor, self.dilation)
+                found = found[0].cpu(), found[1].cpu()
+                if file:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    save(file, dict(zip(("mean", "logvar"), found, strict=True)), {"picture": self.pictures.paths[index].name})
+            self._kept[key] = found
+            self._bytes += 2 * found[0].nbytes
+            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= 2 * self._kept.popitem(last=False)[1][0].nbytes
+        self._kept.move_to_end(key)
+        return self._kept[key][0].to(weight), self._kept[key][1].to(weight)
+
+
+def _digest(files: Sequence[Path], more: str = "") -> str:
+    """A hash of the sizes, first and last bytes of files: their content as far as a change can be told without reading it all."""
+    digest = hashlib.sha256(more.encode())
+    for file in files:
+        digest.update(f" {file.stat().st_size}".encode())
         with open(file, "rb") as f:
             digest.update(f.read(1 << 16))
             f.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
             digest.update(f.read())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def _fingerprint(model: Path) -> str:
+    files = sorted(f for f in model.glob("t[eo]*/*") if f.is_file())  # text_encoder*/, text_encoders/, tokenizer*/
+    return _digest(files, " ".join(str(f.relative_to(model)) for f in files))[:16]
 
 
 def check(folder: str) -> None:
@@ -291,6 +404,50 @@ def check(folder: str) -> None:
     raise SystemExit(1 if wrong else 0)
 
 
+def encode(args: argparse.Namespace) -> None:
+    """This rank's share of the embeddings and latents that the caches lack. Ranks need not meet: every file is written by one of them."""
+    check_device(args.device)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if args.device == "cuda" else args.device
+    items, folder = read_folder(args.folder), model_folder(args.model, args.weights)
+    family, transformer, vae_path = find(folder)
+    captions = ["", *(caption for item in items for caption in item.captions)]
+    embeddings = Embeddings(Path(args.folder) / ".embeddings", folder, device, family, args.t5_length)
+    encoded, of = embeddings.fill(captions, args.batch, rank, world), f"rank {rank} of {world}: " if world > 1 else ""
+    print(f"{of}{encoded} captions encoded, {len(set(captions))} in {embeddings.cache}")
+    if args.latents:
+        step, pictures = 2 * args.factor, Pictures([item.path for item in items])
+        if args.res < step or args.res % step:
+            raise ValueError(f"--res {args.res}: give a multiple of {step} at --factor {args.factor}")
+        most = family.config(transformer.part("model.diffusion_model.")).table_side * step
+        sizes = sizes_of(items, args.res, step, most, args.aspect)
+        latents = Latents(pictures, VAE.load(vae_path, device), args.factor, args.dilation, Path(args.folder) / ".latents")
+        for index in tqdm(range(rank, len(items), world), desc="latents", file=sys.stderr):
+            latents.moments(index, *sizes[index])
+        print(f"{of}{len(range(rank, len(items), world))} latents in {latents.folder}")
+
+
+def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bool) -> list[tuple[int, int]]:
+    """(height, width) of every picture's crop; ValueError that names a picture which would have to be enlarged.
+
+    step    sides are multiples of it
+    most    longest side, pixels, that the transformer's position table allows
+    aspect  False: all are res x res
+    """
+    choice, sizes = aspect_sizes(res, step, most) if aspect else [(res, res)], []
+    for item in items:
+        width, height = upright_size(item.path)
+        size = nearest_size(choice, width, height)
+        if height < size[0] or width < size[1]:
+            if not aspect:
+                raise ValueError(f"{item.path}: its short side is {min(width, height)} px, below --res {res}: "
+                                 "enlarging adds no detail; leave it out")
+            raise ValueError(f"{item.path}: {width}x{height} px do not cover {size[1]}x{size[0]}, the nearest aspect at --res {res}: "
+                             "enlarging adds no detail; leave it out")
+        sizes.append(size)
+    return sizes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -301,15 +458,19 @@ def main() -> None:
     encodes.add_argument("folder", metavar="DIR", help="pictures and metadata.jsonl")
     encodes.add_argument("--model", default="tiny-sd3", help="name of a folder in models/")
     encodes.add_argument("--weights", metavar="DIR", help="another model folder")
+    encodes.add_argument("--t5-length", type=int, help="tokens of T5, as training will be told (SD3: 77, Flux-dev: 512)")
+    encodes.add_argument("--batch", type=int, default=16, help="captions at a time")
+    encodes.add_argument("--latents", action="store_true", help="latents of central crops too, for train.py --cache-latents")
+    encodes.add_argument("--res", type=int, default=1024, help="of the latents: side of the squares, pixels")
+    encodes.add_argument("--aspect", action="store_true", help="of the latents: aspect buckets instead of squares")
+    encodes.add_argument("--factor", type=int, default=16, choices=(8, 16), help="of the latents: down-sampling of the VAE")
+    encodes.add_argument("--dilation", type=int, default=2, choices=(1, 2), help="of the latents: of the first convolution at factor 16")
     encodes.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
     try:
         if args.command == "check":
             return check(args.folder)
-        check_device(args.device)
-        captions = ["", *(caption for item in read_folder(args.folder) for caption in item.captions)]
-        embeddings = Embeddings(Path(args.folder) / ".embeddings", model_folder(args.model, args.weights), args.device)
-        print(f"{embeddings.fill(captions)} captions encoded, {len(set(captions))} in {embeddings.cache}")
+        encode(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

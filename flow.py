@@ -133,17 +133,25 @@ def flux_mu(tokens: int) -> float:
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
 
+def even_sigmas(steps: int, shift: float = 1.0) -> Tensor:
+    """Evenly spaced, then shifted once: Flux's schedule, whose time shift is exp(mu).
+
+    steps    sampling steps, >= 1
+    returns  (steps + 1,) fp32 on the CPU, from 1 down to 0
+    """
+    _check_steps(steps)
+    return time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
 def flux_sigmas(steps: int, tokens: int, shift: bool = True) -> Tensor:
-    """Flux's schedule: evenly spaced, then shifted the more the larger the image.
+    """Flux's schedule for an image: the larger it is, the further it is shifted.
 
     steps    sampling steps, >= 1
     tokens   image tokens, (h/2)·(w/2): 16,384 for 4096 x 4096 at factor 16
     shift    False for schnell
     returns  (steps + 1,) fp32 on the CPU, from 1 down to 0
     """
-    _check_steps(steps)
-    line = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (time_shift(line, math.exp(flux_mu(tokens))) if shift else line).float()
+    return even_sigmas(steps, math.exp(flux_mu(tokens)) if shift else 1.0)
 
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:

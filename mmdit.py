@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import mode
 
 import torch
@@ -197,10 +198,10 @@ def add_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tenso
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, config: MMDiTConfig):
+    def __init__(self, hidden_size: int, outputs: int):
         super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = modulation(config.hidden_size, 2)
+        self.linear = nn.Linear(hidden_size, outputs)
+        self.adaLN_modulation = modulation(hidden_size, 2)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
@@ -217,7 +218,7 @@ class MMDiT(nn.Module):
         self.y_embedder = Embedder(config.pooled_dim, config.hidden_size)
         self.context_embedder = nn.Linear(config.context_dim, config.hidden_size)
         self.joint_blocks = nn.ModuleList(JointBlock(config, index) for index in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "MMDiT":
@@ -266,25 +267,30 @@ class MMDiT(nn.Module):
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w]
 
 
+def shape_of(weights: Mapping[str, LazyTensor], family: str, name: str, axes: int) -> tuple[int, ...]:
+    """Shape of a tensor without which this is no transformer of the family; ValueError that names it."""
+    source = getattr(weights, "source", "weights")
+    if name not in weights:
+        raise ValueError(f"{source}: 1 missing: {name}; without it this is no {family} transformer (the file holds {len(weights)} tensors: "
+                         f"{', '.join(list(weights)[:2])} ...)")
+    if len(weights[name].shape) != axes:
+        raise ValueError(f"{source}: {name} has the shape {weights[name].shape}, expected {axes} axes")
+    return weights[name].shape
+
+
+def usual_size(weights: Mapping[str, LazyTensor], family: str, ending: str, axis: int, otherwise: str, axes: int = 2) -> int:
+    """What most tensors with this ending say, so that fill() can name the one that differs; without any, `otherwise` is missed."""
+    sizes = [t.shape[axis] for name, t in weights.items() if name.endswith(ending) and len(t.shape) == axes]
+    return mode(sizes) if sizes else shape_of(weights, family, otherwise, axes)[axis]
+
+
 def read_config(weights: Mapping[str, LazyTensor]) -> MMDiTConfig:
     """Read the sizes of an MMDiT from the shapes of its tensors.
 
     raises  ValueError that names the tensor if one which carries a size is missing or cannot be
     """
     source = getattr(weights, "source", "weights")
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in weights:
-            raise ValueError(f"{source}: 1 missing: {name}; without it this is no SD3 transformer (the file holds {len(weights)} tensors: "
-                             f"{', '.join(list(weights)[:2])} ...)")
-        if len(weights[name].shape) != axes:
-            raise ValueError(f"{source}: {name} has the shape {weights[name].shape}, expected {axes} axes")
-        return weights[name].shape
-
-    def usual(ending: str, axis: int, otherwise: str) -> int:  # what most blocks say, so that fill() can name the one that differs
-        sizes = [t.shape[axis] for name, t in weights.items() if name.endswith(ending) and len(t.shape) == 2]
-        return mode(sizes) if sizes else shape(otherwise, 2)[axis]
-
+    shape, usual = partial(shape_of, weights, "SD3"), partial(usual_size, weights, "SD3")
     hidden_size = usual(".attn.qkv.weight", 1, "joint_blocks.0.x_block.attn.qkv.weight")
     _, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     outputs, cells = shape("final_layer.linear.weight", 2)[0], shape("pos_embed", 3)[1]

@@ -1,12 +1,17 @@
 """Draw pictures from prompts.
 
-Paper     Diffusion-4K section 4.2 and 9: Euler on the flow ODE, 28 steps and classifier-free guidance 7.0 for SD3, factor 16
+Paper     Diffusion-4K section 4.2 and 9: Euler on the flow ODE, factor 16; SD3 with 28 steps and classifier-free guidance 7.0,
+          Flux with 50 steps and its distilled guidance
 Method    prompt -> text encoders -> context, pooled
-          noise  -> Euler over the shifted schedule, velocity = v_empty + cfg * (v_prompt - v_empty) -> latent
+          noise  -> Euler over the shifted schedule -> latent
+                    SD3:  velocity = v_empty + cfg * (v_prompt - v_empty), two passes
+                    Flux: velocity = v(prompt, guidance), one pass; the guidance is a number that the model is given
           latent -> partitioned VAE -> picture
 Run       python sample.py --prompt "a dandelion at sunset"                    tiny-sd3, 1024 px; 2 cores: 8 seconds, 0.5 GiB
           python sample.py --prompt "a dandelion at sunset" --res 4096 --steps 8    2 cores: 3 minutes, 2.2 GiB
+          python sample.py --prompt "a dandelion at sunset" --model tiny-flux        the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
+          python sample.py --prompt "a red panda" --weights flux --res 4096     Flux-dev as downloaded
 Writes    OUT/000-a-dandelion-at-sunset-0.png; its metadata says prompt, seed, settings and model
 Units     --res in pixels (width x height); time in s/step; peak memory in GiB
 Check     python -m pytest tests/test_sample.py
@@ -30,14 +35,15 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import Weights, check_device, locate, model_folder, open_weights
+from checkpoint import Weights, check_device, model_folder, open_weights
 from data import to_pixels
-from flow import draw_noise, euler, sd3_sigmas
-from mmdit import MMDiT, check_set, read_config
-from text import SD3Text
+from family import Family, find
+from flow import draw_noise, euler, flux_mu
+from flux import Flux
+from mmdit import MMDiT, check_set
 from vae import VAE
 
-SD3_DEFAULTS = {"steps": 28, "cfg": 7.0, "time_shift": 3.0, "res": 1024}  # a small model's file may say others
+SAID = {"steps": int, "cfg": float, "guidance": float, "time_shift": float, "res": str}  # what a model's file may say of sampling
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,35 +55,37 @@ class Picture:
     path: Path
 
 
-def velocity_with_cfg(model: MMDiT, context: Tensor, pooled: Tensor, cfg: float):
+def velocity_with_cfg(model: MMDiT | Flux, context: Tensor, pooled: Tensor, cfg: float, guidance: float | None = None):
     """The velocity that Euler follows.
 
-    context  (2, L, W): of the prompt, of the negative prompt; pooled (2, P)
-    cfg      1 follows the prompt alone, in one pass instead of two
-    returns  function of z (1, 16, h, w) and sigma (1,)
+    context   (2, L, W): of the prompt, of the negative prompt; pooled (2, P)
+    cfg       1 follows the prompt alone, in one pass instead of two
+    guidance  the number that Flux-dev is given; None for models that take none
+    returns   function of z (1, 16, h, w) and sigma (1,)
     """
+    given = None if guidance is None else torch.full((2,), guidance, device=context.device)
+
     def velocity(z: Tensor, sigma: Tensor) -> Tensor:
         if cfg == 1:
-            return model(z, sigma, context[:1], pooled[:1])
-        towards, away = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled).chunk(2)
+            return model(z, sigma, context[:1], pooled[:1], None if given is None else given[:1])
+        towards, away = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, given).chunk(2)
         return away + cfg * (towards - away)
 
     return velocity
 
 
 @torch.inference_mode()
-def draw(pictures: list[Picture], args: argparse.Namespace, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT,
-         vae: VAE) -> Iterator[tuple[Picture, Tensor, float]]:
+def draw(pictures: list[Picture], args: argparse.Namespace, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT | Flux,
+         vae: VAE, sigmas: Tensor) -> Iterator[tuple[Picture, Tensor, float]]:
     """Yield each picture with its image (3, H, W) in [-1, 1] and the seconds that one step took.
 
     encoded   prompt -> context (1, L, W), pooled (1, P); the negative prompt is among them
     """
     width, height = args.res
-    weight = model.x_embedder.proj.weight
-    sigmas = sd3_sigmas(args.steps, args.time_shift)
+    weight = next(model.parameters())
     for picture in pictures:
         context, pooled = (torch.cat(pair).to(weight) for pair in zip(encoded[picture.prompt], encoded[args.negative], strict=True))
-        velocity = velocity_with_cfg(model, context, pooled, args.cfg)
+        velocity = velocity_with_cfg(model, context, pooled, args.cfg, args.guidance)
         noise = draw_noise([picture.seed], (model.config.in_channels, height // args.factor, width // args.factor)).to(weight.device)
         began = time.time()
         latent = euler(velocity, noise, sigmas, progress=True)
@@ -166,22 +174,29 @@ def name_pictures(prompts: list[str], args: argparse.Namespace) -> list[Picture]
         raise OSError(f"--out {out}: {folder} is no folder that can be written ({error.strerror}); name another") from None
 
 
-def settle(args: argparse.Namespace, transformer: Weights) -> None:
+def settle(args: argparse.Namespace, family: Family, transformer: Weights) -> None:
     """Fill in what the command line left open, from the file's metadata or the family; refuse what cannot be drawn."""
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-    for name, default in SD3_DEFAULTS.items():
-        if getattr(args, name) is None:
-            said = transformer.metadata.get(name, default)
+    family.check_guidance(args.guidance)
+    if args.mu is not None:
+        if args.time_shift is not None:
+            raise ValueError(f"--mu {args.mu:g} --time-shift {args.time_shift:g}: mu is the logarithm of the time shift; give one of them")
+        args.time_shift = math.exp(min(args.mu, 700))  # beyond it no float is large enough
+    for name, kind in SAID.items():
+        said = transformer.metadata.get(name, getattr(family, name))
+        if getattr(args, name) is None and said is not None:
             try:
-                setattr(args, name, str(said) if name == "res" else type(default)(float(said)))
+                setattr(args, name, kind(float(said)) if kind is not str else str(said))
             except (ValueError, OverflowError):
                 raise ValueError(f"{transformer.source}: its metadata says {name} {said!r}; give --{name.replace('_', '-')}") from None
     args.res = resolution(args.res)
-    check_settings(args)
     step = 2 * args.factor
+    if args.time_shift is None:
+        args.time_shift = math.exp(flux_mu(math.prod(args.res) // step**2))
+    check_settings(args)
     if any(side % step for side in args.res):
         raise ValueError(f"--res {args.res[0]}x{args.res[1]}: both sides must be multiples of {step} at --factor {args.factor}")
-    most = read_config(transformer.part("model.diffusion_model.")).table_side * step
+    most = family.config(transformer.part("model.diffusion_model.")).table_side * step
     if max(args.res) > most:
         raise ValueError(f"--res {args.res[0]}x{args.res[1]}: this model's position table ends at {most} px a side "
                          f"at --factor {args.factor}" + ("; --factor 16 reaches twice as far" if args.factor == 8 else ""))
@@ -193,6 +208,7 @@ def check_settings(args: argparse.Namespace) -> None:
     for name, fits, accepted in (("steps", args.steps >= 1, "1 or more"), ("count", args.count >= 1, "1 or more"),
                                  ("seed", 0 <= args.seed <= 2**63 - args.count, "0 to 2^63 - count"),
                                  ("cfg", math.isfinite(args.cfg), "a finite number"),
+                                 ("guidance", args.guidance is None or 0 <= args.guidance < math.inf, "a number from 0"),
                                  ("time-shift", 0 < args.time_shift < math.inf, "a number above 0")):
         if not fits:
             raise ValueError(f"--{name} {getattr(args, name.replace('-', '_'))}: give {accepted}")
@@ -201,23 +217,24 @@ def check_settings(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check, encode, draw, write: every refusal comes before the long work."""
     folder = model_folder(args.model, args.weights)
-    transformer_path, vae_path = locate(folder)
-    transformer_path = Path(args.transformer or transformer_path)
-    settle(args, open_weights(transformer_path))
+    family, transformer, vae_path = find(folder, args.transformer)
+    settle(args, family, transformer)
     open_weights(vae_path)  # a missing or broken one is named before the text encoders are read
     pictures = name_pictures(read_prompts(args), args)
 
     dtype = DTYPES[args.dtype]
-    text = SD3Text.load(folder, args.device, torch.bfloat16 if dtype == torch.float16 else dtype)  # T5 overflows in fp16
+    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in fp16
+    text = family.text.load(folder, args.device, text_dtype, family.t5_length)
     # one at a time: rounding differs with the batch, and a picture must not
     encoded = {prompt: text.encode([prompt]) for prompt in dict.fromkeys([args.negative, *(p.prompt for p in pictures)])}
     del text  # T5-XXL is larger than what comes
-    model, vae = MMDiT.load(transformer_path, args.device, dtype), VAE.load(vae_path, args.device, dtype)
+    model, vae = family.model.load(transformer.source, args.device, dtype), VAE.load(vae_path, args.device, dtype)
     check_set(model.config, *encoded[args.negative], vae.config.latent_channels)
-    for picture, image, s_per_step in draw(pictures, args, encoded, model, vae):
+    for picture, image, s_per_step in draw(pictures, args, encoded, model, vae, family.sigmas(args.steps, args.time_shift)):
         write_picture(picture.path, image, {
-            "prompt": picture.prompt, "negative": args.negative, "seed": picture.seed, "model": str(transformer_path),
+            "prompt": picture.prompt, "negative": args.negative, "seed": picture.seed, "model": transformer.source,
             "res": f"{args.res[0]}x{args.res[1]}", "factor": args.factor, "steps": args.steps, "cfg": args.cfg,
+            **({} if args.guidance is None else {"guidance": args.guidance}),
             "time_shift": args.time_shift, "dtype": args.dtype, "software": "diffusion-4k"})
         cpu = args.device == "cpu"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if cpu else torch.cuda.max_memory_allocated(args.device) / 2**30
@@ -230,7 +247,7 @@ def main() -> None:
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompts", metavar="FILE", help="one prompt a line")
     add("--negative", default="", metavar="TEXT", help="what cfg leads away from (default: the empty prompt)")
-    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (SD3: 1024)")
+    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (1024)")
     add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures a prompt, with seeds SEED, SEED+1 ... (default: 1)")
     add("--out", default="out", metavar="DIR", help="folder, or the name of one .png, .jpg or .webp (default: out)")
@@ -238,10 +255,13 @@ def main() -> None:
     add("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
     add("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="FILE", help="this transformer instead of the folder's, as train.py wrote it")
-    add = parser.add_argument_group("sampling (left out: what the model's file says, else what SD3 wants)").add_argument
-    add("--steps", type=int, help="Euler steps (SD3: 28)")
-    add("--cfg", type=float, help="classifier-free guidance; 1 is none and twice as fast (SD3: 7.0)")
-    add("--time-shift", type=float, help="of the schedule; above 1 spends more steps on noise (SD3: 3.0)")
+    add = parser.add_argument_group("sampling (left out: what the model's file says, else what SD3 or Flux wants)").add_argument
+    add("--steps", type=int, help="Euler steps (SD3: 28, Flux-dev: 50, Flux-schnell: 4)")
+    add("--cfg", type=float, help="classifier-free guidance; 1 is none and twice as fast (SD3: 7.0, Flux: 1)")
+    add("--guidance", type=float, help="the number that Flux-dev is given (3.5); other models have no such input")
+    add("--time-shift", type=float,
+        help="of the schedule; above 1 spends more steps on noise (SD3: 3.0, Flux-dev: by the number of tokens, Flux-schnell: 1)")
+    add("--mu", type=float, help="the logarithm of the time shift, as Flux counts it")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the VAE: 8 as published, 16 partitioned (default: 16)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda where there is one)")

@@ -1,16 +1,18 @@
-"""Prompt to conditioning: CLIP-L, OpenCLIP bigG, T5-XXL, their tokenizers, and how SD3 joins them.
+"""Prompt to conditioning: CLIP-L, OpenCLIP bigG, T5-XXL, and what SD3 and Flux make of them.
 
 Paper     Diffusion-4K section 3.1: the text encoders stay frozen; embeddings are computed once and cached
-Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; transformers CLIPTextModel(WithProjection), T5EncoderModel,
-          CLIPTokenizerFast, T5Tokenizer (held by tests/test_text.py on golden cases and on real vocabularies)
+Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel(WithProjection),
+          T5EncoderModel (held by tests/test_text.py on golden cases)
 Encoders  file                width  depth  heads  activation   length     pad     pooled
-          clip_l              768    12     12     quick GELU   77         49407   unprojected in SD3
+          clip_l              768    12     12     quick GELU   77         49407   unprojected in SD3 and Flux
           clip_g              1280   32     20     exact GELU   77         0       projected
           t5xxl               4096   24     64     gated GELU   77 … 512   0       none
           Widths, depths and lengths are read from the tensors; nothing below assumes these.
 Padding   is attended: CLIP has a causal mask only, T5 has none. The empty prompt is a prompt: the encoded
           empty string is the negative.
-Shapes    B prompts, L tokens, W width, context (B, L_clip + L_t5, W of T5), pooled (B, W of L + W of G)
+SD3       context is L beside G, then T5's 77 tokens; pooled is L and G
+Flux      context is T5's 512 tokens (dev) or 256 (schnell); pooled is L
+Shapes    B prompts, L tokens, W width; SD3: context (B, L_clip + L_t5, W of T5), pooled (B, W of L + W of G)
 Units     token ids are int64; dtype None computes in float32; T5 overflows in float16, use bfloat16
 Check     python -m pytest tests/test_text.py
 
@@ -24,27 +26,22 @@ Check     python -m pytest tests/test_text.py
 
 import math
 import os
-import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor, nn
 
-from checkpoint import SD3_DOWNLOAD, Weights, fill, open_weights, read_json
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Weights, fill, open_weights
+from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
 EOS = 49407                     # the last id of CLIP's vocabulary
 LEGACY_EOS = 2                  # what old config.json files of CLIP say, wrongly
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")   # in re-exports: 0, 1, 2, … and a training temperature
-T5_LENGTH = 77                  # tokens, in training and evaluation
+T5_LENGTH = 77                  # tokens, in training and evaluation; a small T5's file may say another "length"
+T5_MOST = 512                   # tokens: what Flux-dev takes, and the longest that T5 was trained on
 T5_MAX_DISTANCE = 128           # relative positions beyond it share the last bucket
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")       # preferred to fp8, which has lost digits
 
@@ -85,7 +82,7 @@ class CLIPText(nn.Module):
     def __init__(self, vocabulary: int, positions: int, width: int, mlp_width: int, depth: int, num_heads: int, activation: str,
                  eos: int, projection: int | None):
         super().__init__()
-        self.eos, self.length = eos, positions
+        self.eos, self.length, self.vocabulary = eos, positions, vocabulary
         embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocabulary, width),
                                     "position_embedding": nn.Embedding(positions, width)})
         layers = nn.ModuleList(CLIPLayer(width, mlp_width, num_heads, activation) for _ in range(depth))
@@ -205,9 +202,10 @@ class T5Block(nn.Module):
 class T5Encoder(nn.Module):
     """T5 v1.1's encoder; module names are the official ones. Made by `load`."""
 
-    def __init__(self, vocabulary: int, width: int, inner: int, mlp_width: int, depth: int, table: tuple[int, int]):
+    def __init__(self, vocabulary: int, width: int, inner: int, mlp_width: int, depth: int, table: tuple[int, int],
+                 length: int | None = None):
         super().__init__()
-        self.width = width
+        self.width, self.length, self.vocabulary = width, length, vocabulary
         block = nn.ModuleList(T5Block(width, inner, mlp_width, table if i == 0 else None, table[1]) for i in range(depth))
         self.encoder = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, width), "block": block,
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
@@ -236,7 +234,8 @@ class T5Encoder(nn.Module):
         if inner % table[1]:
             raise ValueError(f"{weights.source}: {first}0: {table[1]} heads of the bias table do not divide {inner} rows of q")
         with torch.device("meta"):
-            t5 = T5Encoder(vocabulary, width, inner, mlp_width, _depth(weights, "encoder.block."), table)
+            t5 = T5Encoder(vocabulary, width, inner, mlp_width, _depth(weights, "encoder.block."), table,
+                           int(weights.metadata.get("length", 0)) or None)
         fill(t5.requires_grad_(False).eval(), weights, device, dtype)
         return t5
 
@@ -267,145 +266,9 @@ def _depth(weights: Weights, prefix: str) -> int:
     return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
 
 
-# Tokenizers
-
-class CLIPTokenizer:
-    """Byte-level BPE as in transformers' CLIPTokenizerFast. Made by `load`.
-
-    bos, eos, pad   ids
-    """
-
-    def __init__(self, backend: Tokenizer, bos: int, eos: int, pad: int):
-        self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
-        self.size = backend.get_vocab_size()
-
-    @staticmethod
-    def load(folder: str | os.PathLike, pad: int | None = None) -> "CLIPTokenizer":
-        """Read tokenizer.json, or vocab.json with merges.txt.
-
-        folder  tokenizer/ (CLIP-L, pads with the end token) or tokenizer_2/ (bigG, pads with "!", id 0)
-        pad     id; None takes the folder's pad_token, or the end token where it names none
-        raises  FileNotFoundError if the folder has no vocabulary; ValueError if that lacks a special token
-
-        The folder's special tokens are found inside a prompt too, as transformers does: in tokenizer_2/ every "!" of a
-        prompt becomes the padding id 0. sd3-ref gives it its own id there.
-        """
-        folder = Path(folder)
-        said = _said(folder / "special_tokens_map.json") | _said(folder / "tokenizer_config.json")
-        whole = (folder / "tokenizer.json").is_file()
-        if not whole and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
-            raise FileNotFoundError(f"{folder}: no CLIP tokenizer: needs tokenizer.json, or vocab.json with merges.txt, as in tokenizer/ "
-                                    f"and tokenizer_2/ of {SD3_DOWNLOAD}-diffusers")
-        try:
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json")) if whole else _clip_backend(folder)
-        except Exception as error:  # the library has no narrower class
-            raise ValueError(f"{folder}: its vocabulary cannot be read ({error}): download it again") from None
-        named = [said[role] for role in ("bos_token", "eos_token", "unk_token", "pad_token") if said.get(role)]
-        added = [*map(_added_token, said.get("added_tokens_decoder", {}).values()), *backend.get_added_tokens_decoder().values(),
-                 *map(_added_token, (*named, CLIP_START, CLIP_END))]
-        if missing := [t.content for t in added if backend.token_to_id(t.content) is None]:
-            raise ValueError(f"{folder}: the vocabulary has no {missing[0]}: not the vocabulary of these settings, or not CLIP's")
-        backend.add_special_tokens(list({t.content: t for t in reversed(added)}.values()))   # the first that speaks of a token decides
-        backend.no_padding()
-        backend.no_truncation()
-        if pad is None:
-            pad = backend.token_to_id(_added_token(said.get("pad_token") or CLIP_END).content)
-        return CLIPTokenizer(backend, backend.token_to_id(CLIP_START), backend.token_to_id(CLIP_END), pad)
-
-    def __call__(self, prompts: Iterable[str], length: int) -> Tensor:
-        """Prompts -> ids (B, length): start, text, end, padding. A prompt that is too long loses its tail, with a warning."""
-        rows = []
-        for prompt in _prompts(prompts):
-            encoded, room = self.backend.encode(prompt, add_special_tokens=False), length - 2
-            if len(encoded.ids) > room:
-                _warn_cut(prompt[encoded.offsets[room][0]:], len(encoded.ids), room)
-            ids = [self.bos, *encoded.ids[:room], self.eos]
-            rows.append(ids + [self.pad] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
-
-
-def _clip_backend(folder: Path) -> Tokenizer:
-    vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = Tokenizer(BPE(vocabulary, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>"))
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return backend
-
-
-def _added_token(token: str | dict) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=True, normalized=False)
-    flags = {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
-    return AddedToken(token["content"], special=True, **flags)
-
-
-class T5Tokenizer:
-    """SentencePiece with T5's special tokens, as in transformers' T5Tokenizer. Made by `load`.
-
-    eos, pad   ids, 1 and 0 officially
-    """
-
-    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, extra_ids: int):
-        self.pieces, self.eos, self.pad = pieces, pieces.eos_id(), pieces.pad_id()
-        self.special = {pieces.id_to_piece(i): i for i in (self.pad, self.eos, pieces.unk_id())}
-        # <extra_id_0> is the last id; SentencePiece does not know these
-        self.special |= {f"<extra_id_{i}>": pieces.vocab_size() + extra_ids - 1 - i for i in range(extra_ids)}
-        self.size = pieces.vocab_size() + extra_ids
-        self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
-
-    @staticmethod
-    def load(folder: str | os.PathLike) -> "T5Tokenizer":
-        """Read spiece.model.
-
-        folder  tokenizer_3/ of SD3, tokenizer_2/ of Flux
-        raises  FileNotFoundError if spiece.model is missing; ValueError if it has no padding or end token
-        """
-        file = Path(folder) / "spiece.model"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder}: no T5 tokenizer: needs spiece.model (tokenizer.json is not read), as in tokenizer_3/ of "
-                                    f"{SD3_DOWNLOAD}-diffusers")
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}): download it again") from None
-        if min(pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) < 0:
-            raise ValueError(f"{file}: has no padding, end or unknown token: not a T5 vocabulary")
-        return T5Tokenizer(pieces, _said(file.with_name("tokenizer_config.json")).get("extra_ids", 100))
-
-    def __call__(self, prompts: Iterable[str], length: int) -> Tensor:
-        """Prompts -> ids (B, length): text, end, padding. A prompt that is too long loses its tail, with a warning."""
-        rows = []
-        for prompt in _prompts(prompts):
-            ids, room = self.encode(prompt), length - 1
-            if len(ids) > room:
-                _warn_cut(self.pieces.decode([i for i in ids[room:] if i < self.pieces.vocab_size()]), len(ids), room)
-            ids = [*ids[:room], self.eos]
-            rows.append(ids + [self.pad] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
-
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt without end or padding; a special token written in it becomes its id, and the text after it starts a word."""
-        ids = []
-        for part in self.split.split(prompt):
-            ids += [self.special[part]] if part in self.special else self.pieces.encode(part)
-        return ids
-
-
-def _prompts(prompts: Iterable[str]) -> list[str]:
-    if isinstance(prompts, str):
-        raise ValueError(f"a single text {prompts[:20]!r}: give a list of prompts")
-    return list(prompts)
-
-
-def _warn_cut(tail: str, tokens: int, room: int) -> None:
-    tail = tail.strip()
-    tail = tail if len(tail) <= 80 else tail[:80] + "…"
-    warnings.warn(f"a prompt of {tokens} tokens was cut to the limit of {room}; lost: {tail!r}", stacklevel=3)
-
-
-def _said(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
+def _check_words(folder: Path, tokenizer: CLIPTokenizer | T5Tokenizer, encoder: CLIPText | T5Encoder) -> None:
+    if tokenizer.size > encoder.vocabulary:
+        raise ValueError(f"{folder}: {tokenizer.size} words, and its encoder knows {encoder.vocabulary}: they do not belong together")
 
 
 # SD3
@@ -435,12 +298,12 @@ class SD3Text:
 
     @staticmethod
     def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-             t5_length: int = T5_LENGTH) -> "SD3Text":
+             t5_length: int | None = None) -> "SD3Text":
         """Read the encoders of a model folder in either layout.
 
         folder     with text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or with text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
-        t5_length  T5 tokens, up to 512
+        t5_length  T5 tokens, up to 512; None takes what the T5 file's metadata says ("length"), else 77
         raises     FileNotFoundError that names what is missing and which download has it
         """
         folder = Path(folder)
@@ -450,17 +313,15 @@ class SD3Text:
         clip_l = CLIPText.load(path_l, eos=pair[0].eos, device=device, dtype=dtype)
         clip_g = CLIPText.load(path_g, eos=pair[1].eos, device=device, dtype=dtype)
         t5 = T5Encoder.load(path_t5, device, dtype)
-        for name, words, rows in (("tokenizer", pair[0].size, clip_l.text_model.embeddings.token_embedding.num_embeddings),
-                                  ("tokenizer_2", pair[1].size, clip_g.text_model.embeddings.token_embedding.num_embeddings),
-                                  ("tokenizer_3", t5_tokenizer.size, t5.encoder.embed_tokens.num_embeddings)):
-            if words > rows:
-                raise ValueError(f"{folder / name}: {words} words, and its encoder knows {rows}: they do not belong together")
-        return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length)
+        _check_words(folder / "tokenizer", pair[0], clip_l)
+        _check_words(folder / "tokenizer_2", pair[1], clip_g)
+        _check_words(folder / "tokenizer_3", t5_tokenizer, t5)
+        return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length or t5.length or T5_LENGTH)
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> context (B, L_clip + t5_length, W), pooled (B, W_l + P_g); the empty string is a prompt."""
-        prompts = _prompts(prompts)
+        prompts = check_prompts(prompts)
         to_l, to_g, to_t5 = self.tokenizers
         tokens_l = to_l(prompts, self.clip_l.length).to(self.device)
         last, context_l, _ = self.clip_l(tokens_l)
@@ -483,3 +344,50 @@ def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: not found; {where}")
     return paths
+
+
+# Flux
+
+class FluxText:
+    """CLIP-L for the pooled vector, T5 for the tokens. Made by `load`."""
+
+    def __init__(self, clip: CLIPText, t5: T5Encoder, tokenizers: tuple[CLIPTokenizer, T5Tokenizer], device: str | torch.device,
+                 t5_length: int):
+        self.clip, self.t5, self.tokenizers = clip, t5, tokenizers
+        self.device, self.t5_length = device, t5_length
+
+    @staticmethod
+    def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+             t5_length: int | None = None) -> "FluxText":
+        """Read the encoders of a model folder, as downloaded.
+
+        folder     with text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/, tokenizer_2/
+        t5_length  T5 tokens, up to 512; None takes what the T5 file's metadata says ("length"), else 512, dev's; schnell has 256
+        raises     FileNotFoundError that names what is missing and which download has it; ValueError if t5_length is over 512
+        """
+        folder = Path(folder)
+        _check_length(t5_length or 1)
+        for path in (folder / "text_encoder", folder / "text_encoder_2"):
+            if not path.is_dir():
+                raise FileNotFoundError(f"{path}: not found, and a Flux transformer wants it; {FLUX_DOWNLOAD} has it")
+        to_clip, to_t5 = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
+        clip = CLIPText.load(folder / "text_encoder", eos=to_clip.eos, device=device, dtype=dtype)
+        t5 = T5Encoder.load(folder / "text_encoder_2", device, dtype)
+        _check_words(folder / "tokenizer", to_clip, clip)
+        _check_words(folder / "tokenizer_2", to_t5, t5)
+        return FluxText(clip, t5, (to_clip, to_t5), device, _check_length(t5_length or t5.length or T5_MOST))
+
+    @torch.no_grad()
+    def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> context (B, t5_length, W), pooled (B, W_l), unprojected; the empty string is a prompt."""
+        prompts = check_prompts(prompts)
+        to_clip, to_t5 = self.tokenizers
+        tokens = to_clip(prompts, self.clip.length).to(self.device)
+        last, _, _ = self.clip(tokens)
+        return self.t5(to_t5(prompts, self.t5_length).to(self.device)), self.clip.at_eos(last, tokens)
+
+
+def _check_length(t5_length: int) -> int:
+    if not 1 <= t5_length <= T5_MOST:
+        raise ValueError(f"a T5 length of {t5_length}: Flux takes 1 to {T5_MOST} tokens (dev {T5_MOST}, schnell 256)")
+    return t5_length

@@ -1,15 +1,17 @@
 """Detail before and after fine-tuning at 1024 px: the same prompts and seeds drawn by the base and by the fine-tuned model.
 
-More is not better by itself: noise has the most detail. Look at the pictures beside the figures.
+The base is drawn twice: at the size it was trained at, enlarged, and at 1024 px, where it repeats the texture of small pictures.
+More is not better by itself: noise has the most detail, and a photograph has less per pixel the larger it is. Look at the
+pictures beside the figures; the last row is what both models learnt from.
 
-Prints  the mean absolute Laplacian (levels of 255, gray) and the bytes of the JPEG at quality 95, before and after
-Writes  OUT/before_after.jpg: base above, fine-tuned below
+Prints  the mean absolute Laplacian (levels of 255, gray) and the bytes of the JPEG at quality 95
+Writes  OUT/before_after.jpg: base enlarged, base at 1024 px, fine-tuned, photographs, from top to bottom
 Run     python tests/detail_gained.py --data photos --base models/tiny-sd3/base_256.safetensors --out out
 """
 
 import argparse
-import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,15 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import locate, model_folder, open_weights  # noqa: E402
-from data import read_folder, to_pixels  # noqa: E402
-from flow import draw_noise, euler, sd3_sigmas  # noqa: E402
-from mmdit import MMDiT  # noqa: E402
-from sample import velocity_with_cfg  # noqa: E402
-from text import SD3Text  # noqa: E402
+from checkpoint import Weights, model_folder, open_weights  # noqa: E402
+from data import Pictures, read_folder, to_pixels  # noqa: E402
+from family import find  # noqa: E402
+from flow import draw_noise, euler  # noqa: E402
+from jpeg import jpeg_size  # noqa: E402
+from sample import settle, velocity_with_cfg  # noqa: E402
 from vae import VAE  # noqa: E402
+
+SHEET = 320  # pixels a picture on the sheet
 
 
 def laplacian(pixels: np.ndarray) -> float:
@@ -34,10 +38,8 @@ def laplacian(pixels: np.ndarray) -> float:
     return float(np.abs(around - 4 * gray[1:-1, 1:-1]).mean())
 
 
-def jpeg_bytes(pixels: np.ndarray) -> int:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=95)
-    return file.tell()
+def enlarged(pixels: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
 
 
 @torch.inference_mode()
@@ -54,28 +56,36 @@ def main() -> None:
     args = parser.parse_args()
 
     folder = model_folder(args.model, args.weights)
-    tuned, vae_path = locate(folder)
-    said = open_weights(tuned).metadata
-    steps, cfg, shift = int(said["steps"]), float(said["cfg"]), float(said["time_shift"])
-    text, vae = SD3Text.load(folder), VAE.load(vae_path)
+    family, tuned, vae_path = find(folder)
+    base = open_weights(args.base)
+    text, vae = family.text.load(folder, t5_length=family.t5_length), VAE.load(vae_path)
     items = read_folder(args.data)
-    captions = [item.captions[0] for item in items[:: max(1, len(items) // args.prompts)]][: args.prompts]
+    items = items[:: max(1, len(items) // args.prompts)][: args.prompts]
 
-    noise = draw_noise([args.seed], (16, args.res // 16, args.res // 16))
-    rows = []
-    for name, path in (("base", args.base), ("fine-tuned", tuned)):
-        model, drawn = MMDiT.load(path), []
-        for caption in tqdm(captions, desc=name, file=sys.stderr):
-            latent = euler(velocity_with_cfg(model, *text.encode([caption, ""]), cfg), noise, sd3_sigmas(steps, shift))
-            drawn.append(to_pixels(vae.decode(latent)[0]))
-        rows.append(np.concatenate(drawn, axis=1))
-        print(f"{name:10}  Laplacian {np.mean([laplacian(p) for p in drawn]):5.2f}   "
-              f"JPEG {np.mean([jpeg_bytes(p) for p in drawn]):9,.0f} bytes   ({len(drawn)} pictures of {args.res} px)")
+    def drawn_by(transformer: Weights, res: int) -> Iterator[np.ndarray]:
+        settings = argparse.Namespace(res=str(res), seed=args.seed, steps=None, cfg=None, guidance=None, time_shift=None, mu=None,
+                                      device="cpu", dtype="fp32", factor=16, count=1)
+        settle(settings, family, tuned)
+        model, sigmas = family.model.load(transformer.source), family.sigmas(settings.steps, settings.time_shift)
+        noise = draw_noise([args.seed], (16, res // 16, res // 16))
+        for item in tqdm(items, desc=f"{Path(transformer.source).name}, {res} px", file=sys.stderr):
+            velocity = velocity_with_cfg(model, *text.encode([item.captions[0], ""]), settings.cfg, settings.guidance)
+            yield to_pixels(vae.decode(euler(velocity, noise, sigmas))[0])
+
+    own = int(base.metadata["res"])  # the size that the base was trained at
+    photographs, rows = Pictures([item.path for item in items]), []
+    for name, pictures in (
+            (f"base at {own} px, enlarged", (enlarged(pixels, args.res) for pixels in drawn_by(base, own))),
+            (f"base at {args.res} px", drawn_by(base, args.res)),
+            (f"fine-tuned at {args.res} px", drawn_by(tuned, args.res)),
+            ("the photographs", (to_pixels(photographs.central_square(i, args.res)) for i in range(len(items))))):
+        pictures = list(pictures)
+        rows.append(np.concatenate([enlarged(pixels, SHEET) for pixels in pictures], axis=1))
+        print(f"{name:25}  Laplacian {np.mean([laplacian(p) for p in pictures]):5.2f}   "
+              f"JPEG {np.mean([jpeg_size(p) for p in pictures]):9,.0f} bytes   ({len(pictures)} pictures)")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 384 // args.res, sheet.height * 384 // args.res), Image.Resampling.LANCZOS).save(
-        out / "before_after.jpg", quality=90)
+    Image.fromarray(np.concatenate(rows)).save(out / "before_after.jpg", quality=90)
 
 
 if __name__ == "__main__":

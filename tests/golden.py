@@ -2,10 +2,13 @@
 
 Mirrors    mmdit_sd3, vae_sd3, pos_embed_sincos: sd3-ref (MMDiT, SDVAE) · mmdit_sd35_medium: sd3.5 (MMDiTX) ·
            vae_flux: flux (AutoEncoder) · vae_f16: diffusion-4k (AutoencoderKL, stride 2) ·
-           clip_l, clip_g, t5_encoder, sd3_cond: sd3-ref (SDClipModel, SDXLClipG, T5XXLModel)
+           clip_l, clip_g, t5_encoder, sd3_cond: sd3-ref (SDClipModel, SDXLClipG, T5XXLModel) ·
+           flux_dev, flux_schnell, flux_primitives: flux (Flux, timestep_embedding, rope)
 Cases      CASE.safetensors: weights under their official names, float16, exactly the values the reference ran with;
            in/…, mid/…, out/… float32 (ids and buckets integers): independent implementations agree to 5e-6, the bounds are 1e-5.
            Text encoders: embedding rows that no prompt uses are dropped and the ids renumbered; hidden states at the positions `at`.
+Pictures   pictures/*.png with metrics.json: GLCM of scikit-image 0.26 as the release computes it, JPEG bytes of Pillow 13,
+           PSNR and SSIM of scikit-image
 Published  manifests.json.gz: {"shapes": {file: {name: shape}}, "maps": {family: {diffusers name: [official name, rows, op]}}}
 """
 

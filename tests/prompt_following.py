@@ -17,12 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import locate, model_folder, open_weights  # noqa: E402
+from checkpoint import model_folder  # noqa: E402
 from data import Pictures, read_folder  # noqa: E402
-from flow import draw_noise, euler, sd3_sigmas  # noqa: E402
-from mmdit import MMDiT  # noqa: E402
-from sample import SD3_DEFAULTS, velocity_with_cfg  # noqa: E402
-from text import SD3Text  # noqa: E402
+from family import find  # noqa: E402
+from flow import draw_noise, euler  # noqa: E402
+from sample import settle, velocity_with_cfg  # noqa: E402
 from vae import VAE  # noqa: E402
 
 
@@ -43,17 +42,18 @@ def main() -> None:
     parser.add_argument("--res", type=int, default=1024, help="pixels")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--time-shift", type=float)
     parser.add_argument("--limit", type=int, default=0, help="photographs, evenly chosen; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     folder = model_folder(args.model, args.weights)
-    transformer, vae_path = locate(folder)
-    transformer = args.transformer or transformer
-    said = open_weights(transformer).metadata
-    steps, cfg, shift = (float(said.get(k, SD3_DEFAULTS[k])) for k in ("steps", "cfg", "time_shift"))
-    steps, cfg = int(args.steps or steps), args.cfg or cfg
-    text, model, vae = SD3Text.load(folder), MMDiT.load(transformer), VAE.load(vae_path)
+    family, transformer, vae_path = find(folder, args.transformer)
+    settings = argparse.Namespace(**vars(args) | {"res": str(args.res)}, mu=None, device="cpu", dtype="fp32", factor=16, count=1)
+    settle(settings, family, transformer)
+    text, model, vae = family.text.load(folder, t5_length=family.t5_length), family.model.load(transformer.source), VAE.load(vae_path)
+    sigmas = family.sigmas(settings.steps, settings.time_shift)
     items = read_folder(args.data)
     pictures = Pictures([item.path for item in items])
     known = torch.cat([thumbnail(pictures.central_square(i, 256)[None]) for i in range(len(items))])
@@ -68,15 +68,15 @@ def main() -> None:
                  if args.captions == "both" or args.captions == ("alt" if k else "text")]
     hits: dict[str, list[bool]] = {}
     for kind, index, caption in tqdm(tasks, file=sys.stderr):
-        velocity = velocity_with_cfg(model, *text.encode([caption, ""]), cfg)
-        latent = euler(velocity, draw_noise([args.seed], (16, args.res // 16, args.res // 16)), sd3_sigmas(steps, shift))
+        velocity = velocity_with_cfg(model, *text.encode([caption, ""]), settings.cfg, settings.guidance)
+        latent = euler(velocity, draw_noise([args.seed], (16, args.res // 16, args.res // 16)), sigmas)
         found = int((known - thumbnail(vae.decode(latent).clamp(-1, 1))).square().mean(1).argmin())
         hits.setdefault(kind, []).append(found == index)
         if found != index:
             tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[found].path.name}: {caption}")
     for kind, right in hits.items():
         print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
-              f"({args.res} px, {steps} steps, cfg {cfg}, {Path(transformer).name})")
+              f"({args.res} px, {settings.steps} steps, cfg {settings.cfg}, {Path(transformer.source).name})")
 
 
 if __name__ == "__main__":

@@ -371,7 +371,7 @@ def test_cache_is_bounded_and_keeps_what_was_used_last(photos, monkeypatch):
     assert "".join(reads) == "01213"
     monkeypatch.setattr(data, "CACHE_BYTES", 1)
     pictures.resized(2, 40)
-    assert list(pictures._kept) == [(2, 40)] and pictures._bytes == size
+    assert list(pictures._kept) == [(2, 40, 40)] and pictures._bytes == size
 
 
 # ---- captions

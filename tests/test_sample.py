@@ -17,11 +17,13 @@ from torch import nn
 
 import sample
 from checkpoint import diffusers_names, open_weights, save
+from flux import Flux
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from models.make_tiny import seeded, write_clip_vocabulary, write_t5_vocabulary
-from text import CLIP_END, CLIPText, T5Encoder
+from text import CLIPText, FluxText, SD3Text, T5Encoder
+from tokenizer import CLIP_END
 from train_vae import new_vae
-from vae import VAEConfig
+from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 CLIP_WIDTH, T5_WIDTH, HEADS, GROUPS = 16, 32, 2, 4
@@ -124,7 +126,7 @@ def no_loading(monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("weights were loaded")
 
-    for module in (sample.SD3Text, sample.MMDiT, sample.VAE):
+    for module in (SD3Text, FluxText, MMDiT, Flux, VAE):
         monkeypatch.setattr(module, "load", loaded)
 
 
@@ -174,8 +176,8 @@ def test_each_of_several_prompts_draws_its_solo_picture(draw, tmp_path):
 
 
 def test_prompts_are_encoded_once_and_one_at_a_time(draw, monkeypatch):
-    given, encode = [], sample.SD3Text.encode
-    monkeypatch.setattr(sample.SD3Text, "encode", lambda text, prompts: given.append(prompts) or encode(text, prompts))
+    given, encode = [], SD3Text.encode
+    monkeypatch.setattr(SD3Text, "encode", lambda text, prompts: given.append(prompts) or encode(text, prompts))
     draw("--prompt", "a hill", "--prompt", "snow", "--prompt", "a hill")
     assert sorted(given) == [[""], ["a hill"], ["snow"]]  # never in a batch, whose rounding would differ
 
@@ -430,8 +432,8 @@ def damaged(how: str, file: Path) -> None:
 
 @pytest.mark.parametrize("how, says", [
     ("truncated", "not a whole safetensors file"), ("empty", "not a whole safetensors file"), ("web page", "looks like a web page"),
-    ("pickle", "looks like a zip archive or pickle"), ("foreign", "no SD3 transformer"), ("NaN", "qkv.weight holds NaN or Inf"),
-    ("one missing", "t_embedder.mlp.2.bias"), ("one unknown", "1 unknown: lora"),
+    ("pickle", "looks like a zip archive or pickle"), ("foreign", "neither an SD3 nor a Flux transformer"),
+    ("NaN", "qkv.weight holds NaN or Inf"), ("one missing", "t_embedder.mlp.2.bias"), ("one unknown", "1 unknown: lora"),
     ("one misshapen", "1 shapes differ: x_embedder.proj.bias"), ("no VAE", "no autoencoder in it"),
     ("many", "metadata says steps 'many'; give --steps"), ("inf", "metadata says steps 'inf'")])
 def test_a_damaged_model_file_is_refused_by_name(refusal, broken, how, says):
@@ -491,8 +493,8 @@ def test_help_gives_units_and_defaults():
     assert shown.returncode == 0
     words = " ".join(shown.stdout.split())
     assert all(word in words for word in (
-        "pixels", "PX", "WIDTHxHEIGHT", "(SD3: 1024)", "(SD3: 28)", "(SD3: 7.0)", "(SD3: 3.0)", "(default: tiny-sd3)", "(default: 16)",
-        "(default: 0)", "(default: 1)", "(default: out)", "fp32 on cpu", "--negative", "--transformer", "--prompts"))
+        "pixels", "PX", "WIDTHxHEIGHT", "(1024)", "(SD3: 28,", "(SD3: 7.0,", "(SD3: 3.0,", "Flux-dev: 50,", "(default: tiny-sd3)",
+        "(default: 16)", "(default: 0)", "(default: 1)", "(default: out)", "fp32 on cpu", "--negative", "--transformer", "--prompts"))
 
 
 def test_the_script_draws_with_a_progress_bar_and_refuses_without_a_traceback(folder, tmp_path):

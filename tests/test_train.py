@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CAPTIONS, seeded
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -20,75 +20,15 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 from checkpoint import save
-from data import Embeddings, Pictures, to_pixels
-from mmdit import MMDiT, MMDiTConfig, new_mmdit
-from models import make_tiny
+from data import Embeddings, Latents, Pictures, read_folder
+from mmdit import MMDiT
+from resume import newest
 from text import SD3Text
-from train import latents_of, objective
-from train_vae import latent_statistics, new_vae
-from vae import VAE, VAEConfig
+from train import latents_of, objective, read_batch
+from vae import VAE
 
 ROOT = Path(__file__).parents[1]
-CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
-            "snow on the roofs of a small town"]
 EQUAL = (1.0, 1.0, 1.0, 1.0)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Four soft pictures, short side 64, with captions."""
-    folder, rows = tmp_path_factory.mktemp("photos"), []
-    for k, caption in enumerate(CAPTIONS):
-        coarse = torch.randn(1, 3, 6, 6, generator=seeded(k))
-        image = F.interpolate(coarse, ((64, 80), (80, 64))[k % 2], mode="bicubic")[0].clamp(-2, 2) / 2
-        Image.fromarray(to_pixels(image)).save(folder / f"{k}.png")
-        rows.append(json.dumps({"file_name": f"{k}.png", "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(photos, tmp_path_factory):
-    """A model folder as models/make_tiny.py makes it, with a transformer of one block in it."""
-    folder = tmp_path_factory.mktemp("model")
-    vae = new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
-    with torch.no_grad():
-        scale, shift = latent_statistics(vae, Pictures(sorted(photos.glob("*.png"))), res=64)
-    said = {"norm_groups": 1, "scale_factor": scale, "shift_factor": shift}
-    save(folder / "vae.safetensors", vae.state_dict(), said)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_tiny.py", f"--data={photos}", f"--vae={folder}/vae.safetensors", f"--out={folder}/tiny"])
-        make_tiny.main()
-    transformer = new_mmdit(MMDiTConfig(64, 1, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128), seeded(0))
-    tensors = {f"model.diffusion_model.{name}": t for name, t in transformer.state_dict().items()}
-    tensors |= {f"first_stage_model.{name}": t for name, t in vae.state_dict().items()}
-    save(folder / "tiny" / "sd3.safetensors", tensors, said | {"steps": 28, "cfg": 3.0, "time_shift": 3.0, "res": 1024})
-    return folder / "tiny"
-
-
-@pytest.fixture
-def settings(photos, model, tmp_path):
-    """settings(lr=1e-3, ...): what the script would hand to train(), all defaults included."""
-    def of(**changed: object) -> Namespace:
-        caught = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", caught.append)
-            patch.setattr(sys, "argv", ["train.py", *flags(**changed)])
-            train.main()
-        return caught[0]
-
-    def flags(**changed: object) -> list[str]:
-        usual = dict(weights=model, data=photos, out=tmp_path / "out", res=64, batch=4, steps=6, lr=1e-3, save_every=3, log_every=1,
-                     threads=1, device="cpu", dtype="fp32", save_dtype="fp32")
-        given = [(f"--{key.replace('_', '-')}", value) for key, value in (usual | changed).items() if value is not None]
-        return [flag if value is True else f"{flag}={value}" for flag, value in given]
-
-    of.flags = flags
-    return of
 
 
 def refusal_of(settings, monkeypatch, **changed: object) -> str:
@@ -109,11 +49,20 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, written by one process."""
+    (file,) = newest(out).glob("*.safetensors")
+    return load_file(file)
+
+
+def step_of(out: Path) -> int:
+    return json.loads((newest(out) / "run.json").read_text())["step"]
+
+
 def assert_same_run(one: Path, other: Path) -> None:
-    for file in ("state.safetensors", "sd3.safetensors"):
-        a, b = load_file(one / file), load_file(other / file)
+    for a, b in ((state_of(one), state_of(other)), (load_file(one / "sd3.safetensors"), load_file(other / "sd3.safetensors"))):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        assert metadata_of(one / file) == metadata_of(other / file)
+    assert metadata_of(one / "sd3.safetensors") == metadata_of(other / "sd3.safetensors")
 
 
 # ---- the objective
@@ -135,6 +84,14 @@ def test_release_objective_with_equal_bands_is_sigma_squared_times_it():
     velocity, latent, noise, sigma, weight = drawn()
     plain = (weight * sigma**2 * (velocity - (noise - latent)).square().mean((1, 2, 3))).mean()
     assert abs(objective("release", velocity, latent, noise, sigma, weight, EQUAL, 0.0) - plain) < 1e-12
+
+
+def test_velocity_and_noise_objectives_are_what_the_header_says():
+    velocity, latent, noise, sigma, weight = drawn()
+    error = (velocity - (noise - latent)).square().mean((1, 2, 3))
+    assert abs(objective("velocity", velocity, latent, noise, sigma, weight, EQUAL, 0.0) - (weight * error).mean()) < 1e-6  # it is in fp32
+    plain = (weight * (1 - sigma)**2 * error).mean()
+    assert abs(objective("noise", velocity, latent, noise, sigma, weight, EQUAL, 0.0) - plain) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["paper", "release"])
@@ -164,42 +121,73 @@ def test_only_the_weighted_band_is_seen():
     assert objective("paper", velocity, latent, noise, sigma, weight, (0, 1, 1, 1), 0.0) < 1e-24
 
 
-# ---- latents
+# ---- the batch
 
-def test_central_squares_are_encoded_once_and_drawn_anew(settings, photos, model, monkeypatch):
-    args, vae, pictures = settings(center_crop=True), VAE.load(model / "sd3.safetensors"), Pictures(sorted(photos.glob("*.png")))
+def batch_for(args, model) -> tuple[list, VAE, Latents, list[tuple[int, int]]]:
+    vae, items = VAE.load(model / "sd3.safetensors"), read_folder(args.data)
+    train.settle(args, train.find(args.weights)[0])
+    sizes, pictures = [(args.res, args.res)] * len(items), Pictures([item.path for item in items])
+    latents = Latents(pictures, vae, args.factor, args.dilation)
+    return [read_batch(step, args, items, sizes, pictures, 16) for step in (0, 0, 1)], vae, latents, sizes
+
+
+@pytest.mark.parametrize("changed", [{}, {"center_crop": True}, {"factor": 8, "drop_words": 0.5}])
+def test_batch_is_a_function_of_seed_and_step(settings, model, changed):
+    args = settings(batch=3, **changed)
+    (first, again, other), vae, latents, sizes = batch_for(args, model)
+    for a, b, c in zip(first[0], again[0], other[0], strict=True):
+        assert (a.index, a.text) == (b.index, b.text) and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
+        assert not torch.equal(a.noise, c.noise) and a.noise.shape == (16, 64 // args.factor, 64 // args.factor)
+    x, y, z = (latents_of(passes[0], args, vae, latents, sizes) for passes in (first, again, other))
+    assert torch.equal(x, y) and not torch.equal(x, z) and x.shape == (3, 16, 64 // args.factor, 64 // args.factor)
+
+
+def test_accumulation_only_divides_the_batch(settings, model):
+    whole, halves = settings(batch=4), settings(batch=4, accumulate=2)
+    ((one,), *_), vae, latents, sizes = batch_for(whole, model)
+    (two, *_), *_ = batch_for(halves, model)
+    assert len(two) == 2 and [e.index for e in one] == [e.index for part in two for e in part]
+    parts = [latents_of(part, halves, vae, latents, sizes) for part in two]
+    assert torch.equal(latents_of(one, whole, vae, latents, sizes), torch.cat(parts))
+
+
+def test_central_crops_are_encoded_once_and_drawn_anew(settings, model, monkeypatch):
+    args = settings(center_crop=True)
+    ((first,), _, (other,)), vae, latents, sizes = batch_for(args, model)
     calls, moments = [], vae.moments
     monkeypatch.setattr(vae, "moments", lambda *arguments: calls.append(1) or moments(*arguments))
-    known: dict = {}
-    with torch.no_grad():
-        first, again, other = (latents_of([2, 0, 2], args, pictures, vae, known, seeded(seed)) for seed in (0, 0, 1))
-        mean, logvar = moments(torch.stack([pictures.central_square(k, 64) for k in (2, 0, 2)]), 16)
-        by_hand = vae.draw(mean, logvar, seeded(0))
-    assert len(calls) == 2 and known.keys() == {0, 2} and first.shape == (3, 16, 4, 4)
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[2])
-    assert torch.allclose(first, by_hand, atol=1e-5)  # batched convolutions round differently
-    assert (mean.mean() - vae.shift_factor) * vae.scale_factor == pytest.approx(float(vae.draw(mean, logvar, None).mean()), abs=1e-5)
+    x, y = (latents_of(part, args, vae, latents, sizes) for part in (first, other))
+    assert len(calls) == 4 and not torch.equal(x[0], y[[e.index for e in other].index(first[0].index)])
 
 
-def test_random_squares_are_encoded_every_time(settings, photos, model):
-    args, vae, pictures = settings(factor=8), VAE.load(model / "sd3.safetensors"), Pictures(sorted(photos.glob("*.png")))
-    known: dict = {}
-    with torch.no_grad():
-        first, again, other = (latents_of([1, 1], args, pictures, vae, known, seeded(seed)) for seed in (0, 0, 1))
-    assert not known and first.shape == (2, 16, 8, 8) and torch.equal(first, again) and not torch.equal(first, other)
+def test_release_latents_are_not_shifted_and_paper_ones_are(settings, model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "objective", lambda *inputs: seen.append(inputs[2]) or objective(*inputs))
+    for recipe in ("paper", "release"):
+        train.train(settings(steps=1, recipe=recipe, dilation=2, out=tmp_path / recipe))
+    vae = VAE.load(model / "sd3.safetensors")
+    assert torch.allclose(seen[1] - seen[0], torch.tensor(vae.shift_factor * vae.scale_factor), atol=1e-5)
+
+
+def test_recipe_sets_all_and_single_flags_override_it(settings):
+    family = train.find(settings().weights)[0]
+    chosen, release = {}, {"recipe": "release"}
+    for name, changed in (("ours", {}), ("release", release), ("mixed", release | {"objective": "noise", "flip": True})):
+        args = settings(**changed)
+        train.settle(args, family)
+        chosen[name] = (args.objective, args.dilation, args.latent_shift, args.flip, args.t5_length, args.density, args.time_shift)
+    assert chosen["ours"] == ("paper", 2, True, True, None, "logit_normal", 3.0)
+    assert chosen["release"] == ("release", 1, False, False, 77, "logit_normal", 3.0)
+    assert chosen["mixed"] == ("noise", 1, False, True, 77, "logit_normal", 3.0)
 
 
 # ---- learning, logging, what is written
 
 def test_one_batch_is_learnt_by_heart(settings, tmp_path, monkeypatch):
-    class SameDraws(torch.Generator):
-        def manual_seed(self, seed: int) -> torch.Generator:
-            return super().manual_seed(3)  # draws all four pictures
-
-    monkeypatch.setattr(torch, "Generator", SameDraws)
-    train.train(settings(steps=80, lr=4e-3, save_every=80))
+    monkeypatch.setattr(train, "read_batch", lambda step, **rest: read_batch(0, **rest))
+    train.train(settings(steps=80, lr=4e-3, save_every=80, center_crop=True))
     loss = [row["loss"] for row in log_of(tmp_path / "out")]
-    assert loss[0] > 1.5 and max(loss[-5:]) < 0.01
+    assert loss[0] > 1.5 and max(loss[-5:]) < 0.02  # the posterior is drawn anew
 
 
 def test_four_pictures_are_learnt_whatever_the_noise(settings, tmp_path):
@@ -212,7 +200,8 @@ def test_four_pictures_are_learnt_whatever_the_noise(settings, tmp_path):
 def test_log_has_the_bands_and_their_mean_is_the_loss(settings, tmp_path):
     train.train(settings(steps=2))
     for row in log_of(tmp_path / "out"):
-        assert row.keys() == {"step", "loss", "v_ll", "v_lh", "v_hl", "v_hh", "grad_norm", "lr", "peak_gib", "images_per_s"}
+        assert row.keys() == {"step", "loss", "v_ll", "v_lh", "v_hl", "v_hh", "v_by_sigma", "grad_norm", "lr", "peak_gib", "images_per_s",
+                              "matmul_share", "eta_s"}
         assert row["loss"] == pytest.approx(sum(row[f"v_{band}"] for band in ("ll", "lh", "hl", "hh")) / 4, abs=2e-5)
     train.train(settings(steps=2, objective="release", out=tmp_path / "release"))
     assert [row["v_ll"] for row in log_of(tmp_path / "release")][0] == log_of(tmp_path / "out")[0]["v_ll"]  # the same draws
@@ -227,7 +216,7 @@ def test_learning_rate_warms_up(settings, tmp_path):
 def test_written_model_loads_and_carries_what_shapes_do_not_say(settings, model, tmp_path):
     train.train(settings(steps=2, save_dtype="fp16"))
     file = tmp_path / "out" / "sd3.safetensors"
-    said, state = metadata_of(file), load_file(tmp_path / "out" / "state.safetensors")
+    said, state = metadata_of(file), state_of(tmp_path / "out")
     transformer, vae, before = MMDiT.load(file), VAE.load(file), VAE.load(model / "sd3.safetensors")
     assert all(torch.equal(t, state[f"model.{name}"].half().float()) for name, t in transformer.state_dict().items())
     assert all(torch.equal(t, before.state_dict()[name].half().float()) for name, t in vae.state_dict().items())
@@ -238,21 +227,25 @@ def test_written_model_loads_and_carries_what_shapes_do_not_say(settings, model,
     training = json.loads(said["training"])
     assert training["lr"] == 1e-3 and training["steps"] == 2 and training["bands"] == [1, 1, 1, 1]
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["save_dtype"] == "fp16"
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["log.jsonl", "sd3.safetensors", "settings.json", "state.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["checkpoints", "log.jsonl", "sd3.safetensors", "settings.json"]
 
 
-def test_averaged_weights_are_the_ones_written_and_keep_no_graph(settings, tmp_path, monkeypatch):
-    steps, kept = [], {}
-    monkeypatch.setattr(train, "save_run", lambda path, modules, *rest: kept.update(modules) or steps.append(
-        {name: t.clone() for name, t in modules["model"].state_dict().items()}))
+@pytest.mark.parametrize("on_host", [None, True])
+def test_averaged_weights_are_the_ones_written(settings, tmp_path, monkeypatch, on_host):
+    steps, save_checkpoint = [], train.save_checkpoint
+
+    def watched(out, step, tensors, *rest):
+        steps.append({name: t.clone() for name, t in tensors.items()})
+        save_checkpoint(out, step, tensors, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", watched)
     start = MMDiT.load(settings().weights + "/sd3.safetensors").state_dict()
-    train.train(settings(steps=3, ema=0.2, save_every=1))
-    assert all(p.grad_fn is None and not p.requires_grad for p in kept["ema"].parameters())
+    train.train(settings(steps=3, ema=0.2, save_every=1, ema_on_host=on_host))
     written = load_file(tmp_path / "out" / "sd3.safetensors")
     for name, by_hand in start.items():
         for step, weights in enumerate(steps):
             rate = min(0.2, (step + 1) / (step + 10))
-            by_hand = rate * by_hand + (1 - rate) * weights[name]
+            by_hand = rate * by_hand + (1 - rate) * weights[f"model.{name}"]
         assert torch.allclose(written[f"model.diffusion_model.{name}"], by_hand, atol=1e-6)
 
 
@@ -282,16 +275,16 @@ def test_run_broken_off_and_resumed_equals_an_uninterrupted_one(settings, tmp_pa
     monkeypatch.setattr(train, "objective", broken_off)
     with pytest.raises(KeyboardInterrupt):
         train.train(settings(out=tmp_path / "parts", **changed))
-    assert metadata_of(tmp_path / "parts" / "state.safetensors")["step"] == "3"
+    assert step_of(tmp_path / "parts") == 3
     calls.clear()
     torch.manual_seed(1)
     train.train(settings(out=tmp_path / "parts", **changed))
     assert len(calls) == 3
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    names = {name.partition(".")[0] for name in load_file(tmp_path / "parts" / "state.safetensors")}
+    names = {name.partition(".")[0] for name in state_of(tmp_path / "parts")}
     assert names == {"model", "exp_avg", "exp_avg_sq"} | ({"ema"} if "ema" in changed else set())
-    whole, parts = ({row["step"]: (row["loss"], row["lr"], row["v_hh"]) for row in log_of(tmp_path / run)} for run in ("whole", "parts"))
-    assert whole == parts and whole.keys() == set(range(1, 7))
+    whole, parts = ([(row["step"], row["loss"], row["lr"], row["v_hh"]) for row in log_of(tmp_path / run)] for run in ("whole", "parts"))
+    assert whole == parts and [row[0] for row in whole] == list(range(1, 7))  # lines after the checkpoint were cut
 
 
 def test_longer_run_goes_on_from_a_finished_one(settings, tmp_path):
@@ -306,12 +299,12 @@ def test_killed_process_is_continued_bit_for_bit(settings, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings.flags(out=out, steps=100_000, ema=0.9)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.monotonic() + 100
-    while not (out / "state.safetensors").exists() and process.poll() is None and time.monotonic() < until:
+    while not newest(out) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, said = process.communicate()
     assert process.returncode == -signal.SIGKILL, said.decode()
-    step = int(metadata_of(out / "state.safetensors")["step"])
+    step = step_of(out)
     assert step >= 3 and step % 3 == 0
     train.train(settings(out=out, steps=step + 2, ema=0.9))
     train.train(settings(out=tmp_path / "whole", steps=step + 2, ema=0.9))
@@ -328,64 +321,174 @@ def test_finished_run_trains_no_more_and_writes_a_lost_model_again(settings, tmp
     assert all(torch.equal(t, before[name]) for name, t in load_file(file).items())
 
 
+def test_checkpoint_is_exported_in_the_dtype_asked_for(settings, model, tmp_path, monkeypatch, capsys):
+    train.train(settings(steps=4, save_every=2))
+    whole = load_file(tmp_path / "out" / "sd3.safetensors")
+    (tmp_path / "out" / "sd3.safetensors").unlink()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--export", f"--out={tmp_path}/out", "--save-dtype=bf16"])
+    train.main()
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path}/out/sd3.safetensors, step 4\n")
+    written, began_with = load_file(tmp_path / "out" / "sd3.safetensors"), load_file(model / "sd3.safetensors")
+    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in began_with.items()}
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, whole[name].bfloat16()) for name, t in written.items())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--export", f"--out={tmp_path}/nowhere"])
+    with pytest.raises(SystemExit, match="nowhere/checkpoints: no whole checkpoint"):
+        train.main()
+
+
+def test_only_the_newest_checkpoints_stay(settings, tmp_path):
+    train.train(settings(steps=5, save_every=1, keep=3))
+    assert sorted(f.name for f in (tmp_path / "out" / "checkpoints").iterdir()) == [f"step-0000000{k}" for k in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("harm", ["shard", "run.json", "cut"])
+def test_damaged_checkpoint_is_passed_over(settings, tmp_path, capsys, harm):
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    train.train(settings(steps=6))
+    last = newest(tmp_path / "out")
+    (file,) = last.glob("*.safetensors") if harm != "run.json" else [last / harm]
+    file.write_bytes(file.read_bytes()[:-9]) if harm == "cut" else file.unlink()
+    train.train(settings(steps=6))
+    assert f"{last}: " in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_asked_to_stop_it_finishes_the_step_and_saves(settings, tmp_path, monkeypatch):
+    stop, formula = train.threading.Event(), train.objective
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    monkeypatch.setattr(train, "objective", lambda *inputs: [formula(*inputs), stop.set()][0])
+    train.train(settings(steps=6), stop)
+    assert step_of(tmp_path / "out") == 1 and not (tmp_path / "out" / "sd3.safetensors").exists()
+    train.train(settings(steps=6))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_state_of_an_earlier_version_is_refused(settings, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "state.safetensors").touch()
+    assert "state.safetensors is of an earlier version" in refusal_of(settings, monkeypatch)
+
+
+def test_changed_data_is_refused_on_resume(settings, photos, tmp_path, monkeypatch):
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    train.train(settings(steps=1, data=folder))
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(rows[:3]))
+    message = refusal_of(settings, monkeypatch, steps=2, data=folder)
+    assert f"{folder} has changed since that run began (4 pictures, now 3;" in message and step_of(tmp_path / "out") == 1
+
+
+def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path, monkeypatch):
+    train.train(settings(steps=1))
+    message = refusal_of(settings, monkeypatch, steps=2, weights=folders / "tiny-flux")
+    assert "is of another model, {'family': 'SD3'" in message and "'family': 'Flux-dev'" in message
+
+
+def test_rounded_state_trains_and_resumes(settings, tmp_path):
+    train.train(settings(steps=60, state="bf16", lr=4e-3, save_every=30, out=tmp_path / "whole"))
+    loss = [row["loss"] for row in log_of(tmp_path / "whole")]
+    assert sum(loss[-20:]) < 0.9 * sum(loss[:20])
+    assert {t.dtype for name, t in state_of(tmp_path / "whole").items() if "pos_embed" not in name} == {torch.bfloat16}
+    train.train(settings(steps=30, state="bf16", lr=4e-3, save_every=30))
+    train.train(settings(steps=60, state="bf16", lr=4e-3, save_every=30))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", ["recompute", "host"])
+def test_recomputed_activations_change_nothing(settings, tmp_path, kept):
+    for activations in ("keep", kept):
+        train.train(settings(steps=2, activations=activations, out=tmp_path / activations))
+    assert_same_run(tmp_path / "keep", tmp_path / kept)
+
+
+def test_cached_latents_change_nothing(settings, photos, tmp_path):
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    for out, changed in (("fresh", {"center_crop": True}), ("filled", {"cache_latents": True}), ("read", {"cache_latents": True})):
+        train.train(settings(steps=2, data=folder, out=tmp_path / out, **changed))
+    assert len(list(folder.glob(".latents/*/*"))) == 4
+    assert_same_run(tmp_path / "fresh", tmp_path / "filled")
+    assert_same_run(tmp_path / "fresh", tmp_path / "read")
+
+
+def test_aspect_buckets_train_on_pictures_of_several_shapes(settings, photos, tmp_path, monkeypatch):
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    for k, size in enumerate(((96, 48), (48, 96), (97, 50), (50, 50))):
+        Image.new("RGB", size, "teal").save(folder / f"{k}.png")
+    shapes, formula = set(), train.objective
+    monkeypatch.setattr(train, "objective", lambda *inputs: shapes.add(tuple(inputs[1].shape[-2:])) or formula(*inputs))
+    train.train(settings(steps=3, factor=8, res=48, aspect=True, batch=2, data=folder))
+    assert shapes == {(4, 8), (8, 4), (6, 6)}
+
+
+def test_sample_pictures_come_in_a_grid(settings, tmp_path):
+    train.train(settings(steps=2, sample_every=2))
+    assert Image.open(tmp_path / "out" / "samples" / "step-00000002.png").size == (128, 128)
+
+
 @pytest.mark.parametrize("changed, named", [({"lr": 2e-3}, "lr 0.001 -> 0.002"), ({"seed": 1}, "seed 0 -> 1"),
                                             ({"bands": "1,1,1,2"}, "bands [1.0, 1.0, 1.0, 1.0] -> [1.0, 1.0, 1.0, 2.0]"),
                                             ({"objective": "release"}, "objective paper -> release"), ({"res": 32}, "res 64 -> 32"),
                                             ({"ema": 0.9}, "ema 0.0 -> 0.9"), ({"batch": 2}, "batch 4 -> 2")])
 def test_other_settings_are_refused_on_resume(settings, tmp_path, monkeypatch, changed, named):
     train.train(settings(steps=1))
-    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
     message = refusal_of(settings, monkeypatch, steps=2, **changed)
     assert f"other settings ({named})" in message and "--out" in message
-    assert before == {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    assert before == {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
 
 
 # ---- what goes wrong
 
-@pytest.mark.parametrize("file", ["state.safetensors", "sd3.safetensors"])
-@pytest.mark.parametrize("broken", ["rename", "write"])
-def test_save_that_fails_leaves_the_previous_state(settings, tmp_path, monkeypatch, file, broken):
+@pytest.mark.parametrize("broken", ["shard", "commit", "export"])
+def test_save_that_fails_leaves_the_previous_checkpoint(settings, tmp_path, monkeypatch, broken):
     train.train(settings(steps=3))
-    replace, save_file = os.replace, checkpoint.save_file
 
-    def no_rename(source, target):
-        if Path(target).name == file:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
     def half_a_file(tensors, path, metadata):
-        if file not in str(path):
-            return save_file(tensors, path, metadata)
         Path(path).write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", no_rename if broken == "rename" else replace)
-        patch.setattr(checkpoint, "save_file", half_a_file if broken == "write" else save_file)
+        if broken == "shard":
+            patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+        elif broken == "commit":
+            patch.setattr(os, "rename", full)
+        else:
+            patch.setattr(checkpoint, "save_file", half_a_file)
         assert "No space left on device" in refusal_of(settings, patch, steps=6)
-    assert metadata_of(tmp_path / "out" / "state.safetensors")["step"] == "3"
-    assert MMDiT.load(tmp_path / "out" / "sd3.safetensors")
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["log.jsonl", "sd3.safetensors", "settings.json", "state.safetensors"]
+    assert step_of(tmp_path / "out") == (6 if broken == "export" else 3)
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*")) and MMDiT.load(tmp_path / "out" / "sd3.safetensors")
     train.train(settings(steps=6))
     train.train(settings(steps=6, out=tmp_path / "whole"))
     assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(settings, tmp_path, monkeypatch):
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(settings, tmp_path):
+    train.train(settings(steps=3))
+    left = tmp_path / "out" / "checkpoints" / ".step-00000006.tmp"
+    left.mkdir()
+    (left / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    train.train(settings(steps=6))
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "out") or not left.exists()
+
+
+def test_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
     factors, formula = iter([1, 1, 1, 1, float("nan")]), train.objective
     monkeypatch.setattr(train, "objective", lambda *arguments: formula(*arguments) * next(factors))
     message = refusal_of(settings, monkeypatch)
-    assert "step 4: gradient norm nan, loss nan, sigma [" in message and f"the last good state is in {tmp_path}/out" in message
-    state = load_file(tmp_path / "out" / "state.safetensors")
-    assert metadata_of(tmp_path / "out" / "state.safetensors")["step"] == "3" and all(t.isfinite().all() for t in state.values())
+    assert "step 4: gradient norm nan" in message and all(f"{k}.png 0." in message for k in range(4))
+    assert f"the last good checkpoint is in {tmp_path}/out" in message
+    assert step_of(tmp_path / "out") == 3 and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
 
 
 @pytest.mark.parametrize("save_dtype", ["fp16", "fp32"])
 def test_diverged_run_never_leaves_weights_that_are_no_numbers(settings, tmp_path, monkeypatch, save_dtype):
-    message = refusal_of(settings, monkeypatch, lr=1e30, save_every=1, save_dtype=save_dtype)
+    message = refusal_of(settings, monkeypatch, lr=1e30, save_every=1, steps=1 if save_dtype == "fp16" else 6, save_dtype=save_dtype)
     assert ("step 1: gradient norm" in message) if save_dtype == "fp32" else ("NaN or Inf in fp16" in message and "--save-dtype" in message)
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        assert all(t.isfinite().all() for t in load_file(file).values())
+    assert not (tmp_path / "out" / "sd3.safetensors").exists() and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
 
 
 def test_dry_run_prints_the_settings_and_writes_nothing(settings, photos, tmp_path, monkeypatch, capsys):
@@ -436,7 +539,7 @@ def test_cached_text_is_used_and_encoded_before_the_first_step(settings, photos,
 
 @pytest.mark.parametrize("changed, says", [
     ({"data": "nowhere"}, "nowhere/metadata.jsonl: not found"),
-    ({"weights": "nowhere"}, "nowhere: no such folder; to get SD3"),
+    ({"weights": "nowhere"}, "nowhere: no such folder; accept the model's licence"),
     ({"weights": None, "model": "tiny-sd4"}, "tiny-sd4: no such folder"),
     ({"transformer": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
     ({"transformer": "nowhere.safetensors", "dry_run": True}, "nowhere.safetensors: no such file")])
@@ -450,6 +553,9 @@ def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, sa
     ({"res": 24, "factor": 8}, "--res 24: give a multiple of 16 at --factor 8"), ({"steps": 0}, "--steps 0: give 1 or more"),
     ({"batch": 0}, "1 or more"), ({"save_every": 0}, "1 or more"), ({"log_every": 0}, "1 or more"), ({"threads": 0}, "1 or more"),
     ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_words": 2.0}, "a probability"),
+    ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
+    ({"offload": True}, "it with --shard"), ({"keep": 0}, "1 or more"), ({"t5_length": 0}, "1 or more"),
+    ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
     ({"time_shift": 0.0}, "a number above 0"), ({"huber": -1.0}, "0 or more"), ({"device": "foo"}, "--device foo: this machine has cpu")])
 def test_settings_out_of_range_are_refused(settings, tmp_path, monkeypatch, changed, says):
     assert says in refusal_of(settings, monkeypatch, **changed)

@@ -1,0 +1,94 @@
+"""Several training runs, one after another, on the ranks that torchrun starts: python -m torch.distributed.run ... tests/on_ranks.py CASES
+
+CASES is a JSON list of command lines for train.py, each with what a test wants beside it; what it saw goes to OUT/seen-<rank>.json.
+"ddp": "torch"    puts torch's own DistributedDataParallel in the place of the hand-written DDP
+"die": [rank, n]  this rank kills itself when it computes its n-th loss
+"stop": n         asks all ranks but one to stop after n losses
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train  # noqa: E402
+from ranks import Agreed  # noqa: E402
+
+
+class TorchDDP:
+    """torch's own, with the few names of ours that the training loop uses."""
+
+    class Shim(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model, self.run = model, model.forward
+
+        def forward(self, *inputs):
+            return self.run(*inputs)
+
+    def __init__(self, model: nn.Module):
+        self.model, self.last_backward = model, True
+        self.wrapped = DistributedDataParallel(self.Shim(model))
+        model.forward = self.forward
+
+    def forward(self, *inputs):
+        self.wrapped.require_backward_grad_sync = self.last_backward
+        return self.wrapped(*inputs)
+
+    def zero(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def wait(self) -> None:
+        pass
+
+
+def arguments(flags: list[str]):
+    caught, run = [], train.train
+    train.train, sys.argv = (lambda args, stop: caught.append(args)), ["train.py", *flags]
+    joined, train.join = train.join, lambda args: None
+    destroyed, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    train.main()
+    train.train, train.join, dist.destroy_process_group = run, joined, destroyed
+    return caught[0]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    ddp, formula = train.DDP, train.objective
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        args, losses, stop = arguments(case["flags"]), [], threading.Event()
+
+        def watched(*inputs, case=case, losses=losses, stop=stop):
+            if case.get("die") == [dist.get_rank(), len(losses)] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = formula(*inputs)
+            losses.append(loss.item())
+            if dist.get_rank() and len(losses) == case.get("stop"):
+                stop.set()
+            return loss
+
+        train.objective, train.DDP = watched, TorchDDP if case.get("ddp") == "torch" else ddp
+        error = ""
+        try:
+            train.train(args, stop)
+        except Agreed as failure:
+            error = str(failure)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"seen-{dist.get_rank()}.json").write_text(json.dumps({"losses": losses, "error": error}))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
