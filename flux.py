@@ -29,7 +29,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, fill, open_weights
-from mmdit import FREQUENCIES, NORM_EPS, FinalLayer, add_mlp, attend, layer_norm, modulate, shape_of, timestep_embedding, usual_size
+from mmdit import (
+    FREQUENCIES,
+    NORM_EPS,
+    FinalLayer,
+    GELULinear,
+    add_mlp,
+    attend,
+    modulated_norm,
+    shape_of,
+    timestep_embedding,
+    usual_size,
+)
 
 PATCH = 2
 THETA = 10_000
@@ -114,9 +125,12 @@ class Modulation(nn.Module):
         return self.lin(cond)[:, None].chunk(self.chunks, dim=-1)
 
 
-def mlp(config: FluxConfig) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
-                         nn.Linear(config.mlp_hidden, config.hidden_size))
+class MLP(nn.Sequential):
+    def __init__(self, config: FluxConfig):
+        super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.Identity(), nn.Linear(config.mlp_hidden, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return GELULinear.apply(self[0](x), self[2].weight, self[2].bias)
 
 
 class DoubleBlock(nn.Module):
@@ -124,14 +138,14 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.img_mod, self.txt_mod = Modulation(config.hidden_size, 6), Modulation(config.hidden_size, 6)
         self.img_attn, self.txt_attn = SelfAttention(config), SelfAttention(config)
-        self.img_mlp, self.txt_mlp = mlp(config), mlp(config)
+        self.img_mlp, self.txt_mlp = MLP(config), MLP(config)
 
     def forward(self, context: Tensor, x: Tensor, cond: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         length = context.shape[1]
         shift_c, scale_c, gate_c, *mlp_c = self.txt_mod(cond)
         shift_x, scale_x, gate_x, *mlp_x = self.img_mod(cond)
-        of_context = self.txt_attn.heads(modulate(layer_norm(context), shift_c, scale_c), rope[:length])
-        of_image = self.img_attn.heads(modulate(layer_norm(x), shift_x, scale_x), rope[length:])
+        of_context = self.txt_attn.heads(modulated_norm(context, shift_c, scale_c), rope[:length])
+        of_image = self.img_attn.heads(modulated_norm(x, shift_x, scale_x), rope[length:])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))   # (B, T, H, d)
         del of_context, of_image                                                                # they are as large as q, k, v
         out_c, out_x = attend(q, k, v).split((length, x.shape[1]), dim=1)                       # (B, L, D), (B, N, D)
@@ -157,11 +171,11 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(cond)
-        normed = modulate(layer_norm(x), shift, scale)                                          # (B, T, D)
+        normed = modulated_norm(x, shift, scale)                                                # (B, T, D)
         (qkv, mlp), (qkv_bias, mlp_bias) = self.linear1.weight.split(self.parts[0]), self.linear1.bias.split(self.parts[0])
         of_attention, of_mlp = self.linear2.weight.split(self.parts[1], dim=1)
         out = F.linear(attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope)), of_attention, self.linear2.bias)
-        out = out + F.linear(F.gelu(F.linear(normed, mlp, mlp_bias), approximate="tanh"), of_mlp)
+        out = out + GELULinear.apply(F.linear(normed, mlp, mlp_bias), of_mlp, None)
         return torch.addcmul(x, gate, out)
 
 

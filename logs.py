@@ -102,16 +102,15 @@ def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor,
     """What the model under training draws: picture k from seed + k.
 
     context, pooled  (P + 1, L, W) and (P + 1, D): of the empty prompt, then of P prompts
-    guidance         (B,), one number for all, for the model that takes one
+    guidance         (1,), for the model that takes it
     shape            (16, h, w)
     returns          P images, (3, H, W) in [-1, 1], on the CPU
     """
     images = []
     for k in range(1, len(context)):
         def velocity(z: Tensor, sigma: Tensor, k: int = k) -> Tensor:
-            given = None if guidance is None else guidance[:1]
-            towards = model(z, sigma, context[k:k + 1], pooled[k:k + 1], given)
-            return towards if cfg == 1 else torch.lerp(model(z, sigma, context[:1], pooled[:1], given), towards, cfg)
+            towards = model(z, sigma, context[k:k + 1], pooled[k:k + 1], guidance)
+            return towards if cfg == 1 else torch.lerp(model(z, sigma, context[:1], pooled[:1], guidance), towards, cfg)
 
         latent = euler(velocity, draw_noise([seed + k - 1], shape).to(context.device), sigmas)
         images.append(vae.decode(latent, factor)[0].float().cpu())
@@ -132,9 +131,10 @@ def write_grid(path: Path, images: list[Tensor]) -> None:
     os.replace(temporary, path)
 
 
-def sampling_of(args: argparse.Namespace, family: Family, transformer: Weights, channels: int) -> dict[str, object]:
+def sampling_of(args: argparse.Namespace, family: Family, transformer: Weights, channels: int, device: torch.device) -> dict[str, object]:
     """How samples are drawn while training: as sample.py would, at --res."""
     side = args.res // args.factor
     steps, cfg, shift = (float(transformer.metadata.get(key, getattr(family, key) or 0)) for key in ("steps", "cfg", "time_shift"))
-    return {"sigmas": family.sigmas(int(steps), shift or math.exp(flux_mu((side // 2) ** 2))), "shape": (channels, side, side), "cfg": cfg,
-            "factor": args.factor, "seed": args.seed}
+    given = None if args.guidance is None else torch.full((1,), args.guidance, device=device)
+    return {"guidance": given, "sigmas": family.sigmas(int(steps), shift or math.exp(flux_mu((side // 2) ** 2))),
+            "shape": (channels, side, side), "cfg": cfg, "factor": args.factor, "seed": args.seed}

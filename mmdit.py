@@ -61,9 +61,28 @@ def timestep_embedding(timestep: Tensor, width: int = FREQUENCIES, max_period: f
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift in one pass."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """layer_norm(x)·(1 + scale) + shift, x (B, N, D), the others (B, 1, D): per image an affine LayerNorm, which for backward keeps only x."""
+    return torch.stack([F.layer_norm(*each, NORM_EPS) for each in
+                        zip(x, [x.shape[-1:]] * len(x), (1 + scale)[:, 0].to(x.dtype), shift[:, 0].to(x.dtype), strict=True)])
+
+
+class GELULinear(torch.autograd.Function):
+    """linear(gelu(hidden)), gelu in its tanh form; for backward only `hidden` is kept, and gelu computed again: it is the widest map."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.biased = bias is not None
+        return F.linear(F.gelu(hidden, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        for_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden, approximate="tanh")
+        for_weight = rows.T @ F.gelu(hidden, approximate="tanh").flatten(0, -2)
+        return for_hidden, for_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,6 +104,23 @@ def sincos_table(hidden_size: int, side: int, base: float | None = None, offset:
     angles = torch.outer(position, omega)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)
     return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), dim=1).float()
+
+
+def stretched(table: Tensor, scale: float) -> Tensor:
+    """A position table whose places lie `scale` times closer together, so that a model trained at one size begins at another
+    with the layout that it knows.
+
+    table    (1, side², hidden_size), row by row
+    scale    4 to go from 256 to 1024 px; the places around the centre stay there
+    returns  like `table`, between its places by cubic interpolation
+    source   SD3 section 5.3.2, "extended and interpolated position grids"
+    """
+    side = math.isqrt(table.shape[1])
+    places = torch.linspace(-1, 1, side, device=table.device) / scale                     # of the new table in the old one
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)             # (side, side, 2): column, row
+    old = rearrange(table.float(), "b (h w) d -> b d h w", h=side)
+    new = F.grid_sample(old, grid[None], mode="bicubic", align_corners=True)
+    return rearrange(new, "b d h w -> b (h w) d").to(table.dtype)
 
 
 class Attention(nn.Module):
@@ -112,7 +148,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return GELULinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class Embedder(nn.Module):
@@ -168,9 +204,8 @@ class JointBlock(nn.Module):
         shift_c, scale_c, *of_writer = self.context_block.chunks_of(cond)                  # empty in the last block
         shift_x, scale_x, gate_x, *mlp_x = self.x_block.chunks_of(cond)
         mlp_x, dual = mlp_x[:3], mlp_x[3:]                                                 # shift, scale, gate each
-        normed = layer_norm(x)                                                             # (B, N, D)
-        of_context = self.context_block.attn.heads(modulate(layer_norm(context), shift_c, scale_c))
-        of_image = self.x_block.attn.heads(modulate(normed, shift_x, scale_x))             # (B, N, H, 64) q, k, v
+        of_context = self.context_block.attn.heads(modulated_norm(context, shift_c, scale_c))
+        of_image = self.x_block.attn.heads(modulated_norm(x, shift_x, scale_x))            # (B, N, H, 64) q, k, v
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))
         del of_context, of_image                                                           # they are as large as q, k, v
         out_c, out_x = attend(q, k, v).split((context.shape[1], x.shape[1]), dim=1)        # (B, L, D), (B, N, D)
@@ -179,8 +214,7 @@ class JointBlock(nn.Module):
         if dual:
             shift, scale, gate = dual
             attn2 = self.x_block.attn2
-            attended = torch.addcmul(attended, gate, attn2.proj(attend(*attn2.heads(modulate(normed, shift, scale)))))
-        del normed
+            attended = torch.addcmul(attended, gate, attn2.proj(attend(*attn2.heads(modulated_norm(x, shift, scale)))))
         x = add_mlp(attended, self.x_block.mlp, *mlp_x)                                    # (B, N, D)
         if not of_writer:
             return None, x
@@ -189,12 +223,8 @@ class JointBlock(nn.Module):
         return add_mlp(context, self.context_block.mlp, *mlp_c), x
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
 def add_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, mlp(modulate(layer_norm(x), shift, scale)))
+    return torch.addcmul(x, gate, mlp(modulated_norm(x, shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -205,7 +235,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class MMDiT(nn.Module):

@@ -104,8 +104,8 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
         raise OSError(f"{folder}: could not be written ({said[0].splitlines()[0]}); the checkpoints before it are untouched")
     if first:
         for old in _committed(out)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        for left in folder.parent.glob(".step-*.tmp"):
+            os.rename(old, old.with_name(f".{old.name}.old"))  # a folder called step-... is whole, also while it is removed
+        for left in folder.parent.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -57,10 +57,10 @@ from checkpoint import Weights, check_device, fill, model_folder
 from data import Embeddings, Item, Latents, Pictures, batch_of_step, read_folder, sizes_of, vary_caption
 from family import Family, find
 from flow import DENSITIES, SCHEMES, denoised, flux_mu, interpolate, loss_weight, sample_sigma
-from flux import Flux
+from flux import Flux, FluxConfig
 from logs import Log, draw_samples, matmul_rate, peak_memory_gib, sampling_of, write_grid
-from mmdit import MMDiT, check_set
-from plan import flop_of_image
+from mmdit import MMDiT, MMDiTConfig, check_set, stretched
+from plan import Machine, blocks_of, context_tokens, describe, flop_of_image, peak_bytes, verdict
 from ranks import Agreed, join, rank, together, world
 from resume import about_run, export, export_run, load_run, newest, save_checkpoint, step_of, tensors_of
 from vae import VAE
@@ -70,6 +70,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BUCKET_BYTES = 25 << 20
 ALIGNMENT = 64               # elements: where a gradient begins in its bucket
 RECOMPUTE_TOKENS = 16_384    # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
+SMALL_MODEL = 100_000_000    # parameters: a smaller one is not weighed before it trains on a CPU
 SIGMA_BINS = 8
 SHOWN = 4                    # captions that sample pictures are drawn from
 RECIPES = {  # what facts of paper and release differ in; None: what the family says
@@ -170,28 +171,31 @@ def local(tensor: Tensor) -> Tensor:
 
 # ---- the model under training
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
-
-
 def recomputed(forward: Callable[..., Tensor], on_host: bool, *inputs: Tensor) -> Tensor:
     """A block whose activations are computed a second time in backward; its inputs stay, here or on the host."""
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if on_host else nullcontext():
         return checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def build(args: argparse.Namespace, family: Family, weights: Weights, device: torch.device, mesh: DeviceMesh | None) -> MMDiT | Flux:
-    """The transformer with its weights, of which each rank reads what it holds."""
-    with torch.device("meta"):
-        model = family.model(family.config(weights))
+def make(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxConfig) -> MMDiT | Flux:
+    model = family.model(config)
     if args.activations != "keep":
         for block in blocks_of(model):
             block.forward = partial(recomputed, block.forward, args.activations == "host")
+    return model
+
+
+def build(args: argparse.Namespace, family: Family, weights: Weights, device: torch.device, mesh: DeviceMesh | None) -> MMDiT | Flux:
+    """The transformer with its weights, of which each rank reads what it holds."""
+    with torch.device("meta"):
+        model = make(args, family, family.config(weights))
     if mesh:
         shard(model, args, mesh)
         device = torch.device("cpu") if args.offload else device
         model.to_empty(device=device)
     fill(model, weights, device, torch.bfloat16 if args.state == "bf16" else torch.float32)
+    if args.stretch_positions != 1:
+        model.pos_embed.copy_(stretched(model.pos_embed, args.stretch_positions))
     for module in model.modules():  # of an offloaded model only the parameters stay on the host
         module._buffers.update({name: buffer.to(args.device) for name, buffer in module._buffers.items()})
     return model
@@ -231,6 +235,35 @@ def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma:
     if name == "release":
         return wlf_loss(denoised(z, velocity, sigma), latent, weight, bands, huber)
     return wlf_loss(denoised(z, velocity, sigma - 1), noise, weight, bands, huber)  # z + (1 - sigma) * velocity
+
+
+def loss_of(model: MMDiT | Flux, latent: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,
+            args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """(velocity, loss) of a batch."""
+    z, weight = interpolate(latent, noise, sigma), loss_weight(sigma, args.weighting)
+    guidance = None if args.guidance is None else torch.full_like(sigma, args.guidance)
+    with autocast(args):
+        velocity = model(z, sigma, context, pooled, guidance)
+    return velocity, objective(args.objective, velocity, latent, noise, sigma, weight, args.bands, args.huber)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bf16 products of fp32 weights; FSDP and --state bf16 have bf16 weights already."""
+    return torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.dtype == "bf16" and args.shard == "none")
+
+
+def rehearse(args: argparse.Namespace, ranks: int, family: Family, config: MMDiTConfig | FluxConfig) -> int:
+    """Bytes of activations of one backward pass of one rank: the loss of the loop, on tensors without storage."""
+    batch, side = args.batch // (ranks * args.accumulate), args.res // args.factor
+    on_cpu = argparse.Namespace(**vars(args) | {"device": "cpu"})
+
+    def run(model: MMDiT | Flux) -> None:
+        latent, noise = torch.empty(2, batch, config.in_channels, side, side)
+        context = torch.empty(batch, context_tokens(family, args.t5_length), config.context_dim)
+        loss_of(model, latent, noise, torch.empty(batch), context, torch.empty(batch, config.pooled_dim), on_cpu)[1].backward()
+
+    sharded = args.shard != "none" and args.dtype == "bf16"
+    return peak_bytes(lambda: make(args, family, config), run, torch.bfloat16 if sharded or args.state == "bf16" else torch.float32)
 
 
 # ---- the batch
@@ -288,18 +321,17 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def check_settings(args: argparse.Namespace) -> None:
+def check_settings(args: argparse.Namespace, ranks: int) -> None:
     """Refuse a flag out of range: ValueError that says what was given and what is accepted."""
-    check_device(args.device)
-    step, share = 2 * args.factor, world() * args.accumulate
+    step, share = 2 * args.factor, ranks * args.accumulate
     for name, fits, accepted in (
             ("res", args.res > 0 and args.res % step == 0, f"a multiple of {step} at --factor {args.factor}"),
             *((name, getattr(args, name) >= 1, "1 or more") for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep",
                                                                          "threads")),
             *((name, 0 <= getattr(args, name) <= 1, "a probability") for name in ("drop_words", "drop_caption")),
             *((name, getattr(args, name) >= 0, "0 or more") for name in ("lr", "huber", "warmup", "weight_decay", "seed", "sample_every")),
-            ("batch", args.batch % share == 0, f"a multiple of {share}, {world()} ranks times --accumulate {args.accumulate}"),
-            ("clip", args.clip > 0, "a number above 0"),
+            ("batch", args.batch % share == 0, f"a multiple of {share}, {ranks} ranks times --accumulate {args.accumulate}"),
+            *((name, 0 < getattr(args, name) < math.inf, "a number above 0") for name in ("clip", "stretch_positions")),
             ("time_shift", args.time_shift in (None, "tokens") or 0 < args.time_shift < math.inf, 'a number above 0, or "tokens"'),
             ("guidance", args.guidance is None or 0 <= args.guidance < math.inf, "a number from 0"),
             ("t5_length", args.t5_length is None or args.t5_length >= 1, "1 or more"),
@@ -312,6 +344,8 @@ def check_settings(args: argparse.Namespace) -> None:
 def settle(args: argparse.Namespace, family: Family) -> None:
     """Fill in what the command line left open and the recipe and the family decide."""
     family.check_guidance(args.guidance)
+    if family.model is Flux and args.stretch_positions != 1:
+        raise ValueError(f"--stretch-positions {args.stretch_positions:g}: Flux has no position table; leave it out")
     for name, value in (RECIPES[args.recipe] if args.recipe else OURS).items():
         if getattr(args, name) is None:  # the release leaves the shift out of SD3's latents only
             setattr(args, name, True if name == "latent_shift" and family.model is Flux else value)
@@ -353,6 +387,27 @@ def what_diverged(step: int, norm: Tensor, passes: Sequence[Sequence[Example]], 
             f"the last good checkpoint is in {out}/checkpoints; try a smaller --lr")
 
 
+def check_memory(args: argparse.Namespace, device: torch.device) -> None:
+    """ValueError, with the table and the smallest change that helps, for a run that cannot fit."""
+    family, config, vae_config = describe(args)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in family.model(config).parameters())
+    if rank() or (device.type == "cpu" and parameters < SMALL_MODEL):
+        return
+    table, fits = verdict(args, family, config, vae_config, Machine.here(device, world()), partial(rehearse, family=family, config=config))
+    if not fits:
+        print(table, flush=True)
+        raise ValueError(f"this run does not fit into memory: {table.splitlines()[-1].partition(': ')[2]}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """train.py --plan RANKSxGB: the table alone."""
+    family, config, vae_config = describe(args)
+    settle(args, family)
+    check_settings(args, args.plan.ranks)
+    print(verdict(args, family, config, vae_config, args.plan, partial(rehearse, family=family, config=config))[0])
+
+
 def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
     """The whole run, from checks to the written model; goes on from OUT/checkpoints where there are any.
 
@@ -369,6 +424,7 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
         if (out / "state.safetensors").exists() and not (out / "checkpoints").exists():
             raise ValueError(f"{out}/state.safetensors is of an earlier version, which this one cannot go on from: use another --out, "
                              "and --transformer with the model that it wrote")
+        check_memory(args, device)
         return family, transformer, weights, vae_path, items, sizes
 
     (family, transformer, weights, vae_path, items, sizes), _ = together(look)
@@ -405,7 +461,6 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
     latents = Latents(pictures, vae, args.factor, args.dilation, Path(args.data) / ".latents" if args.cache_latents else None)
     read = partial(read_batch, args=args, items=items, sizes=sizes, pictures=pictures, channels=vae.config.latent_channels)
 
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16" and not mesh)
     if first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "settings.json").write_text(json.dumps({"commit": commit(), "ranks": world()} | vars(args), indent=1))
@@ -416,7 +471,7 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
     if args.sample_every:
         embeddings.fill(shown, rank=rank(), world=world())
         together(lambda: None)
-        sampling = sampling_of(args, family, transformer, vae.config.latent_channels)
+        sampling = sampling_of(args, family, transformer, vae.config.latent_channels, device)
     tally = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)  # loss, bands, loss a sigma bin, samples a sigma bin
     began, since, saved = time.time(), start, start
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr, disable=not first)
@@ -437,15 +492,10 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
                 # noise
                 noise = torch.stack([example.noise for example in examples]).to(device)
                 sigma = torch.cat([example.sigma for example in examples]).to(device)
-                weight = loss_weight(sigma, args.weighting)
-                z = interpolate(latent, noise, sigma)
-                guidance = None if args.guidance is None else torch.full_like(sigma, args.guidance)
                 # predict, loss, backward
                 if ddp:
                     ddp.last_backward = part + 1 == args.accumulate
-                with autocast():
-                    velocity = model(z, sigma, context, pooled, guidance)
-                loss = objective(args.objective, velocity, latent, noise, sigma, weight, args.bands, args.huber)
+                velocity, loss = loss_of(model, latent, noise, sigma, context, pooled, args)
                 (loss / args.accumulate).backward()
                 with torch.no_grad():  # what the log says
                     error = haar_split((velocity - (noise - latent)).float()).unflatten(1, (len(BANDS), -1)).square().mean((2, 3, 4))
@@ -481,8 +531,8 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
                 tally.zero_()
                 began, since = time.time(), step + 1
             if args.sample_every and (step + 1) % args.sample_every == 0:
-                with autocast():  # every rank draws, since each may hold a part of the model; the first one writes
-                    images = draw_samples(model, vae, *embeddings.read(shown), guidance, **sampling)
+                with autocast(args):  # every rank draws, since each may hold a part of the model; the first one writes
+                    images = draw_samples(model, vae, *embeddings.read(shown), **sampling)
                 if first:
                     write_grid(out / "samples" / f"step-{step + 1:08d}.png", images)
             if (step + 1) % args.save_every == 0 or last:
@@ -512,11 +562,14 @@ def shift_or_tokens(text: str) -> float | str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    cuda, local_ranks = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available() or any(word.startswith("--plan") for word in sys.argv)  # plans are made for cards, wherever
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add = parser.add_argument_group("what").add_argument
     add("--model", help="name of a folder in models/ (tiny-sd3)")
     add("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="FILE", help="begin with this transformer instead of the folder's")
+    add("--stretch-positions", type=float, default=1.0, metavar="S",
+        help="begin with S times closer places in SD3's position table: 4 to go on at 1024 px from 256, with the layout it knows")
     add("--data", metavar="DIR", help="pictures and metadata.jsonl")
     add("--out", metavar="DIR", default="runs/train", help="folder of the run; an unfinished run there goes on")
     add("--export", action="store_true", help="write the newest checkpoint of --out as one official file, and stop")
@@ -571,6 +624,8 @@ def main() -> None:
     add("--sample-every", type=int, default=0, help="steps between sample pictures; 0: none")
     add("--seed", type=int, default=0, help="of every draw")
     add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // local_ranks), help="CPU threads of a rank")
+    add("--plan", type=Machine.parse, metavar="RANKSxGB",
+        help="say what the run would take of that many cards' memory, 8x80 for example, and stop; needs neither weights nor GPU")
     add("--dry-run", action="store_true", help="check everything, print the settings, stop")
     args = parser.parse_args()
     stop = threading.Event()
@@ -578,11 +633,13 @@ def main() -> None:
         if args.export:
             return export_run(args)
         args.model = args.model or "tiny-sd3"
+        if args.plan:
+            return plan(args)
         if not args.data:
             parser.error("--data DIR: a folder of pictures and metadata.jsonl is needed")
         check_device(args.device)
         join(args)
-        check_settings(args)
+        together(lambda: check_settings(args, world()))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         torch.set_num_threads(args.threads)

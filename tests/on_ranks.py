@@ -3,7 +3,8 @@
 CASES is a JSON list of command lines for train.py, each with what a test wants beside it; what it saw goes to OUT/seen-<rank>.json.
 "ddp": "torch"    puts torch's own DistributedDataParallel in the place of the hand-written DDP
 "die": [rank, n]  this rank kills itself when it computes its n-th loss
-"stop": n         asks all ranks but one to stop after n losses
+"stop": n         asks all ranks but the first to stop after n losses
+"unused": true    no training: gradients of parameters that not every rank uses
 """
 
 import json
@@ -61,10 +62,26 @@ def arguments(flags: list[str]):
     return caught[0]
 
 
+def unused() -> None:
+    """Rank k multiplies by k + 1; the middle parameter is used by the first rank only."""
+    model = nn.ParameterList([torch.ones(()) for _ in range(3)])
+    ddp = train.DDP(model)
+    ddp.zero()
+    everywhere, first, _ = model
+    ((dist.get_rank() + 1) * everywhere + (0 if dist.get_rank() else first)).backward()
+    ddp.wait()
+    if not dist.get_rank():
+        names = ("everywhere", "first rank", "nowhere")
+        print(*(f"{name} {p.grad and p.grad.item()}" for name, p in zip(names, model, strict=True)), sep=", ")
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     ddp, formula = train.DDP, train.objective
     for case in json.loads(Path(sys.argv[1]).read_text()):
+        if "unused" in case:
+            unused()
+            continue
         args, losses, stop = arguments(case["flags"]), [], threading.Event()
 
         def watched(*inputs, case=case, losses=losses, stop=stop):

@@ -20,15 +20,23 @@ import data
 from checkpoint import save
 from data import (
     Embeddings,
+    Item,
+    Latents,
     Pictures,
+    aspect_sizes,
+    batch_of_step,
+    nearest_size,
     picture_size,
     read_folder,
     read_picture,
     resize_short_side,
+    sizes_of,
     to_image,
     to_pixels,
+    upright_size,
     vary_caption,
 )
+from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from text import SD3Text
 from train_vae import new_vae
@@ -374,6 +382,58 @@ def test_cache_is_bounded_and_keeps_what_was_used_last(photos, monkeypatch):
     assert list(pictures._kept) == [(2, 40, 40)] and pictures._bytes == size
 
 
+# ---- sizes, order
+
+def test_crop_covers_its_size_and_centre_is_the_middle(gradient):
+    for seed in range(20):
+        red = to_pixels(gradient.crop(0, 20, 64, seeded(seed), flip=False))[..., 0]
+        assert red.shape == (20, 64) and np.array_equal(red[0], np.arange(64))  # as wide as the picture: only rows are chosen
+    middle = to_pixels(gradient.central_crop(0, 20, 64))
+    assert (middle[0, 0, 1], middle[-1, 0, 1]) == (10, 29)
+    assert to_pixels(gradient.central_crop(0, 20, 32)).shape == (20, 32, 3)  # scaled down by two
+
+
+def test_aspects_have_about_the_same_number_of_pixels_and_sides_that_divide():
+    sizes = aspect_sizes(1024, 32)
+    assert len(sizes) == 11 and (1024, 1024) in sizes
+    for height, width in sizes:
+        assert height % 32 == width % 32 == 0 and abs(height * width / 1024**2 - 1) < 0.05
+        assert nearest_size(sizes, width, height) == (height, width)
+    assert nearest_size(sizes, 5000, 1000) == max(sizes, key=lambda size: size[1] / size[0])
+    assert max(map(max, aspect_sizes(1024, 32, most=1200))) <= 1200
+
+
+def test_turned_picture_goes_by_its_upright_shape(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(40, 80)).save(tmp_path / "turned.png", exif=exif)
+    assert upright_size(tmp_path / "turned.png") == read_picture(tmp_path / "turned.png").size == (40, 80)
+    item = Item(tmp_path / "turned.png", ("a picture",))
+    assert sizes_of([item], 32, 16, 1000, True) == [(48, 16)] or sizes_of([item], 32, 16, 1000, True)[0][0] > 32
+    with pytest.raises(ValueError, match="turned.png: its short side is 40 px, below --res 48"):
+        sizes_of([item], 48, 16, 1000, False)
+    with pytest.raises(ValueError, match="turned.png: 40x80 px do not cover"):
+        sizes_of([item], 64, 16, 1000, True)
+
+
+def test_every_epoch_shows_every_picture_and_is_a_function_of_the_seed():
+    sizes = [(64, 64)] * 7
+    epochs = [[batch_of_step(sizes, 3, 5, step) for step in range(3 * k, 3 * k + 3)] for k in range(4)]
+    for epoch in epochs:
+        drawn = [index for batch in epoch for index in batch]
+        assert len(drawn) == 9 and set(drawn) == set(range(7))
+    assert len({str(epoch) for epoch in epochs}) == 4
+    assert epochs[0] == [batch_of_step(sizes, 3, 5, step) for step in range(3)] != [batch_of_step(sizes, 3, 6, step) for step in range(3)]
+
+
+def test_batch_has_one_size_and_small_sizes_are_repeated():
+    sizes = [(64, 64), (32, 96), (64, 64), (96, 32), (64, 64)]
+    batches = [batch_of_step(sizes, 2, 0, step) for step in range(4)]
+    assert all(len({sizes[k] for k in batch}) == 1 for batch in batches)
+    assert {k for batch in batches for k in batch} == set(range(5)) and [1, 1] in batches and [3, 3] in batches
+    assert batch_of_step([(64, 64)], 5, 0, 9) == [0] * 5
+
+
 # ---- captions
 
 def test_caption_is_a_function_of_the_generator():
@@ -478,7 +538,70 @@ def test_cache_does_not_depend_on_transformer_or_place(own_model, tmp_path):
     assert before == Embeddings(tmp_path / "cache", own_model).cache == Embeddings(tmp_path / "cache", tmp_path / "elsewhere").cache
 
 
+# ---- the latent cache
+
+@pytest.fixture
+def autoencoder():
+    return new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
+
+
+def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, monkeypatch):
+    pictures = Pictures([photos / f"{k}.png" for k in range(3)])
+    first = Latents(pictures, autoencoder, 16, 2, tmp_path)
+    found = [first.moments(k, 32, 32) for k in (0, 1, 0)]
+    mean, logvar = autoencoder.moments(pictures.central_crop(0, 32, 32)[None], 16, 2)
+    assert torch.equal(found[0][0], mean) and torch.equal(found[0][1], logvar) and torch.equal(found[2][0], mean)
+    assert len(list(tmp_path.glob("*/*"))) == 2
+    monkeypatch.setattr(autoencoder, "moments", None)
+    again = Latents(pictures, autoencoder, 16, 2, tmp_path)
+    assert all(torch.equal(a, b) for k in (0, 1) for a, b in zip(again.moments(k, 32, 32), found[k], strict=True))
+
+
+@pytest.mark.parametrize("changed", ["picture", "weights", "factor", "dilation", "size"])
+def test_latents_of_something_else_are_not_read(photos, autoencoder, tmp_path, monkeypatch, changed):
+    shutil.copy(photos / "0.png", tmp_path / "0.png")
+    Latents(Pictures([tmp_path / "0.png"]), autoencoder, 16, 2, tmp_path / "cache").moments(0, 32, 32)
+    if changed == "picture":
+        shutil.copy(photos / "1.png", tmp_path / "0.png")
+    if changed == "weights":
+        with torch.no_grad():
+            autoencoder.encoder.conv_out.bias[0] += 1
+    calls, moments = [], autoencoder.moments
+    monkeypatch.setattr(autoencoder, "moments", lambda *inputs: calls.append(1) or moments(*inputs))
+    factor, dilation, width = 8 if changed == "factor" else 16, 1 if changed == "dilation" else 2, 48 if changed == "size" else 32
+    Latents(Pictures([tmp_path / "0.png"]), autoencoder, factor, dilation, tmp_path / "cache").moments(0, 32, width)
+    assert calls
+
+
+def test_latents_in_memory_are_bounded(photos, autoencoder, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_BYTES", 2 * 2 * 16 * 4 * 4)
+    latents = Latents(Pictures([photos / f"{k}.png" for k in range(4)]), autoencoder, 16, 2)
+    for k in (0, 1, 2, 3):
+        latents.moments(k, 32, 32)
+    assert list(latents._kept) == [(2, 32, 32), (3, 32, 32)]
+
+
 # ---- the script
+
+def test_script_encodes_shares_of_the_ranks_and_goes_on_where_it_was(photos, own_model, tmp_path):
+    """Two ranks, one after the other: what the second lacks the first has written."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder, ignore=shutil.ignore_patterns(".*"))
+    vae = new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
+    transformer = new_mmdit(MMDiTConfig(64, 1, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128), seeded(0))
+    save(own_model / "sd3.safetensors", {f"model.diffusion_model.{k}": t for k, t in transformer.state_dict().items()}
+         | {f"first_stage_model.{k}": t for k, t in vae.state_dict().items()}, {"norm_groups": 1, "scale_factor": 1, "shift_factor": 0})
+    command = [sys.executable, str(ROOT / "data.py"), "encode", str(folder), "--weights", str(own_model), "--device", "cpu", "--latents",
+               "--res", "32"]
+    for rank, encoded in ((0, 3), (1, 3), (1, 0)):
+        ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | ranks)
+        assert done.returncode == 0, done.stderr
+        first, second = done.stdout.splitlines()
+        assert first.startswith(f"rank {rank} of 2: {encoded} captions encoded, 6 in ")
+        assert second.startswith(f"rank {rank} of 2: {3 - rank} latents in ")
+    assert len(list(folder.glob(".embeddings/*/*"))) == 6 and len(list(folder.glob(".latents/*/*"))) == 5
+
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,

@@ -21,7 +21,7 @@ import checkpoint
 import train
 from checkpoint import save
 from data import Embeddings, Latents, Pictures, read_folder
-from mmdit import MMDiT
+from mmdit import MMDiT, stretched
 from resume import newest
 from text import SD3Text
 from train import latents_of, objective, read_batch
@@ -257,6 +257,14 @@ def test_other_transformer_is_where_training_begins(settings, model, tmp_path):
     train.train(settings(steps=1, lr=0, transformer=tmp_path / "other.safetensors"))
     written = MMDiT.load(tmp_path / "out" / "sd3.safetensors")
     assert (written.final_layer.linear.bias == 3).all() and metadata_of(tmp_path / "out" / "sd3.safetensors")["steps"] == "4"
+
+
+def test_position_table_is_stretched_once_and_stays_so_on_resume(settings, model, tmp_path):
+    table = load_file(model / "sd3.safetensors")["model.diffusion_model.pos_embed"]
+    for steps in (1, 2):
+        train.train(settings(out=tmp_path, steps=steps, stretch_positions=2.0))
+        written = load_file(tmp_path / "sd3.safetensors")["model.diffusion_model.pos_embed"]
+        assert torch.allclose(written.float(), stretched(table, 2.0).float(), atol=2e-3)
 
 
 # ---- resuming

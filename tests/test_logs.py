@@ -1,0 +1,108 @@
+"""What a run says of itself: lines that are cut on resume, optional packages used where they are, samples, the grid."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from checkpoint import open_weights
+from family import SD3
+from logs import Log, draw_samples, matmul_rate, write_grid
+from mmdit import MMDiT
+from vae import VAE
+
+
+def test_lines_after_the_checkpoint_and_half_a_line_are_cut(tmp_path):
+    rows = [{"step": k, "loss": 1.0 / k} for k in range(1, 6)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    log = Log(tmp_path, 3)
+    assert log.rows == rows[:3]
+    log.write({"step": 4, "loss": 9.0})
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [*rows[:3], {"step": 4, "loss": 9.0}]
+    assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_without_the_optional_packages_only_lines_are_written(tmp_path, monkeypatch):
+    for name in ("torch.utils.tensorboard", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    log = Log(tmp_path, 0)
+    log.write({"step": 1, "loss": 2.0})
+    log.plot()
+    assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_tensorboard_is_given_every_number_where_it_is_installed(tmp_path, monkeypatch):
+    said = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            said.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            said.append(scalar)
+
+        def flush(self):
+            said.append("flush")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    Log(tmp_path, 4).write({"step": 5, "loss": 2.0, "v_by_sigma": [None, 1.5]})
+    assert said == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 2.0, 5), ("v_by_sigma/1", 1.5, 5), "flush"]
+
+
+def test_loss_is_plotted_where_matplotlib_is_installed(tmp_path, monkeypatch):
+    drawn = []
+
+    class Axes:
+        def plot(self, x, y):
+            drawn.append((x, y))
+
+        set_xlabel = set_ylabel = lambda self, text: None
+
+    class Figure:
+        def __init__(self, **_):
+            pass
+
+        def add_subplot(self):
+            return Axes()
+
+        def savefig(self, path):
+            path.touch()
+
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
+    log = Log(tmp_path, 0)
+    for step in (1, 2):
+        log.write({"step": step, "loss": 3.0 / step})
+    log.plot()
+    assert drawn == [([1, 2], [3.0, 1.5])] and (tmp_path / "loss.png").exists()
+
+
+def test_matmul_rate_is_that_of_a_computer():
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+def test_sample_depends_on_its_own_prompt_and_seed_alone(model):
+    transformer, vae = MMDiT.load(model / "sd3.safetensors"), VAE.load(model / "sd3.safetensors")
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    generator = torch.Generator().manual_seed(0)
+    context, pooled = torch.randn(3, 5, 192, generator=generator), torch.randn(3, 192, generator=generator)
+    options = dict(guidance=None, sigmas=SD3.sigmas(3, 3.0), shape=(16, 4, 4), cfg=2.0, factor=16)
+    two = draw_samples(transformer, vae, context, pooled, seed=7, **options)
+    (second,) = draw_samples(transformer, vae, context[[0, 2]], pooled[[0, 2]], seed=8, **options)
+    assert len(two) == 2 and two[0].shape == (3, 64, 64) and torch.allclose(two[1], second, atol=1e-5)
+    assert not torch.allclose(two[0], two[1], atol=1e-2) and open_weights(model / "sd3.safetensors").metadata["cfg"] == "3.0"
+
+
+@pytest.mark.parametrize("count, size", [(1, (8, 4)), (3, (24, 4)), (4, (16, 8)), (5, (24, 8))])
+def test_grid_holds_every_picture(tmp_path, count, size):
+    images = [torch.full((3, 4, 8), -1 + 0.3 * k) for k in range(count)]
+    write_grid(tmp_path / "samples" / "grid.png", images)
+    grid = Image.open(tmp_path / "samples" / "grid.png")
+    assert grid.size == size and [f.name for f in (tmp_path / "samples").iterdir()] == ["grid.png"]
+    seen = {grid.getpixel((x, y))[0] for x in range(0, size[0], 8) for y in range(0, size[1], 4)}
+    assert {round((0.3 * k) * 127.5) for k in range(count)} <= seen

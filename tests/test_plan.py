@@ -1,0 +1,155 @@
+"""The plan against what a real step takes, the published models on the paper's machines, what is proposed where a run does not fit."""
+
+import json
+import re
+import sys
+from argparse import ArgumentTypeError, Namespace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from checkpoint import open_weights
+from family import find
+from mmdit import MMDiT, MMDiTConfig
+from plan import GIB, Machine, describe, flop_of_image, memory, total, verdict
+from train import build, loss_of, rehearse, settle, tensors_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def allocated(prof: profile, folder: Path) -> list[int]:
+    """Bytes that torch's CPU allocator held after each of its calls, relative to the first."""
+    prof.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], k, e["args"]["Bytes"]) for k, e in enumerate(events) if e.get("name") == "[memory]")
+    levels, now = [], 0
+    for _, _, change in changes:
+        now += change
+        levels.append(now)
+    return levels
+
+
+@pytest.mark.parametrize("name, changed", [("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}),
+                                           ("tiny-flux", {"res": 128})])
+def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, changed):
+    args = settings(weights=str(folders / name), **({"res": 256} | changed))
+    family, config, vae_config = describe(args)
+    settle(args, family)
+    card, _ = memory(args, family, config, vae_config, 1, partial(rehearse, family=family, config=config))
+
+    model = build(args, family, find(args.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
+    side, generator = args.res // 16, torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, args.batch, 16, side, side, generator=generator)
+    context = torch.randn(args.batch, train.context_tokens(family, None), config.context_dim, generator=generator)
+    pooled, sigma = torch.randn(args.batch, config.pooled_dim, generator=generator), torch.rand(args.batch, generator=generator)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # there before, so that what is measured is the rest
+    loss_of(model, latent, noise, sigma, context, pooled, args)[1].backward()  # the first call fills caches of its own
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        loss_of(model, latent, noise, sigma, context, pooled, args)[1].backward()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.step()
+    moments = tensors_of(model, {}, optimizer, 1)
+    assert card["parameters"] == sum(p.nbytes for p in model.parameters()) == sum(p.grad.nbytes for p in model.parameters())
+    assert card["gradients"] == card["parameters"]
+    assert card["optimizer"] == sum(t.nbytes for key, t in moments.items() if key.startswith("exp_avg"))
+    measured = max(allocated(prof, tmp_path))
+    assert abs(card["activations"] / measured - 1) < 0.1
+
+
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """planned("--model=flux", ...): what train.py prints."""
+    def of(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+        return capsys.readouterr().out
+    return of
+
+
+def rows(table: str) -> dict[str, float]:
+    return {m[1].strip(): float(m[2]) for line in table.splitlines() if (m := re.match(r"(.{28}) *([\d.]+) GiB", line))}
+
+
+def test_what_the_readme_says_of_the_papers_machines_is_what_is_printed(planned):
+    """Every row of the README's table of plans: its flags, GiB on one card, GiB on a host, verdict."""
+    table = re.findall(r"^\| `(--model \S+ --plan [^`]+)` \| ([\d.]+) \| ([\d.]+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(table) >= 4 and any("flux" in flags for flags, *_ in table) and any("sd3" in flags for flags, *_ in table)
+    for flags, card, host, says in table:
+        printed = planned(*flags.split())
+        sums = rows(printed)
+        assert sums["on one card"] == float(card) and next(v for k, v in sums.items() if k.startswith("on a host")) == float(host)
+        assert printed.splitlines()[-1] == says
+
+
+def test_published_sizes_are_those_of_the_published_files(planned):
+    usual = "--model=flux", "--plan=1x80", "--res=512", "--batch=1"
+    flux, halved = rows(planned(*usual)), rows(planned(*usual, "--state=bf16"))
+    assert flux["parameters"] == pytest.approx(11_901_408_320 * 4 / GIB, abs=0.01)
+    assert flux["optimizer"] == pytest.approx(2 * flux["parameters"], abs=0.02)
+    assert halved["parameters"] == pytest.approx(flux["parameters"] / 2, abs=0.01)
+
+
+def test_manifest_or_folder_or_name_may_be_planned(planned, folders, tmp_path):
+    shapes = {name: list(t.shape) for name, t in open_weights(folders / "tiny-flux" / "flux.safetensors").items()}
+    (tmp_path / "manifest.json").write_text(json.dumps({"tensors": shapes}))
+    folder, manifest = (planned(f"--weights={path}", "--plan=2x80", "--res=256", "--batch=2")
+                        for path in (folders / "tiny-flux", tmp_path / "manifest.json"))
+    assert rows(folder)["parameters"] == rows(manifest)["parameters"] and "it fits" in folder
+
+
+def test_sharding_divides_and_accumulation_shrinks(settings, folders):
+    args = settings(weights=str(folders / "tiny-sd3"), batch=8)
+    family, config, vae_config = describe(args)
+    settle(args, family)
+
+    def card(ranks: int, **changed: object) -> dict[str, int]:
+        other = Namespace(**vars(args) | changed)
+        return memory(other, family, config, vae_config, ranks, partial(rehearse, family=family, config=config))[0]
+
+    alone, halved, sharded = card(1), card(1, accumulate=2), card(4, shard="zero3")
+    assert halved["activations"] < 0.7 * alone["activations"] and halved["parameters"] == alone["parameters"]
+    assert sharded["parameters"] == pytest.approx(alone["parameters"] / 4, rel=0.01) and sharded["gathered weights"] > 0
+    assert card(1, ema=0.9)["averaged weights"] == alone["parameters"]
+
+
+@pytest.mark.parametrize("room, says", [(0.999, "--activations recompute makes it fit"), (0.45, "--activations recompute --accumulate 4 --state bf16 make it fit"),
+                                        (0.001, "no flag makes it fit")])
+def test_smallest_change_is_proposed(settings, folders, room, says):
+    args = settings(weights=str(folders / "tiny-sd3"), res=512, batch=4)
+    family, config, vae_config = describe(args)
+    settle(args, family)
+    forward = partial(rehearse, family=family, config=config)
+    whole = total(memory(args, family, config, vae_config, 1, forward)[0])
+    assert verdict(args, family, config, vae_config, Machine(1, whole), forward)[1]
+    table, fits = verdict(args, family, config, vae_config, Machine(1, int(room * whole)), forward)
+    assert not fits and says in table.splitlines()[-1]
+
+
+def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SMALL_MODEL", 0)
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device, ranks: cls(ranks, 1 << 27)))
+    monkeypatch.setattr(train, "build", None)
+    with pytest.raises(ValueError, match="this run does not fit into memory: .*--state bf16"):
+        train.train(settings(weights=folders / "tiny-sd3"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_flop_are_three_times_those_of_the_forward_products(folders):
+    from bench import MMDiTCase
+
+    case = MMDiTCase(depth=2, width=128, side=8, context_tokens=3, context_width=32, pooled_width=16, table_side=6)
+    config = MMDiTConfig(hidden_size=128, depth=2, context_dim=32, pooled_dim=16, table_side=6, mlp_hidden=512)
+    vectors = 2 * (256 * 128 + 128 * 128 + 16 * 128 + 128 * 128 + 128 * 128 * (2 * 6 + 6 + 2 + 2))  # the case leaves them out
+    assert flop_of_image(MMDiT, config, 8, 3) == pytest.approx(3 * (case.flop + vectors), rel=0.01)
+
+
+@pytest.mark.parametrize("text", ["8", "x80", "0x80", "8x", "8xmany"])
+def test_machine_is_ranks_times_gigabytes(text):
+    assert Machine.parse("8x80") == Machine(8, 80 * GIB)
+    with pytest.raises(ArgumentTypeError, match="RANKSxGB"):
+        Machine.parse(text)
