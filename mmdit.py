@@ -32,6 +32,7 @@ from checkpoint import LazyTensor, fill, open_weights
 
 HEAD_DIM = 64  # of every published MMDiT: num_heads = hidden_size / 64
 NORM_EPS = 1e-6
+LARGE_MAP = 1 << 21  # elements, from which memory counts more than a gelu
 FREQUENCIES = 256  # width of the timestep embedding before its MLP
 
 
@@ -62,26 +63,56 @@ def timestep_embedding(timestep: Tensor, width: int = FREQUENCIES, max_period: f
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x)·(1 + scale) + shift, x (B, N, D), the others (B, 1, D): per image an affine LayerNorm, which for backward keeps only x."""
-    return torch.stack([F.layer_norm(*each, NORM_EPS) for each in
-                        zip(x, [x.shape[-1:]] * len(x), (1 + scale)[:, 0].to(x.dtype), shift[:, 0].to(x.dtype), strict=True)])
+    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm for each image, of which backward needs x alone."""
+    weight, bias = (1 + scale).squeeze(1).to(x.dtype), shift.squeeze(1).to(x.dtype)        # (B, D)
+    return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS) if len(x) == 1 else AffineNorm.apply(x, weight, bias)
+
+
+class AffineNorm(torch.autograd.Function):
+    """LayerNorm of every image with a weight and bias of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out, stats = None, []
+        for b in range(len(x)):
+            y, *stat = torch.native_layer_norm(x[b], x.shape[-1:], weight[b], bias[b], NORM_EPS)
+            out = y.new_empty(x.shape) if out is None else out
+            out[b].copy_(y)
+            stats += stat
+        ctx.save_for_backward(x, weight, bias, *stats)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias, *stats = ctx.saved_tensors
+        for_x, for_weight, for_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        for b in range(len(x)):
+            given = [t[b].to(grad.dtype) for t in (x, weight, bias)]
+            parts = torch.ops.aten.native_layer_norm_backward(
+                grad[b].contiguous(), given[0], x.shape[-1:], *stats[2 * b:2 * b + 2], *given[1:], [True] * 3)
+            for whole, part in zip((for_x, for_weight, for_bias), parts, strict=True):
+                whole[b].copy_(part)
+        return for_x, for_weight, for_bias
 
 
 class GELULinear(torch.autograd.Function):
-    """linear(gelu(hidden)), gelu in its tanh form; for backward only `hidden` is kept, and gelu computed again: it is the widest map."""
+    """linear(gelu(hidden)), gelu in its tanh form. The result of gelu is the widest map of a block: a large one is not kept for backward,
+    but computed again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        active = F.gelu(hidden, approximate="tanh")
+        ctx.save_for_backward(hidden, weight, active if hidden.numel() < LARGE_MAP else None)
         ctx.biased = bias is not None
-        return F.linear(F.gelu(hidden, approximate="tanh"), weight, bias)
+        return F.linear(active, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
+        hidden, weight, active = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         for_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden, approximate="tanh")
-        for_weight = rows.T @ F.gelu(hidden, approximate="tanh").flatten(0, -2)
+        active = F.gelu(hidden, approximate="tanh") if active is None else active
+        for_weight = rows.T @ active.flatten(0, -2)
         return for_hidden, for_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
@@ -274,7 +305,7 @@ class MMDiT(nn.Module):
         dtype, p = self.x_embedder.proj.weight.dtype, self.config.patch_size
         h, w = latent.shape[-2] // p, latent.shape[-1] // p
         position = self.position(*latent.shape[-2:])                                       # (h/p, w/p, D)
-        x = (self.x_embedder(latent.to(dtype)) + position).flatten(1, 2)                   # (B, N, D)
+        x = (self.x_embedder(latent.to(dtype)) + position.to(dtype)).flatten(1, 2)         # (B, N, D)
         context = self.context_embedder(context.to(dtype))                                 # (B, L, D)
         time = self.t_embedder(timestep_embedding(1000 * sigma.float()).to(dtype))         # (B, D)
         cond = F.silu(time + self.y_embedder(pooled.to(dtype)))                            # (B, D)

@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -184,7 +185,7 @@ def memory(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxC
     rounded = 24 * largest // (ranks if sharded else 1) if args.state == "bf16" else 0     # fp32 copies of one parameter at a time
     card["buffers"] = size * sum(b.numel() for b in model.buffers()) + reduced + rounded
     card["VAE weights"] = 4 * vae_parameters(vae_config)
-    card["VAE encoding"] = 0 if args.cache_latents else encoding_bytes(vae_config, args)
+    card["VAE encoding"] = 0 if args.cache_latents else encoding_bytes(vae_config, args.res, args.factor, args.dilation)
     card["reserve"] = 0 if args.device == "cpu" else RESERVE
 
     moved = {"offloaded state": ("parameters", "gradients", "optimizer") if args.offload else (),
@@ -218,11 +219,12 @@ def vae_parameters(config: VAEConfig) -> int:
         return sum(p.numel() for p in VAE(config).parameters())
 
 
-def encoding_bytes(config: VAEConfig, args: argparse.Namespace) -> int:
+@lru_cache
+def encoding_bytes(config: VAEConfig, res: int, factor: int, dilation: int) -> int:
     """Of one picture, in fp32 and without gradients, as training encodes."""
     def run(vae: VAE) -> None:
         with torch.no_grad():
-            vae.moments(torch.empty(1, 3, args.res, args.res), args.factor, args.dilation)
+            vae.moments(torch.empty(1, 3, res, res), factor, dilation)
 
     return peak_bytes(lambda: VAE(config), run)
 
@@ -278,10 +280,18 @@ def with_changes(args: argparse.Namespace, change: dict[str, object]) -> argpars
 def verdict(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, machine: Machine,
             rehearse: Rehearsal) -> tuple[str, bool]:
     """The table, ending with what fits, and whether it does."""
-    def size(other: argparse.Namespace) -> int:
-        return total(memory(other, family, config, vae_config, machine.ranks, rehearse)[0])
+    done: dict[tuple, int] = {}
 
-    card, host = memory(args, family, config, vae_config, machine.ranks, rehearse)
+    def rehearsed(other: argparse.Namespace, ranks: int) -> int:
+        key = other.accumulate, other.activations, other.state, other.shard != "none"
+        if key not in done:
+            done[key] = rehearse(other, ranks)
+        return done[key]
+
+    def size(other: argparse.Namespace) -> int:
+        return total(memory(other, family, config, vae_config, machine.ranks, rehearsed)[0])
+
+    card, host = memory(args, family, config, vae_config, machine.ranks, rehearsed)
     needed, fits = total(card), total(card) <= machine.card
     lines = [f"{name:28}{value / GIB:10.2f} GiB" for name, value in card.items() if value]
     lines += [f"{'on one card':28}{needed / GIB:10.2f} GiB of {machine.card / GIB:.0f}", ""]

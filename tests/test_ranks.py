@@ -148,6 +148,51 @@ def test_port_in_use_is_said_in_one_line(settings):
     assert len(lines) == 1 and lines[0].startswith(f"error: ranks meet at 127.0.0.1:{port}: another run uses this port; give torchrun")
 
 
+def test_bf16_is_close_to_fp32_however_it_is_divided(settings, folders, tmp_path):
+    usual, cases = dict(steps=3, lr=1e-4, save_every=10, dtype="bf16"), []
+    for name in ("tiny-sd3", "tiny-flux"):
+        train.train(settings(**usual | {"dtype": "fp32"}, weights=folders / name, out=tmp_path / name / "fp32"))
+        for kind, changed in (("none", {}), ("zero2", {"shard": "zero2"}),
+                              ("zero3", {"shard": "zero3", "state": "bf16", "activations": "recompute", "ema": 0.9})):
+            cases.append({"flags": settings.flags(**usual, **changed, weights=folders / name, out=tmp_path / name / kind)})
+            (tmp_path / name).mkdir(exist_ok=True)
+    done = on_ranks(2, cases, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("tiny-sd3", "tiny-flux"):
+        exact = [row["loss"] for row in log_of(tmp_path / name / "fp32")]
+        for kind in ("none", "zero2", "zero3"):
+            assert [row["loss"] for row in log_of(tmp_path / name / kind)] == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_from_captions_to_a_picture(settings, folders, photos, tmp_path):
+    """A minute or two: encode, train, export, draw, each by its command."""
+    def run(*command: object, ranks: int = 1) -> str:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        done = subprocess.run([sys.executable, *start, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    data, out, weights = tmp_path / "data", tmp_path / "out", folders / "tiny-sd3"
+    data.mkdir()
+    for file in (*photos.glob("*.png"), photos / "metadata.jsonl"):
+        (data / file.name).write_bytes(file.read_bytes())
+    said = run("data.py", "encode", data, "--weights", weights, "--device", "cpu", "--latents", "--res", 64, ranks=2)
+    assert "rank 0 of 2: 3 captions encoded, 5 in" in said and "rank 1 of 2: 2 captions encoded, 5 in" in said
+    flags = settings.flags(weights=weights, data=data, out=out, batch=8, lr=1e-3, warmup=10, ema=0.98, cache_latents=True, drop_caption=0,
+                           save_every=50, sample_every=100, save_dtype="fp16")
+    said = run("train.py", *flags, "--steps=200", ranks=2)
+    assert said.endswith(f"wrote {out}/sd3.safetensors\n")
+    loss = [row["loss"] for row in log_of(out)]
+    assert sum(loss[-20:]) < 0.5 * sum(loss[:20])
+    assert (out / "samples" / "step-00000200.png").exists() and newest(out).name == "step-00000200"
+    run("train.py", "--export", "--out", out, "--save-dtype", "bf16")
+    run("sample.py", "--weights", weights, "--transformer", out / "sd3.safetensors", "--res", 64, "--steps", 4, "--device", "cpu",
+        "--prompt", "a red boat on a quiet lake at dawn", "--out", tmp_path / "boat.png")
+    assert (tmp_path / "boat.png").stat().st_size > 1000
+
+
 # ---- the hand-written DDP
 
 @pytest.fixture

@@ -1,0 +1,38 @@
+"""Both cases at tiny sizes: the sides agree and a table comes out. Times are never asserted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import MMDiTCase
+from bench_train import bench_step, check_agreement
+
+ROOT = Path(__file__).parent.parent
+CASE = MMDiTCase(depth=2, width=128, side=8, context_tokens=3, context_width=32, pooled_width=16, table_side=6)
+
+
+def test_step_agrees_with_the_release_on_diffusers_model_and_prints_a_table(capsys):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("pytorch_wavelets")
+    bench_step("tiny", CASE, 2, threads=1, rounds=1)
+    table = capsys.readouterr().out
+    assert "time ours / diffusers" in table and "peak ours / diffusers" in table and "batch 2" in table
+
+
+def test_ddp_agrees_with_torchs_and_prints_a_table(tmp_path):
+    script = ("from bench import MMDiTCase\nfrom bench_train import bench_ddp\n"
+              f"if __name__ == '__main__':\n    bench_ddp({CASE!r}, 1, 1, 1)\n")
+    (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
+    done = subprocess.run([sys.executable, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "time ours / torch's" in done.stdout and "2 gloo ranks" in done.stdout
+
+
+def test_sides_that_disagree_are_not_compared():
+    with pytest.raises(RuntimeError, match="differ by"):
+        check_agreement({"a": lambda: torch.ones(2), "b": lambda: torch.full((2,), 1.001)})
+    with pytest.raises(RuntimeError, match="differ by"):
+        check_agreement({"a": lambda: torch.ones(2), "b": lambda: torch.full((2,), float("nan"))})
