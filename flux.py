@@ -29,18 +29,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, fill, open_weights
-from mmdit import (
-    FREQUENCIES,
-    NORM_EPS,
-    FinalLayer,
-    GELULinear,
-    add_mlp,
-    attend,
-    modulated_norm,
-    shape_of,
-    timestep_embedding,
-    usual_size,
-)
+from lean import NORM_EPS, gelu_linear, modulated_norm
+from mmdit import FREQUENCIES, FinalLayer, add_mlp, attend, shape_of, timestep_embedding, usual_size
 
 PATCH = 2
 THETA = 10_000
@@ -130,7 +120,7 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.Identity(), nn.Linear(config.mlp_hidden, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return GELULinear.apply(self[0](x), self[2].weight, self[2].bias)
+        return gelu_linear(self[0](x), self[2].weight, self[2].bias)
 
 
 class DoubleBlock(nn.Module):
@@ -175,7 +165,7 @@ class SingleBlock(nn.Module):
         (qkv, mlp), (qkv_bias, mlp_bias) = self.linear1.weight.split(self.parts[0]), self.linear1.bias.split(self.parts[0])
         of_attention, of_mlp = self.linear2.weight.split(self.parts[1], dim=1)
         out = F.linear(attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope)), of_attention, self.linear2.bias)
-        out = out + GELULinear.apply(F.linear(normed, mlp, mlp_bias), of_mlp, None)
+        out = out + gelu_linear(F.linear(normed, mlp, mlp_bias), of_mlp, None)
         return torch.addcmul(x, gate, out)
 
 

@@ -29,10 +29,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, fill, open_weights
+from lean import NORM_EPS, gelu_linear, modulated_norm
 
 HEAD_DIM = 64  # of every published MMDiT: num_heads = hidden_size / 64
-NORM_EPS = 1e-6
-LARGE_MAP = 1 << 21  # elements, from which memory counts more than a gelu
 FREQUENCIES = 256  # width of the timestep embedding before its MLP
 
 
@@ -60,60 +59,6 @@ def timestep_embedding(timestep: Tensor, width: int = FREQUENCIES, max_period: f
     frequencies = torch.exp(-math.log(max_period) / (width // 2) * torch.arange(width // 2, dtype=torch.float32, device=timestep.device))
     angles = timestep.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm for each image, of which backward needs x alone."""
-    weight, bias = (1 + scale).squeeze(1).to(x.dtype), shift.squeeze(1).to(x.dtype)        # (B, D)
-    return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS) if len(x) == 1 else AffineNorm.apply(x, weight, bias)
-
-
-class AffineNorm(torch.autograd.Function):
-    """LayerNorm of every image with a weight and bias of its own."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out, stats = None, []
-        for b in range(len(x)):
-            y, *stat = torch.native_layer_norm(x[b], x.shape[-1:], weight[b], bias[b], NORM_EPS)
-            out = y.new_empty(x.shape) if out is None else out
-            out[b].copy_(y)
-            stats += stat
-        ctx.save_for_backward(x, weight, bias, *stats)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, bias, *stats = ctx.saved_tensors
-        for_x, for_weight, for_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        for b in range(len(x)):
-            given = [t[b].to(grad.dtype) for t in (x, weight, bias)]
-            parts = torch.ops.aten.native_layer_norm_backward(
-                grad[b].contiguous(), given[0], x.shape[-1:], *stats[2 * b:2 * b + 2], *given[1:], [True] * 3)
-            for whole, part in zip((for_x, for_weight, for_bias), parts, strict=True):
-                whole[b].copy_(part)
-        return for_x, for_weight, for_bias
-
-
-class GELULinear(torch.autograd.Function):
-    """linear(gelu(hidden)), gelu in its tanh form. The result of gelu is the widest map of a block: a large one is not kept for backward,
-    but computed again."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        active = F.gelu(hidden, approximate="tanh")
-        ctx.save_for_backward(hidden, weight, active if hidden.numel() < LARGE_MAP else None)
-        ctx.biased = bias is not None
-        return F.linear(active, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden, weight, active = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        for_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden, approximate="tanh")
-        active = F.gelu(hidden, approximate="tanh") if active is None else active
-        for_weight = rows.T @ active.flatten(0, -2)
-        return for_hidden, for_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -179,7 +124,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return GELULinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class Embedder(nn.Module):

@@ -54,8 +54,8 @@ def write_clip_vocabulary(folder: Path, captions: list[str], pad: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": pad, "model_max_length": CLIP_LENGTH}, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END,
+                                                              "pad_token": pad, "model_max_length": CLIP_LENGTH}, indent=1))
     return len(words)
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     transformer, vae = new_mmdit(config, generator), open_weights(args.vae)
     tensors = {f"model.diffusion_model.{name}": t.half() for name, t in transformer.state_dict().items()}
     tensors |= {f"first_stage_model.{name}": t.read().half() for name, t in vae.items()}
-    save(out / "sd3.safetensors", tensors, vae.metadata | {"steps": 28, "cfg": 3.0, "time_shift": 3.0, "res": 1024})
+    save(out / "sd3.safetensors", tensors, vae.metadata | {"steps": 28, "cfg": 2.0, "time_shift": 3.0, "res": 1024})
     print(f"{out}: CLIP vocabulary {vocabulary}, T5 vocabulary {pieces}, "
           f"{sum(p.numel() for p in transformer.parameters()):,} parameters to train")
     if args.flux:

@@ -409,7 +409,8 @@ def test_turned_picture_goes_by_its_upright_shape(tmp_path):
     Image.fromarray(noise(40, 80)).save(tmp_path / "turned.png", exif=exif)
     assert upright_size(tmp_path / "turned.png") == read_picture(tmp_path / "turned.png").size == (40, 80)
     item = Item(tmp_path / "turned.png", ("a picture",))
-    assert sizes_of([item], 32, 16, 1000, True) == [(48, 16)] or sizes_of([item], 32, 16, 1000, True)[0][0] > 32
+    ((height, width),) = sizes_of([item], 32, 16, 1000, True)
+    assert height > width
     with pytest.raises(ValueError, match="turned.png: its short side is 40 px, below --res 48"):
         sizes_of([item], 48, 16, 1000, False)
     with pytest.raises(ValueError, match="turned.png: 40x80 px do not cover"):

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from golden import published, read_case, write_weights
 from safetensors.torch import save_file
 
 from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights
 from flow import euler
-from mmdit import GELULinear, MMDiT, MMDiTConfig, modulated_norm, new_mmdit, read_config, sincos_table, stretched
+from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table, stretched
 
 TOLERANCE = 1e-5  # absolute, fp32: two right implementations differ by 1e-6 to 5e-6, a wrong epsilon by 2e-5
 TINY = MMDiTConfig(hidden_size=128, depth=2, context_dim=24, pooled_dim=20, table_side=10, mlp_hidden=512)
@@ -276,28 +275,3 @@ def test_stretched_table_has_its_places_closer_together_around_the_centre():
     closer = sincos_table(64, 32, base=16, offset=15.5 / 2)[None]  # places 7.75, 8.25 … 23.25
     inner = closer.view(32, 32, 64)[2:-2, 2:-2] - stretched(table, 2).view(32, 32, 64)[2:-2, 2:-2]
     assert inner.abs().max() < 0.05  # cubic interpolation of waves of up to one radian a place
-
-
-# ---- what keeps less for backward
-
-@torch.enable_grad()
-@pytest.mark.parametrize("batch", [1, 3])
-def test_modulated_norm_is_its_formula_and_so_is_its_gradient(batch):
-    generator = torch.Generator().manual_seed(0)
-    x, shift, scale = (torch.randn(batch, n, 8, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 1, 1))
-    expected = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
-    assert (modulated_norm(x, shift, scale) - expected).abs().max() < 1e-12
-    assert torch.autograd.gradcheck(modulated_norm, (x, shift, scale))
-
-
-@torch.enable_grad()
-@pytest.mark.parametrize("large", [1, 1 << 30])
-def test_gelu_linear_is_its_formula_and_so_is_its_gradient(large, monkeypatch):
-    monkeypatch.setattr("mmdit.LARGE_MAP", large)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                            for shape in ((2, 3, 8), (5, 8), (5,)))
-    expected = F.linear(F.gelu(hidden, approximate="tanh"), weight, bias)
-    assert (GELULinear.apply(hidden, weight, bias) - expected).abs().max() < 1e-12
-    assert torch.autograd.gradcheck(GELULinear.apply, (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h, w: GELULinear.apply(h, w, None), (hidden, weight))
