@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import open_weights
 from family import SD3
 from logs import Log, draw_samples, matmul_rate, write_grid
 from mmdit import MMDiT
@@ -95,7 +94,7 @@ def test_sample_depends_on_its_own_prompt_and_seed_alone(model):
     two = draw_samples(transformer, vae, context, pooled, seed=7, **options)
     (second,) = draw_samples(transformer, vae, context[[0, 2]], pooled[[0, 2]], seed=8, **options)
     assert len(two) == 2 and two[0].shape == (3, 64, 64) and torch.allclose(two[1], second, atol=1e-5)
-    assert not torch.allclose(two[0], two[1], atol=1e-2) and open_weights(model / "sd3.safetensors").metadata["cfg"] == "3.0"
+    assert not torch.allclose(two[0], two[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("count, size", [(1, (8, 4)), (3, (24, 4)), (4, (16, 8)), (5, (24, 8))])
