@@ -27,7 +27,6 @@ from torch import Tensor, nn
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MODELS = Path(__file__).parent / "models"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SD3_DOWNLOAD, FLUX_DOWNLOAD = "stabilityai/stable-diffusion-3-medium", "black-forest-labs/FLUX.1-dev"
 FLUX_PARTS = "--exclude '*/diffusion_pytorch_model*'"  # the same weights again, in the names of diffusers
 FLUX_SIZES = "34 GB: transformer 23.8, T5 9.5, VAE 0.3, CLIP-L 0.2"
@@ -241,54 +240,6 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, step: int,
-             settings: Mapping[str, object]) -> None:
-    """Save what a run needs to go on: weights, AdamW moments, the step, its settings.
-
-    path       a .safetensors file, replaced whole or not at all
-    modules    "model", the one the optimizer holds, and others such as "ema"
-    settings   kept in the metadata, so that a run is not resumed with others
-    """
-    tensors = {f"{key}.{name}": t for key, module in modules.items() for name, t in module.state_dict().items()}
-    for name, parameter in modules["model"].named_parameters():
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save(path, tensors, {"step": step, "settings": json.dumps(dict(settings), sort_keys=True)})
-
-
-def resume_run(path: str | os.PathLike, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
-               settings: Mapping[str, object]) -> int:
-    """Load what save_run wrote, in place.
-
-    returns  the step to go on from; 0 if there is no such file
-    raises   ValueError if the settings differ
-    """
-    if not Path(path).is_file():
-        return 0
-    saved = open_weights(path)
-    if "settings" not in saved.metadata:
-        raise ValueError(f"{path}: not the state of a run; use another --out")
-    same_settings(path, json.loads(saved.metadata["settings"]), settings)
-    step = int(saved.metadata["step"])
-    with torch.no_grad():
-        for key, module in modules.items():
-            for name, tensor in module.state_dict().items():
-                tensor.copy_(saved[f"{key}.{name}"].read())
-        for name, parameter in modules["model"].named_parameters():
-            if f"{MOMENTS[0]}.{name}" in saved:
-                optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | {
-                    moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
-    return step
-
-
-def same_settings(where: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """ValueError that lists what differs between the settings of a run, as JSON kept them, and those it would go on with."""
-    now = json.loads(json.dumps(dict(now)))
-    if differ := [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]:
-        raise ValueError(f"{where}: that run had other settings ({', '.join(differ)}); use them, or another --out")
 
 
 def model_folder(name: str, weights: str | None = None) -> Path:

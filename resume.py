@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import MOMENTS, Weights, model_folder, read_json, same_settings, save
+from checkpoint import Weights, model_folder, read_json, save
 from data import Item
 from family import Family, find
 from flux import Flux
 from vae import VAE
 
 FILE_BYTES = 1 << 31
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 ABOUT = "run.json"
 NOT_SETTINGS = ("data", "out", "device", "threads", "steps", "recipe", "shard", "offload", "accumulate", "activations", "ema_on_host",
                 "keep", "save_every", "log_every", "sample_every", "save_dtype", "cache_latents", "dry_run", "export", "plan", "card")
@@ -170,6 +171,13 @@ def weights_of(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
     """What decides the numbers of a run; the rest may differ when it is resumed."""
     return {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+
+
+def same_settings(where: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """ValueError that lists what differs between the settings of a run, as JSON kept them, and those it would go on with."""
+    now = json.loads(json.dumps(dict(now)))
+    if differ := [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]:
+        raise ValueError(f"{where}: that run had other settings ({', '.join(differ)}); use them, or another --out")
 
 
 def about_run(args: argparse.Namespace, family: Family, weights: Weights, items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> dict:

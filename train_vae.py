@@ -19,14 +19,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import resume_run, save, save_run
+from checkpoint import open_weights, save
 from data import Pictures, read_folder
+from resume import MOMENTS, same_settings
 from vae import VAE, VAEConfig
 
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
@@ -165,6 +167,39 @@ def write_vae(path: Path, vae: VAE, config: VAEConfig, pictures: Pictures, setti
                                   "training": json.dumps(settings)})
 
 
+def save_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Mapping[str, object]) -> None:
+    """Save what the run needs to go on: weights, AdamW moments, the step, its settings; one file, replaced whole or not at all."""
+    tensors = {f"model.{name}": t for name, t in vae.state_dict().items()}
+    for name, parameter in vae.named_parameters():
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    save(path, tensors, {"step": step, "settings": json.dumps(dict(settings), sort_keys=True)})
+
+
+def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]) -> int:
+    """Load what save_state wrote, in place.
+
+    returns  the step to go on from; 0 if there is no such file
+    raises   ValueError if the settings differ
+    """
+    if not path.is_file():
+        return 0
+    saved = open_weights(path)
+    if "settings" not in saved.metadata:
+        raise ValueError(f"{path}: not the state of a run; use another --out")
+    same_settings(path, json.loads(saved.metadata["settings"]), settings)
+    step = int(saved.metadata["step"])
+    with torch.no_grad():
+        for name, tensor in vae.state_dict().items():
+            tensor.copy_(saved[f"model.{name}"].read())
+        for name, parameter in vae.named_parameters():
+            if f"{MOMENTS[0]}.{name}" in saved:
+                optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
+                    moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
+    return step
+
+
 def train(args: argparse.Namespace) -> None:
     """The whole run, from checks to the written autoencoder; continues from OUT/state.safetensors where there is one."""
     items = read_folder(args.data)
@@ -186,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
 
     vae = new_vae(config, args.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start = resume_run(out / "state.safetensors", {"model": vae}, optimizer, settings)
+    start = resume_state(out / "state.safetensors", vae, optimizer, settings)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
           f"held out: {', '.join(p.name for p in held_out)}; step {start} of {args.steps}")
 
@@ -209,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
         window.append(loss.item())
         bar.set_postfix_str(f"loss {sum(window[-50:]) / len(window[-50:]):.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_run(out / "state.safetensors", {"model": vae}, optimizer, step + 1, settings)
+            save_state(out / "state.safetensors", vae, optimizer, step + 1, settings)
             row = {"step": step + 1, "loss": round(sum(window) / len(window), 5), "lr": lr,
                    "s_per_step": round((time.time() - began) / len(window), 3)}
             if held_out:

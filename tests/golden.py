@@ -17,7 +17,10 @@ import json
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+
+from checkpoint import LazyTensor, Weights
 
 DATA = Path(__file__).parent / "data"
 
@@ -50,3 +53,22 @@ def published(file: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
 def published_map(family: str) -> dict[str, list]:
     """Name in diffusers -> official name, its rows there [start, stop] or None for all, and None, "swap_halves" or "squeeze_1x1"."""
     return _manifests()["maps"][family]
+
+
+# ---- what tests of both transformers compare with
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def lazy(shapes: dict) -> Weights:
+    return Weights({name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}, {}, "a file")
+
+
+def lazy_tensors(tensors: dict) -> Weights:
+    return Weights({name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}, {}, "a file")
+
+
+def shapes_of(weights) -> dict:
+    return {name: tuple(t.shape) for name, t in weights.items()}

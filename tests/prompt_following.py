@@ -24,6 +24,8 @@ from flow import draw_noise, euler  # noqa: E402
 from sample import settle, velocity_with_cfg  # noqa: E402
 from vae import VAE  # noqa: E402
 
+ALTS = 3  # the photographs came with three; the others were written for training
+
 
 def thumbnail(image: Tensor) -> Tensor:
     """(B, 3, res, res) in [-1, 1] to (B, 768): 16 x 16 area averages."""
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-sd3")
     parser.add_argument("--weights", metavar="DIR")
     parser.add_argument("--transformer", metavar="FILE")
-    parser.add_argument("--captions", default="both", choices=("text", "alt", "both"))
+    parser.add_argument("--captions", default="both", choices=("text", "alt", "both"), help=f"alt: the first {ALTS} of each photograph")
     parser.add_argument("--prompts", metavar="FILE", help="reworded captions instead: lines of file_name, tab, caption")
     parser.add_argument("--res", type=int, default=1024, help="pixels")
     parser.add_argument("--steps", type=int)
@@ -64,7 +66,7 @@ def main() -> None:
         tasks = [("reworded", number[name], caption) for name, caption in rows]
     else:
         chosen = range(0, len(items), max(1, len(items) // args.limit) if args.limit else 1)
-        tasks = [("alt" if k else "text", i, c) for i in chosen for k, c in enumerate(items[i].captions)
+        tasks = [("alt" if k else "text", i, c) for i in chosen for k, c in enumerate(items[i].captions[: 1 + ALTS])
                  if args.captions == "both" or args.captions == ("alt" if k else "text")]
     hits: dict[str, list[bool]] = {}
     for kind, index, caption in tqdm(tasks, file=sys.stderr):

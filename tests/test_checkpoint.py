@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights, resume_run, save, save_run
+from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights, save
 
 FAMILIES = {  # names in diffusers: official file, prefix in it
     "sd3_medium": ("sd3_medium", "model.diffusion_model."), "sd3.5_medium": ("sd3.5_medium", "model.diffusion_model."),
@@ -281,31 +281,3 @@ def test_save_takes_views_gradients_and_numbers(tmp_path):
     save(tmp_path / "model.safetensors", {"turned": matrix.T, "slice": matrix[:2]}, {"steps": 3})
     read = load_file(tmp_path / "model.safetensors")
     assert torch.equal(read["turned"], matrix.T) and torch.equal(read["slice"], matrix[:2])
-
-
-def train_linear(linear: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        linear(x).square().mean().backward()
-        optimizer.step()
-
-
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    def start():
-        torch.manual_seed(0)
-        linear = nn.Linear(5, 3)
-        return linear, torch.optim.AdamW(linear.parameters(), lr=0.1)
-
-    whole, optimizer = start()
-    train_linear(whole, optimizer, range(6))
-    first, optimizer = start()
-    train_linear(first, optimizer, range(3))
-    save_run(tmp_path / "run.safetensors", {"model": first}, optimizer, 3, {"lr": 0.1})
-    second, optimizer = start()
-    assert resume_run(tmp_path / "none.safetensors", {"model": second}, optimizer, {"lr": 0.1}) == 0
-    step = resume_run(tmp_path / "run.safetensors", {"model": second}, optimizer, {"lr": 0.1})
-    train_linear(second, optimizer, range(step, 6))
-    assert step == 3 and torch.equal(second.weight, whole.weight) and torch.equal(second.bias, whole.bias)
-    with pytest.raises(ValueError, match="lr 0.1 -> 0.2"):
-        resume_run(tmp_path / "run.safetensors", {"model": second}, optimizer, {"lr": 0.2})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import CAPTIONS, seeded
 from golden import published
 from PIL import Image
 from safetensors import safe_open
@@ -19,24 +19,17 @@ import data
 import sample
 import train
 from checkpoint import LazyTensor, Weights, diffusers_names, locate, open_weights, save
-from data import Embeddings, Pictures, read_folder, to_pixels
+from data import Embeddings, read_folder
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, family_of, find
 from flow import flux_mu, flux_sigmas
 from flux import Flux, FluxConfig, new_flux
 from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from text import FluxText, SD3Text
-from train_vae import latent_statistics, new_vae
-from vae import VAE, VAEConfig
+from vae import VAE
 
-CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
-            "snow on the roofs of a small town"]
 CONFIG = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_dim=192, pooled_dim=64, mlp_hidden=128,
                     axes_dim=(4, 14, 14))
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def flux_tensors(config: FluxConfig = CONFIG, begun: bool = True) -> dict[str, torch.Tensor]:
@@ -51,34 +44,15 @@ def flux_tensors(config: FluxConfig = CONFIG, begun: bool = True) -> dict[str, t
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Four soft pictures, short side 64, with captions."""
-    folder, rows = tmp_path_factory.mktemp("photos"), []
-    for k, caption in enumerate(CAPTIONS):
-        image = F.interpolate(torch.randn(1, 3, 6, 6, generator=seeded(k)), (64, 80), mode="bicubic")[0].clamp(-2, 2) / 2
-        Image.fromarray(to_pixels(image)).save(folder / f"{k}.png")
-        rows.append(json.dumps({"file_name": f"{k}.png", "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(photos, tmp_path_factory):
+def made(folders, tmp_path_factory):
     """tiny-sd3 and tiny-flux as models/make_tiny.py makes them, with smaller transformers."""
-    root = tmp_path_factory.mktemp("models")
-    vae = new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
-    with torch.no_grad():
-        scale, shift = latent_statistics(vae, Pictures(sorted(photos.glob("*.png"))), res=64)
-    save(root / "vae.safetensors", vae.state_dict(), {"norm_groups": 1, "scale_factor": scale, "shift_factor": shift})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_tiny.py", f"--data={photos}", f"--vae={root}/vae.safetensors", f"--out={root}/tiny-sd3",
-                                    f"--flux={root}/tiny-flux"])
-        make_tiny.main()
+    root = tmp_path_factory.mktemp("models") / "made"
+    shutil.copytree(folders, root, symlinks=True)
     assert Flux.load(root / "tiny-flux" / "flux.safetensors").config.axes_dim == (8, 28, 28)
+    vae = open_weights(root / "vae.safetensors")
     mmdit = new_mmdit(MMDiTConfig(64, 1, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128), seeded(0))
     save(root / "tiny-sd3" / "sd3.safetensors", {f"model.diffusion_model.{name}": t for name, t in mmdit.state_dict().items()}
-         | {f"first_stage_model.{name}": t for name, t in vae.state_dict().items()},
-         {"norm_groups": 1, "scale_factor": scale, "shift_factor": shift, "steps": 2, "res": 64})
+         | {f"first_stage_model.{name}": t.read() for name, t in vae.items()}, vae.metadata | {"steps": 2, "res": 64})
     save(root / "tiny-flux" / "flux.safetensors", flux_tensors(), {"steps": 2, "res": 64})
     return root
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from full_size_flux import load_block_by_block, write_random
-from golden import published, read_case, write_weights
+from golden import distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
-from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, open_weights
+from checkpoint import Weights, _official_names, diffusers_names, open_weights
 from flow import euler, flux_sigmas, interpolate
 from flux import Flux, FluxConfig, axis_turns, new_flux, read_config, rotate
 from mmdit import MMDiT, MMDiTConfig, new_mmdit, timestep_embedding
@@ -70,23 +70,6 @@ def run_diffusers(model: FluxTransformer2DModel, latent, sigma, context, pooled,
     out = model(hidden_states=FluxPipeline._pack_latents(latent, batch, channels, height, width), encoder_hidden_states=context,
                 pooled_projections=pooled, timestep=sigma, img_ids=ids, txt_ids=torch.zeros(context.shape[1], 3), guidance=guidance).sample
     return FluxPipeline._unpack_latents(out, 8 * height, 8 * width, 8)
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
-
-def lazy(shapes: dict) -> Weights:
-    return Weights({name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}, {}, "a file")
-
-
-def lazy_tensors(tensors: dict) -> Weights:
-    return Weights({name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}, {}, "a file")
-
-
-def shapes_of(weights) -> dict:
-    return {name: tuple(t.shape) for name, t in weights.items()}
 
 
 # ---- the official code

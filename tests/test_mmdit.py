@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from golden import published, read_case, write_weights
+from golden import distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
-from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights
+from checkpoint import _official_names, diffusers_names, fill, open_weights
 from flow import euler
 from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table, stretched
 
@@ -60,23 +60,6 @@ def of_diffusers(config: MMDiTConfig, seed: int = 0) -> SD3Transformer2DModel:
 
 def run_diffusers(model: SD3Transformer2DModel, latent, sigma, context, pooled) -> torch.Tensor:
     return model(hidden_states=latent, timestep=1000 * sigma, encoder_hidden_states=context, pooled_projections=pooled).sample
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
-
-def lazy(shapes: dict) -> Weights:
-    return Weights({name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}, {}, "a file")
-
-
-def lazy_tensors(tensors: dict) -> Weights:
-    return Weights({name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}, {}, "a file")
-
-
-def shapes_of(weights) -> dict:
-    return {name: tuple(t.shape) for name, t in weights.items()}
 
 
 @pytest.mark.parametrize("case", ["mmdit_sd3", "mmdit_sd35_medium"])

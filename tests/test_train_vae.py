@@ -12,10 +12,21 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import train_vae
 from data import Pictures, to_pixels
-from train_vae import batch_of, equalize, latent_statistics, new_vae, reconstruction_psnr, train, vae_loss
+from train_vae import (
+    batch_of,
+    equalize,
+    latent_statistics,
+    new_vae,
+    reconstruction_psnr,
+    resume_state,
+    save_state,
+    train,
+    vae_loss,
+)
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +206,34 @@ def test_reconstruction_psnr_by_hand(photos):
     again = vae.decode(vae.encode(image)).clamp(-1, 1)
     error = ((again + 1) * 127.5 - (image + 1) * 127.5).square().mean()
     assert len(values) == 3 and abs(values[2] - 10 * torch.log10(255**2 / error)) < 1e-3
+
+
+def train_linear(linear: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        linear(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_resumed_state_equals_the_uninterrupted_one(tmp_path):
+    def start():
+        torch.manual_seed(0)
+        linear = nn.Linear(5, 3)
+        return linear, torch.optim.AdamW(linear.parameters(), lr=0.1)
+
+    whole, optimizer = start()
+    train_linear(whole, optimizer, range(6))
+    first, optimizer = start()
+    train_linear(first, optimizer, range(3))
+    save_state(tmp_path / "run.safetensors", first, optimizer, 3, {"lr": 0.1})
+    second, optimizer = start()
+    assert resume_state(tmp_path / "none.safetensors", second, optimizer, {"lr": 0.1}) == 0
+    step = resume_state(tmp_path / "run.safetensors", second, optimizer, {"lr": 0.1})
+    train_linear(second, optimizer, range(step, 6))
+    assert step == 3 and torch.equal(second.weight, whole.weight) and torch.equal(second.bias, whole.bias)
+    with pytest.raises(ValueError, match="lr 0.1 -> 0.2"):
+        resume_state(tmp_path / "run.safetensors", second, optimizer, {"lr": 0.2})
 
 
 # ---- runs
