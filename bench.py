@@ -8,7 +8,7 @@ Cases     mmdit  the SD3 transformer at its real width, a few blocks deep, again
           jpeg   the size of its JPEG at quality 95 beside Pillow
 Time      sides take turns (A B A B ...), so a machine that slows down slows both; the median ratio of neighbours counts
 Share     floating-point operations of the matrix products / time / the rate of one large matmul measured in between
-Memory    each side alone in a fresh process. Peak: everything, loading and Python included. Forward: what the
+Memory    each side alone in a fresh process. Peak: everything, loading and Python included. Forward: what a
           forward pass adds to what was held before it. CPU: resident set (Linux), GPU: torch's allocator. In MiB
 Run       python bench.py mmdit --threads 2          two minutes on two cores; needs requirements-dev.txt
           python bench.py flux --threads 2           needs 8 GB of memory
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import save
 from data import read_picture
@@ -142,10 +142,14 @@ def forget_peak(device: str) -> None:
 
 
 def memory(build: Callable[..., Callable[[], Tensor]], arguments: tuple, device: str, threads: int) -> tuple[float, float]:
-    """(peak, forward) in MiB; `build(*arguments)` loads one side and returns its step. To be called through `fresh`."""
+    """(peak, forward) in MiB; `build(*arguments)` loads one side and returns its step. To be called through `fresh`.
+
+    Weights are mapped from their file and read when first used: the first step belongs to loading, the second is the forward.
+    """
     torch.set_num_threads(threads)
     with torch.inference_mode():
         step = build(*arguments)
+        step()
         loading = peak_mib(device)
         forget_peak(device)
         before = peak_mib(device)
@@ -229,15 +233,8 @@ def write_mmdit(case: MMDiTCase, folder: str) -> None:
     save(Path(folder) / OFFICIAL, MMDiT.load(folder).state_dict(), {})
 
 
-def page_in(model: nn.Module) -> None:
-    """Weights are mapped from their file: touch them, or the first forward is charged for reading them."""
-    for parameter in model.parameters():
-        parameter.sum()
-
-
 def our_mmdit(case: MMDiTCase, folder: str, device: str) -> Callable[[], Tensor]:
     model = MMDiT.load(Path(folder) / OFFICIAL, device=device)
-    page_in(model)
     inputs = inputs_of(case, device)
     return lambda: model(*inputs)
 
@@ -246,7 +243,6 @@ def diffusers_mmdit(case: MMDiTCase, folder: str, device: str) -> Callable[[], T
     from diffusers import SD3Transformer2DModel
 
     model = SD3Transformer2DModel.from_pretrained(folder).to(device)
-    page_in(model)
     latent, sigma, context, pooled = inputs_of(case, device)
     return lambda: model(latent, context, pooled, 1000 * sigma).sample
 
@@ -270,7 +266,6 @@ def write_flux(case: FluxCase, folder: str) -> None:
 
 def our_flux(case: FluxCase, folder: str, device: str) -> Callable[[], Tensor]:
     model = Flux.load(Path(folder) / OFFICIAL, device=device)
-    page_in(model)
     inputs, guidance = inputs_of(case, device), torch.tensor([3.5], device=device)
     return lambda: model(*inputs, guidance)
 
@@ -280,7 +275,6 @@ def diffusers_flux(case: FluxCase, folder: str, device: str) -> Callable[[], Ten
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel.from_pretrained(folder).to(device)
-    page_in(model)
     latent, sigma, context, pooled = inputs_of(case, device)
     packed = rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     text_ids, side = torch.zeros(case.context_tokens, 3, device=device), torch.arange(case.side // 2.0, device=device)

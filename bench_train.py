@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import OFFICIAL, MMDiTCase, forget_peak, fresh, page_in, peak_mib, take_turns, where, write_mmdit
+from bench import OFFICIAL, MMDiTCase, forget_peak, fresh, peak_mib, take_turns, where, write_mmdit
 from flow import interpolate
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from train import DDP, objective, return_freed_memory
@@ -61,7 +61,6 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
 def our_step(case: MMDiTCase, folder: str, batch: int) -> Callable[[], Tensor]:
     return_freed_memory()  # as train.py does
     model = MMDiT.load(Path(folder) / OFFICIAL)
-    page_in(model)
     latent, noise, sigma, context, pooled = batch_of(case, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -77,7 +76,6 @@ def diffusers_step(case: MMDiTCase, folder: str, batch: int) -> Callable[[], Ten
     from pytorch_wavelets import DWTForward
 
     model, wavelet = SD3Transformer2DModel.from_pretrained(folder).train(), DWTForward(J=1, mode="zero", wave="haar")
-    page_in(model)
     latent, noise, sigma, context, pooled = batch_of(case, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 

@@ -26,3 +26,12 @@ def test_gelu_linear_is_its_formula_and_so_is_its_gradient(large, monkeypatch):
     assert (gelu_linear(hidden, weight, bias) - expected).abs().max() < 1e-12
     assert torch.autograd.gradcheck(gelu_linear, (hidden, weight, bias))
     assert torch.autograd.gradcheck(lambda h, w: gelu_linear(h, w, None), (hidden, weight))
+
+
+def test_without_gradients_gelu_linear_needs_no_second_map():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 8), (5, 8), (5,)))
+    active = F.gelu(hidden, approximate="tanh")
+    with torch.no_grad():
+        assert torch.equal(gelu_linear(hidden, weight, bias), F.linear(active, weight, bias))
+    assert torch.equal(hidden, active)
