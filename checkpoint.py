@@ -44,6 +44,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     cut: Callable[[int, int], Tensor] | None = None  # where read() puts it together: the same for some rows
+    again: Callable[[], Tensor] | None = None        # where read() maps it: through another mapping, which goes with the tensor
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first to last, excluded, of the first axis. Of a mapped tensor no other byte is touched."""
@@ -147,7 +148,11 @@ def _open_file(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         what, another = _what_it_is(file)
         do = "give the .safetensors of the same weights" if another else "download it again"
         raise ValueError(f"{file}: not a whole safetensors file ({what}; {error}): {do}") from None
-    lazy = {name: LazyTensor(shapes[name], lambda name=name: handle.get_tensor(name)) for name in names}
+
+    def again(name: str) -> Tensor:
+        return safe_open(file, framework="pt").get_tensor(name)
+
+    lazy = {name: LazyTensor(shapes[name], partial(handle.get_tensor, name), again=partial(again, name)) for name in names}
     return lazy, handle.metadata() or {}
 
 
@@ -185,9 +190,11 @@ def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | tor
         raise ValueError(f"{source}: {len(differ)} shapes differ: " + "; ".join(f"{k}: file {a}, model {b}" for k, a, b in differ[:4]))
     for name, place in _places(module):
         shard = wanted[name].to_local() if hasattr(wanted[name], "to_local") else None
-        tensor = weights[name].read() if shard is None else weights[name].rows(*_own_rows(wanted[name]))
-        tensor = tensor.to(device=device, dtype=dtype or torch.float32)
-        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # no mask of the tensor's size
+        stored = weights[name].read() if shard is None else weights[name].rows(*_own_rows(wanted[name]))
+        tensor = stored.to(device=device, dtype=dtype or torch.float32)
+        # A mapped tensor is checked through another mapping: what the model never reads, most of SD3's position table, then takes no memory
+        again = weights[name].again if tensor is stored and shard is None else None
+        if not _finite(again() if again else tensor):
             raise ValueError(f"{source}: {name} holds NaN or Inf: the file is damaged or a training run diverged")
         owner, kind = place
         leaf = name.rpartition(".")[2]
@@ -198,6 +205,10 @@ def fill(module: nn.Module, weights: Mapping[str, LazyTensor], device: str | tor
         else:
             owner.register_buffer(leaf, tensor)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a tensor stayed on meta"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # no mask of the tensor's size
 
 
 def _own_rows(tensor: Tensor) -> tuple[int, int]:

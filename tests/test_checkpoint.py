@@ -276,6 +276,25 @@ def test_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
+def test_a_mapped_tensor_stays_untouched_by_its_check():
+    """It is checked through another mapping; a converted one is a copy already and is checked itself."""
+    good, damaged = torch.ones(3, 5), torch.full((3, 5), torch.nan)
+    weights = {"weight": LazyTensor((3, 5), lambda: good, again=lambda: damaged)}
+    with torch.device("meta"):
+        linear, other = nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False)
+    with pytest.raises(ValueError, match="weight holds NaN"):
+        fill(linear, weights)
+    fill(other, weights, dtype=torch.bfloat16)
+    assert other.weight.dtype == torch.bfloat16
+
+
+def test_reading_again_gives_the_same_values_in_other_memory(tmp_path):
+    save(tmp_path / "model.safetensors", {"weight": torch.arange(6.0)}, {})
+    lazy = open_weights(tmp_path / "model.safetensors")["weight"]
+    first, second = lazy.read(), lazy.again()
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+
+
 def test_save_takes_views_gradients_and_numbers(tmp_path):
     matrix = torch.randn(4, 6, requires_grad=True)
     save(tmp_path / "model.safetensors", {"turned": matrix.T, "slice": matrix[:2]}, {"steps": 3})
