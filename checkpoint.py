@@ -14,6 +14,7 @@ Only safetensors are trusted. Pickles are refused before a byte of them is execu
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -251,6 +252,16 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable(folder: Path, given: str) -> None:
+    """Make a folder, and try it: OSError, that begins with the flag which named it, where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{given}: {folder} is no folder that can be written ({error.strerror}); name another") from None
 
 
 def model_folder(name: str, weights: str | None = None) -> Path:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from checkpoint import check_device, model_folder, open_weights, save
 from family import SD3, Family, find
-from text import T5_LENGTH, FluxText, SD3Text
+from text import FluxText, SD3Text, check_t5_length
 from vae import VAE
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
@@ -121,10 +121,10 @@ def picture_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def upright_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as read_picture gives it, from the header alone."""
+    """(width, height) as read_picture gives it, from the header alone: what stands before the pixels."""
     width, height = picture_size(path)
     with _errors_name(path), Image.open(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) > 4
+        turned = Image.Image.getexif(picture).get(0x0112, 1) > 4  # PNG's own getexif decodes the pixels first
     return (height, width) if turned else (width, height)
 
 
@@ -281,7 +281,7 @@ class Embeddings:
     """Text embeddings of captions, each computed once and kept on disk.
 
     The key is what decides the numbers: the caption, the encoders' files (name, size, first and last bytes; their metadata
-    may say a T5 length), the usual T5 length, the dtype (fp32 on CPU, bf16 on a GPU).
+    may say a T5 length), the T5 length that was asked for, the dtype (fp32 on CPU, bf16 on a GPU).
     A cache made with other encoders is therefore never read.
     """
 
@@ -295,7 +295,7 @@ class Embeddings:
         """
         self.model, self.device, self.family, self.t5_length = Path(model), device, family, t5_length or family.t5_length
         self.dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        self.cache = Path(folder) / f"{_fingerprint(self.model)}-{self.t5_length or T5_LENGTH}-{str(self.dtype).removeprefix('torch.')}"
+        self.cache = Path(folder) / f"{_fingerprint(self.model)}-{self.t5_length or 'usual'}-{str(self.dtype).removeprefix('torch.')}"
         self._encoders: SD3Text | FluxText | None = None
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -407,6 +407,12 @@ def check(folder: str) -> None:
 def encode(args: argparse.Namespace) -> None:
     """This rank's share of the embeddings and latents that the caches lack. Ranks need not meet: every file is written by one of them."""
     check_device(args.device)
+    check_t5_length(args.t5_length)
+    step = 2 * args.factor
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: give 1 or more")
+    if args.res < step or args.res % step:
+        raise ValueError(f"--res {args.res}: give a multiple of {step} at --factor {args.factor}")
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if args.device == "cuda" else args.device
     items, folder = read_folder(args.folder), model_folder(args.model, args.weights)
@@ -416,9 +422,7 @@ def encode(args: argparse.Namespace) -> None:
     encoded, of = embeddings.fill(captions, args.batch, rank, world), f"rank {rank} of {world}: " if world > 1 else ""
     print(f"{of}{encoded} captions encoded, {len(set(captions))} in {embeddings.cache}")
     if args.latents:
-        step, pictures = 2 * args.factor, Pictures([item.path for item in items])
-        if args.res < step or args.res % step:
-            raise ValueError(f"--res {args.res}: give a multiple of {step} at --factor {args.factor}")
+        pictures = Pictures([item.path for item in items])
         most = family.config(transformer.part("model.diffusion_model.")).table_side * step
         sizes = sizes_of(items, args.res, step, most, args.aspect)
         latents = Latents(pictures, VAE.load(vae_path, device), args.factor, args.dilation, Path(args.folder) / ".latents")

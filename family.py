@@ -13,6 +13,7 @@ Check     python -m pytest tests/test_family.py
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,8 +66,8 @@ def family_of(weights: Weights) -> Family:
     raises  ValueError that says what the file holds instead
     """
     names = weights.part("model.diffusion_model.")
-    if names and all("lora" in name for name in names):
-        raise ValueError(f"{weights.source}: a LoRA ({next(iter(names))} ...), not a whole transformer; merge it into its model first")
+    if lora := next((name for name in names if re.search(r"lora(?:_|\d)|lokr_|hada_", name)), ""):
+        raise ValueError(f"{weights.source}: a LoRA ({lora} ...), not a whole transformer; merge it into its model first")
     if any(name.startswith("joint_blocks.") for name in names):
         return SD3
     if any(name.startswith(("double_blocks.", "single_blocks.")) for name in names):
@@ -86,7 +87,7 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
     path, vae = locate(folder)
     weights = own = open_weights(path)
     if path.is_file() and path.name.startswith("flux") != (family_of(own).model is Flux):
-        raise ValueError(f"{path}: holds a transformer of {family_of(own).name}, which its name denies; put the file of that name there")
+        raise ValueError(f"{path}: holds {family_of(own).name} weights, which its name denies; rename it, or put the right file there")
     if transformer:
         weights = open_weights(transformer)
         if family_of(weights).model is not family_of(own).model:

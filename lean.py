@@ -1,4 +1,4 @@
-"""The two steps of a transformer block that plain autograd makes heavy: what they keep is less here.
+"""Two steps of a transformer block, written so that less is kept for backward: modulated LayerNorm, and GELU before a linear layer.
 
 Both      are a formula each, said in its docstring; values and gradients are held to it by tests/test_lean.py
 Why       a modulated LayerNorm as two operations keeps the normalised tokens beside the tokens; a GELU before a linear layer keeps
@@ -16,7 +16,7 @@ LARGE_MAP = 1 << 21  # elements, from which memory counts more than a gelu
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm for each image, of which backward needs x alone."""
+    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm for each image; of the maps, backward needs x alone."""
     weight, bias = (1 + scale).squeeze(1).to(x.dtype), shift.squeeze(1).to(x.dtype)        # (B, D)
     return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS) if len(x) == 1 else AffineNorm.apply(x, weight, bias)
 

@@ -1,4 +1,4 @@
-"""Networks that judge pictures: Inception-v3 for FID, CLIP for CLIPScore and Aesthetics, LPIPS. Only metrics and VAE training need them.
+"""Networks that judge pictures: Inception-v3 for FID, CLIP for CLIPScore and Aesthetics, LPIPS. Only metrics need them.
 
 Paper     Diffusion-4K sections 3.1 and 4.2: FID, CLIPScore, Aesthetics; rFID and LPIPS of the partitioned VAE
 Mirrors   torch-fidelity FeatureExtractorInceptionV3 · transformers CLIPModel and its image processor, openai/CLIP ·

@@ -139,7 +139,9 @@ class Machine:
 def describe(args: argparse.Namespace) -> tuple[Family, MMDiTConfig | FluxConfig, VAEConfig]:
     """Family and configurations of --model or --weights: a folder, a manifest ({"tensors": {name: shape}} as JSON), or a published name."""
     if args.weights and args.weights.endswith(".json"):
-        shapes = read_json(Path(args.weights))["tensors"]
+        shapes = read_json(Path(args.weights)).get("tensors")
+        if not isinstance(shapes, dict):
+            raise ValueError(f"{args.weights}: no manifest, which has \"tensors\": {{name: shape}}; give the folder or file of the weights")
         weights = Weights({name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}, {}, args.weights)
         family = family_of(weights)
         return family, family.config(weights.part("model.diffusion_model.")), OFFICIAL_VAE
@@ -189,7 +191,7 @@ def memory(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxC
     card["reserve"] = 0 if args.device == "cpu" else RESERVE
 
     moved = {"offloaded state": ("parameters", "gradients", "optimizer") if args.offload else (),
-             "averaged weights": ("averaged weights",) if args.ema_on_host else ()}
+             "averaged weights": ("averaged weights",) if args.ema_on_host or args.offload else ()}
     host = {name: local * sum(card[row] for row in rows) for name, rows in moved.items()}
     for row in sum(moved.values(), ()):
         card[row] = 0

@@ -21,8 +21,12 @@ def world() -> int:
 
 def join(args: argparse.Namespace) -> None:
     """Meet the ranks that torchrun started; alone, there is nobody to meet, but FSDP wants a group of one."""
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if args.device.startswith("cuda"):
+        index, cards = torch.device(args.device).index, torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+        if index >= cards:
+            raise ValueError(f"--device {args.device}: card {index} of {cards}, counted from 0; give torchrun a smaller --nproc-per-node")
+        torch.cuda.set_device(index)
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     if "RANK" in os.environ:
         try:
@@ -59,3 +63,8 @@ def together(work: Callable[[], object], stop: bool = False) -> tuple[object, bo
     if said := [f"{text} (rank {k})" if k else text for k, (text, _) in enumerate(replies) if text]:
         raise Agreed(said[0])
     return result, any(asked for _, asked in replies)
+
+
+def by_first(work: Callable[[], object]) -> object:
+    """Have the first rank alone do what may fail; None on the others."""
+    return together(work if not rank() else lambda: None)[0]

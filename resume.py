@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from adamw import RoundedAdamW
 from checkpoint import Weights, model_folder, read_json, save
 from data import Item
 from family import Family, find
 from flux import Flux
+from ranks import Agreed
 from vae import VAE
 
 FILE_BYTES = 1 << 31
@@ -78,7 +80,7 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
     tensors  name -> tensor, a DTensor where it is cut among the ranks
     about    what run.json says beside the step and the files
     keep     how many checkpoints stay, the newest
-    raises   OSError on every rank if one could not write; the checkpoints before stay as they were
+    raises   OSError on the first rank, Agreed on the others, if one could not write; the checkpoints before stay as they were
     """
     first, folder = not dist.is_initialized() or dist.get_rank() == 0, out / "checkpoints" / f"step-{step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -102,9 +104,11 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
     if said[0]:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{folder}: could not be written ({said[0].splitlines()[0]}); the checkpoints before it are untouched")
+        raise (OSError if first else Agreed)(
+            f"{folder}: could not be written ({said[0].splitlines()[0]}); the checkpoints before it are untouched")
     if first:
-        for old in _committed(out)[:-keep]:
+        kept = [f for f in _committed(out) if step_of(f) <= step][-keep:]  # a later one is damaged: newest() passed it over
+        for old in set(_committed(out)).difference(kept):
             os.rename(old, old.with_name(f".{old.name}.old"))  # a folder called step-... is whole, also while it is removed
         for left in folder.parent.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -182,7 +186,7 @@ def same_settings(where: str | os.PathLike, then: Mapping[str, object], now: Map
 
 def about_run(args: argparse.Namespace, family: Family, weights: Weights, items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> dict:
     """What a checkpoint says of the run: with another of these it is not gone on with."""
-    listed = [(str(item.path.relative_to(args.data)), item.path.stat().st_size, item.captions, size)
+    listed = [(str(item.path.relative_to(args.data)), item.captions, size)  # what the order hangs on: a picture may be repaired
               for item, size in zip(items, sizes, strict=True)]
     return {"settings": settings_of(args), "model": {"family": family.name} | asdict(family.config(weights)),
             "data": {"pictures": len(items), "digest": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]}}
@@ -194,7 +198,8 @@ def tensors_of(model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.
     for name, p in model.named_parameters():
         if not optimizer.state[p]:
             zeros = {moment: torch.zeros_like(p, memory_format=torch.preserve_format) for moment in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(steps), device=p.device)} | zeros
+            where = "cpu" if isinstance(optimizer, RoundedAdamW) else p.device  # fused AdamW counts on the device, ours reads the number
+            optimizer.state[p] = {"step": torch.tensor(float(steps), device=where)} | zeros
         tensors |= {f"{moment}.{name}": optimizer.state[p][moment].detach() for moment in MOMENTS}
     return tensors
 
@@ -209,7 +214,7 @@ def load_run(folder: Path, about: dict, tensors: dict[str, Tensor], args: argpar
         raise ValueError(f"{folder}: is of another model, {then['model']}; here it is {about['model']}; use another --out")
     same_settings(folder, then["settings"], about["settings"])
     if then["data"] != about["data"]:
-        pictures = f"{then['data']['pictures']} pictures, now {about['data']['pictures']}; names, sizes or captions differ"
+        pictures = f"{then['data']['pictures']} pictures, now {about['data']['pictures']}; names, shapes or captions differ"
         raise ValueError(f"{args.data} has changed since that run began ({pictures}), and with it the order of the pictures: put it back, "
                          f"or use another --out, beginning with what train.py --export --out {args.out} writes")
     load_checkpoint(folder, tensors)

@@ -1,6 +1,6 @@
 """Draw pictures from prompts.
 
-Paper     Diffusion-4K section 4.2 and 9: Euler on the flow ODE, factor 16; SD3 with 28 steps and classifier-free guidance 7.0,
+Paper     Diffusion-4K section 9: Euler on the flow ODE, factor 16; SD3 with 28 steps and classifier-free guidance 7.0,
           Flux with 50 steps and its distilled guidance
 Method    prompt -> text encoders -> context, pooled
           noise  -> Euler over the shifted schedule -> latent
@@ -25,7 +25,6 @@ import math
 import os
 import re
 import resource
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import Weights, check_device, model_folder, open_weights
+from checkpoint import Weights, check_device, model_folder, open_weights, writable
 from data import to_pixels
 from family import Family, find
 from flow import draw_noise, euler, flux_mu
@@ -45,6 +44,7 @@ from vae import VAE
 
 SAID = {"steps": int, "cfg": float, "guidance": float, "time_shift": float, "res": str}  # what a model's file may say of sampling
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MOST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels that the format can hold
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -105,7 +105,7 @@ def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
     about   a PNG keeps each entry as text, JPEG and WebP keep all as JSON in the EXIF image description
     raises  OSError that names the picture if the disk is full or the folder not writable; nothing is left behind
     """
-    picture, temporary = Image.fromarray(to_pixels(image)), path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    picture, temporary = Image.fromarray(to_pixels(image)), path.with_name(f".{os.getpid()}.tmp{path.suffix}")
     try:
         if path.suffix.lower() == ".png":
             entries = PngImagePlugin.PngInfo()
@@ -117,8 +117,8 @@ def write_picture(path: Path, image: Tensor, about: dict[str, object]) -> None:
             exif[0x010E] = json.dumps(about)
             picture.save(temporary, quality=95, exif=exif)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: more than JPEG's metadata holds
+        raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -166,12 +166,11 @@ def name_pictures(prompts: list[str], args: argparse.Namespace) -> list[Picture]
         folder = out
         pictures = [Picture(prompt, args.seed + k, out / f"{i:03d}-{slug(prompt)}-{args.seed + k}.png")
                     for i, prompt in enumerate(prompts) for k in range(args.count)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return pictures
-    except OSError as error:
-        raise OSError(f"--out {out}: {folder} is no folder that can be written ({error.strerror}); name another") from None
+    most = MOST_SIDE.get(pictures[0].path.suffix.lower(), math.inf)
+    if max(args.res) > most:
+        raise ValueError(f"--out {out}: such a file ends at {most} px a side, --res is {args.res[0]}x{args.res[1]}; name a .png")
+    writable(folder, f"--out {out}")
+    return pictures
 
 
 def settle(args: argparse.Namespace, family: Family, transformer: Weights) -> None:
@@ -179,9 +178,11 @@ def settle(args: argparse.Namespace, family: Family, transformer: Weights) -> No
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     family.check_guidance(args.guidance)
     if args.mu is not None:
+        if not -700 < args.mu < 700:
+            raise ValueError(f"--mu {args.mu:g}: give the logarithm of a time shift; Flux-dev takes 0.5 to 3")
         if args.time_shift is not None:
             raise ValueError(f"--mu {args.mu:g} --time-shift {args.time_shift:g}: mu is the logarithm of the time shift; give one of them")
-        args.time_shift = math.exp(min(args.mu, 700))  # beyond it no float is large enough
+        args.time_shift = math.exp(args.mu)
     for name, kind in SAID.items():
         said = transformer.metadata.get(name, getattr(family, name))
         if getattr(args, name) is None and said is not None:
@@ -190,10 +191,15 @@ def settle(args: argparse.Namespace, family: Family, transformer: Weights) -> No
             except (ValueError, OverflowError):
                 raise ValueError(f"{transformer.source}: its metadata says {name} {said!r}; give --{name.replace('_', '-')}") from None
     args.res = resolution(args.res)
+    if args.negative and args.cfg == 1:
+        raise ValueError("--negative is what --cfg leads away from, and --cfg 1 does not: give a larger --cfg, or leave it out")
     step = 2 * args.factor
     if args.time_shift is None:
         args.time_shift = math.exp(flux_mu(math.prod(args.res) // step**2))
     check_settings(args)
+    if not (family.sigmas(args.steps, args.time_shift).diff() < 0).all():
+        given = f"--mu {args.mu:g}" if args.mu is not None else f"--time-shift {args.time_shift:g}"
+        raise ValueError(f"{given}: leaves no {args.steps} falling levels of noise; give one nearer to {0 if args.mu is not None else 1}")
     if any(side % step for side in args.res):
         raise ValueError(f"--res {args.res[0]}x{args.res[1]}: both sides must be multiples of {step} at --factor {args.factor}")
     most = family.config(transformer.part("model.diffusion_model.")).table_side * step
@@ -250,7 +256,8 @@ def main() -> None:
     add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (1024)")
     add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures a prompt, with seeds SEED, SEED+1 ... (default: 1)")
-    add("--out", default="out", metavar="DIR", help="folder, or the name of one .png, .jpg or .webp (default: out)")
+    add("--out", default="out", metavar="DIR",
+        help="folder, or the name of one .png, .jpg or .webp; a picture of the same prompt and seed there is replaced (default: out)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
     add("--weights", metavar="DIR", help="another model folder, as downloaded")

@@ -1,6 +1,6 @@
 """Prompt to conditioning: CLIP-L, OpenCLIP bigG, T5-XXL, and what SD3 and Flux make of them.
 
-Paper     Diffusion-4K section 3.1: the text encoders stay frozen; embeddings are computed once and cached
+Paper     Diffusion-4K sections 4.1 and 9: the text encoders stay frozen; embeddings are computed once and cached
 Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel(WithProjection),
           T5EncoderModel (held by tests/test_text.py on golden cases)
 Encoders  file                width  depth  heads  activation   length     pad     pooled
@@ -304,9 +304,10 @@ class SD3Text:
         folder     with text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or with text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
         t5_length  T5 tokens, up to 512; None takes what the T5 file's metadata says ("length"), else 77
-        raises     FileNotFoundError that names what is missing and which download has it
+        raises     FileNotFoundError that names what is missing and which download has it; ValueError if t5_length is not 1 to 512
         """
         folder = Path(folder)
+        check_t5_length(t5_length)
         pair = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
         t5_tokenizer = T5Tokenizer.load(folder / "tokenizer_3")
         path_l, path_g, path_t5 = _sd3_encoders(folder)
@@ -316,6 +317,7 @@ class SD3Text:
         _check_words(folder / "tokenizer", pair[0], clip_l)
         _check_words(folder / "tokenizer_2", pair[1], clip_g)
         _check_words(folder / "tokenizer_3", t5_tokenizer, t5)
+        check_t5_length(t5.length)
         return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length or t5.length or T5_LENGTH)
 
     @torch.no_grad()
@@ -366,7 +368,7 @@ class FluxText:
         raises     FileNotFoundError that names what is missing and which download has it; ValueError if t5_length is over 512
         """
         folder = Path(folder)
-        _check_length(t5_length or 1)
+        check_t5_length(t5_length)
         for path in (folder / "text_encoder", folder / "text_encoder_2"):
             if not path.is_dir():
                 raise FileNotFoundError(f"{path}: not found, and a Flux transformer wants it; {FLUX_DOWNLOAD} has it")
@@ -375,7 +377,8 @@ class FluxText:
         t5 = T5Encoder.load(folder / "text_encoder_2", device, dtype)
         _check_words(folder / "tokenizer", to_clip, clip)
         _check_words(folder / "tokenizer_2", to_t5, t5)
-        return FluxText(clip, t5, (to_clip, to_t5), device, _check_length(t5_length or t5.length or T5_MOST))
+        check_t5_length(t5.length)
+        return FluxText(clip, t5, (to_clip, to_t5), device, t5_length or t5.length or T5_MOST)
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -387,7 +390,7 @@ class FluxText:
         return self.t5(to_t5(prompts, self.t5_length).to(self.device)), self.clip.at_eos(last, tokens)
 
 
-def _check_length(t5_length: int) -> int:
-    if not 1 <= t5_length <= T5_MOST:
-        raise ValueError(f"a T5 length of {t5_length}: Flux takes 1 to {T5_MOST} tokens (dev {T5_MOST}, schnell 256)")
-    return t5_length
+def check_t5_length(t5_length: int | None) -> None:
+    """ValueError if a T5 length, of the command line or of a file's metadata, is none."""
+    if t5_length is not None and not 1 <= t5_length <= T5_MOST:
+        raise ValueError(f"T5 length {t5_length}: give 1 to {T5_MOST} tokens (SD3 {T5_LENGTH}, Flux-dev {T5_MOST}, Flux-schnell 256)")

@@ -1,6 +1,6 @@
 """Fine-tune the transformer of a model folder on a folder of captioned pictures, on one process or many.
 
-Paper      Diffusion-4K section 3.2 and 9: AdamW, constant lr 1e-6, weight decay 1e-4; VAE and text encoders stay frozen;
+Paper      Diffusion-4K sections 4.1 and 9: AdamW, constant lr 1e-6, weight decay 1e-4; VAE and text encoders stay frozen;
            Flux-dev is fed the guidance 3.5
 Objective  z = (1 - sigma) * latent + sigma * noise;  v = noise - latent;  haar() gives the bands LL, LH, HL, HH
              --objective paper     w(sigma) * |haar(v_hat) - haar(v)|^2                             equation 4
@@ -13,14 +13,16 @@ Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1
            python train.py --model tiny-flux --data examples --res 256 --steps 10 --batch 4 --lr 1e-4
            python train.py --weights sd3 --data aesthetic-4k --res 1024 --batch 4                    one GPU
            torchrun --standalone --nproc-per-node 8 train.py --weights flux --data aesthetic-4k --res 4096 --shard zero2 --offload
-           python train.py ... --plan                                  what it would take of memory, without weights or a GPU
+           python train.py ... --plan 8x80                             what it would take of memory, without weights or a GPU
 Ranks      --batch is the batch of a step whatever the ranks and --accumulate: sample k of step s draws crop, caption, noise and sigma
            from a generator of its own, so that any division of the batch gives the same losses. Without --shard the gradients are
            averaged by the DDP below; with it FSDP2 cuts weights, gradients and moments into rows, one part a rank
 Precision  --dtype bf16: products in bf16, by autocast where every rank holds the model, by bf16 copies of the fp32 weights under
-           FSDP; gradients are reduced in fp32. --state bf16 keeps weights and moments in bf16, rounded at random
-Restart    the same command: a run goes on from its newest checkpoint, bit for bit on CPU, on any number of ranks. SIGTERM or Ctrl-C
-           finish the step, save and exit 0
+           FSDP; gradients are reduced in fp32. --state bf16 keeps weights and moments in bf16, rounded at random, and
+           computes in it; without --shard its gradients are reduced in bf16 too
+Restart    the same command: a run goes on from its newest checkpoint, bit for bit on a CPU with as many ranks, with the same losses to
+           1e-5 on any other number. SIGTERM or Ctrl-C
+           finish the step, save and exit 0; before the first step there is nothing to save, and they end the process at once
 Writes     OUT/sd3.safetensors   official names, transformer and VAE in one file: sample.py --transformer OUT/sd3.safetensors
            OUT/flux.safetensors  official names, the transformer alone, as in flux1-dev.safetensors: the VAE is a file of its own
            (at the end; before it, train.py --export --out OUT) and OUT/checkpoints, log.jsonl, settings.json, loss.png, samples
@@ -54,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from adamw import RoundedAdamW
-from checkpoint import Weights, check_device, fill, model_folder
+from checkpoint import Weights, check_device, fill, model_folder, writable
 from data import Embeddings, Item, Latents, Pictures, batch_of_step, read_folder, sizes_of, vary_caption
 from family import Family, find
 from flow import DENSITIES, SCHEMES, denoised, flux_mu, interpolate, loss_weight, sample_sigma
@@ -62,8 +64,9 @@ from flux import Flux, FluxConfig
 from logs import Log, draw_samples, matmul_rate, peak_memory_gib, sampling_of, write_grid
 from mmdit import MMDiT, MMDiTConfig, check_set, stretched
 from plan import Machine, blocks_of, context_tokens, describe, flop_of_image, peak_bytes, verdict
-from ranks import Agreed, join, rank, together, world
+from ranks import Agreed, by_first, join, rank, together, world
 from resume import about_run, export, export_run, load_run, newest, save_checkpoint, step_of, tensors_of
+from text import check_t5_length
 from vae import VAE
 from wavelet import BANDS, haar_split, wlf_loss
 
@@ -156,10 +159,11 @@ class DDP:
 
 
 def shard(model: nn.Module, args: argparse.Namespace, mesh: DeviceMesh) -> None:
-    """Cut every block, then the rest, into rows, one part a rank: FSDP2, parameters and moments fp32, reduction fp32."""
+    """Cut every block, then the rest, into rows, one part a rank: FSDP2; parameters and moments as in --state, reduction fp32."""
+    compute = torch.bfloat16 if args.state == "bf16" else DTYPES[args.dtype]
     policy = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if args.offload and args.device != "cpu" else OffloadPolicy()}
     for block in blocks_of(model):
         fully_shard(block, reshard_after_forward=args.shard == "zero3", **policy)
@@ -188,13 +192,14 @@ def make(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxCon
 
 def build(args: argparse.Namespace, family: Family, weights: Weights, device: torch.device, mesh: DeviceMesh | None) -> MMDiT | Flux:
     """The transformer with its weights, of which each rank reads what it holds."""
+    dtype = torch.bfloat16 if args.state == "bf16" else torch.float32
     with torch.device("meta"):
-        model = make(args, family, family.config(weights))
+        model = make(args, family, family.config(weights)).to(dtype)
     if mesh:
         shard(model, args, mesh)
         device = torch.device("cpu") if args.offload else device
         model.to_empty(device=device)
-    fill(model, weights, device, torch.bfloat16 if args.state == "bf16" else torch.float32)
+    fill(model, weights, device, dtype)
     if args.stretch_positions != 1:
         model.pos_embed.copy_(stretched(model.pos_embed, args.stretch_positions))
     for module in model.modules():  # of an offloaded model only the parameters stay on the host
@@ -215,8 +220,8 @@ def averaged(model: nn.Module, on_host: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def average(ema: dict[str, Tensor], model: nn.Module, rate: float) -> None:
-    copies = [local(copy) for copy in ema.values()]
-    torch._foreach_lerp_(copies, [local(p).to(copies[0]) for p in model.parameters()], 1 - rate)
+    for copy, p in zip(ema.values(), model.parameters(), strict=True):  # one by one: never a second copy of the model in fp32
+        local(copy).lerp_(local(p).to(local(copy)), 1 - rate)
 
 
 def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor,
@@ -317,25 +322,28 @@ def latents_of(examples: Sequence[Example], args: argparse.Namespace, vae: VAE, 
 # ---- the run
 
 def commit() -> str:
-    """The commit of this code, for settings.json; "unknown" outside a checkout."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    """The commit of this code, for settings.json; "unknown" outside a checkout, or without git."""
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return git.stdout.strip() or "unknown"
 
 
 def check_settings(args: argparse.Namespace, ranks: int) -> None:
     """Refuse a flag out of range: ValueError that says what was given and what is accepted."""
     step, share = 2 * args.factor, ranks * args.accumulate
+    check_t5_length(args.t5_length)
     for name, fits, accepted in (
             ("res", args.res > 0 and args.res % step == 0, f"a multiple of {step} at --factor {args.factor}"),
             *((name, getattr(args, name) >= 1, "1 or more") for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep",
                                                                          "threads")),
             *((name, 0 <= getattr(args, name) <= 1, "a probability") for name in ("drop_words", "drop_caption")),
             *((name, getattr(args, name) >= 0, "0 or more") for name in ("lr", "huber", "warmup", "weight_decay", "seed", "sample_every")),
-            ("batch", args.batch % share == 0, f"a multiple of {share}, {ranks} ranks times --accumulate {args.accumulate}"),
+            ("batch", share and args.batch % share == 0, f"a multiple of {share}, {ranks} ranks times --accumulate {args.accumulate}"),
             *((name, 0 < getattr(args, name) < math.inf, "a number above 0") for name in ("clip", "stretch_positions")),
             ("time_shift", args.time_shift in (None, "tokens") or 0 < args.time_shift < math.inf, 'a number above 0, or "tokens"'),
             ("guidance", args.guidance is None or 0 <= args.guidance < math.inf, "a number from 0"),
-            ("t5_length", args.t5_length is None or args.t5_length >= 1, "1 or more"),
             ("offload", not args.offload or args.shard != "none", "it with --shard zero2 or zero3"),
             ("ema", 0 <= args.ema < 1, "0 for none, or a decay below 1")):
         if not fits:
@@ -409,10 +417,19 @@ def plan(args: argparse.Namespace) -> None:
     print(verdict(args, family, config, vae_config, args.plan, partial(rehearse, family=family, config=config))[0])
 
 
-def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and Ctrl-C set, from here on."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def train(args: argparse.Namespace, listen: Callable[[], threading.Event] = threading.Event) -> None:
     """The whole run, from checks to the written model; goes on from OUT/checkpoints where there are any.
 
-    stop  set from outside, it ends the run after the step that is under way, with a checkpoint
+    listen  called as the first step begins; the event that it gives, once set, ends the run after the step that is under way, with
+            a checkpoint
     """
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
     folder, out, first = model_folder(args.model, args.weights), Path(args.out), not rank()
@@ -426,6 +443,8 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
             raise ValueError(f"{out}/state.safetensors is of an earlier version, which this one cannot go on from: use another --out, "
                              "and --transformer with the model that it wrote")
         check_memory(args, device)
+        if not args.dry_run:
+            writable(out, f"--out {out}")
         return family, transformer, weights, vae_path, items, sizes
 
     (family, transformer, weights, vae_path, items, sizes), _ = together(look)
@@ -462,10 +481,27 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
     latents = Latents(pictures, vae, args.factor, args.dilation, Path(args.data) / ".latents" if args.cache_latents else None)
     read = partial(read_batch, args=args, items=items, sizes=sizes, pictures=pictures, channels=vae.config.latent_channels)
 
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
+    def begin_log() -> Log:
         (out / "settings.json").write_text(json.dumps({"commit": commit(), "ranks": world()} | vars(args), indent=1))
-        log = Log(out, start)
+        return Log(out, start)
+
+    def save() -> None:
+        """The state before step `step`."""
+        nonlocal saved
+        if saved < step:
+            save_checkpoint(out, step, tensors_of(model, ema, optimizer, step), about, args.keep)
+            saved = step
+
+    def get(pictures: Callable[[], object], stop: bool = False) -> tuple[object, bool]:
+        """As together; where a picture can't be read, the state is kept, so that the run goes on when it is repaired."""
+        try:
+            return together(pictures, stop)
+        except (ValueError, OSError):
+            save()
+            raise
+
+    log = by_first(begin_log)
+    if first:
         flop = flop_of_image(family.model, model.config, args.res // args.factor, embeddings.read([""])[0].shape[1])
         rate = matmul_rate(device, DTYPES[args.dtype])
     shown = ["", *(item.captions[0] for item in items[:SHOWN])]
@@ -474,12 +510,13 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
         together(lambda: None)
         sampling = sampling_of(args, family, transformer, vae.config.latent_channels, device)
     tally = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)  # loss, bands, loss a sigma bin, samples a sigma bin
-    began, since, saved = time.time(), start, start
+    began, since, saved, step = time.time(), start, start, start
+    stop = listen()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr, disable=not first)
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read, start)
         for step in bar:
-            passes, asked_to_stop = together(coming.result, stop is not None and stop.is_set())
+            passes, asked_to_stop = get(coming.result, stop.is_set())
             if asked_to_stop:
                 break
             coming = ahead.submit(read, min(step + 1, args.steps - 1))
@@ -487,7 +524,8 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
             seen = []
             for part, examples in enumerate(passes):
                 # data
-                latent = latents_of(examples, args, vae, latents, sizes)
+                latent = partial(latents_of, examples, args, vae, latents, sizes)
+                latent = get(latent)[0] if args.center_crop else latent()  # central crops are not read ahead
                 with torch.no_grad():
                     context, pooled = (embeddings.encode if args.drop_words else embeddings.read)([example.text for example in examples])
                 # noise
@@ -516,34 +554,33 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
             optimizer.step()
             if ema:
                 average(ema, model, min(args.ema, (step + 1) / (step + 10)))
-            # log, draw, save
+            # log, save, draw
             last = step + 1 == args.steps
             if (step + 1) % args.log_every == 0 or last:
                 if dist.is_initialized():
                     dist.all_reduce(tally)
+                row = {}
                 if first:
-                    row = row_of(tally.cpu(), world() * args.accumulate * (step + 1 - since))
+                    row = {"step": step + 1} | row_of(tally.cpu(), world() * args.accumulate * (step + 1 - since))
                     images_per_s = (step + 1 - since) * args.batch / (time.time() - began)
-                    log.write({"step": step + 1, **row, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                               "peak_gib": round(peak_memory_gib(device), 2), "images_per_s": round(images_per_s, 3),
-                               "matmul_share": round(flop * images_per_s / world() / rate, 3),
-                               "eta_s": round((args.steps - step - 1) * args.batch / images_per_s)})
+                    row |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                            "peak_gib": round(peak_memory_gib(device), 2), "images_per_s": round(images_per_s, 3),
+                            "matmul_share": round(flop * images_per_s / world() / rate, 3),
+                            "eta_s": round((args.steps - step - 1) * args.batch / images_per_s)}
                     bar.set_postfix_str(f"loss {row['loss']:.4f}")
+                by_first(lambda row=row: log.write(row))
                 tally.zero_()
                 began, since = time.time(), step + 1
-            if args.sample_every and (step + 1) % args.sample_every == 0:
+            step += 1
+            if step % args.save_every == 0 or last:
+                save()
+                by_first(lambda: log.plot())
+            if args.sample_every and step % args.sample_every == 0:
                 with autocast(args):  # every rank draws, since each may hold a part of the model; the first one writes
                     images = draw_samples(model, vae, *embeddings.read(shown), **sampling)
-                if first:
-                    write_grid(out / "samples" / f"step-{step + 1:08d}.png", images)
-            if (step + 1) % args.save_every == 0 or last:
-                save_checkpoint(out, step + 1, tensors_of(model, ema, optimizer, step + 1), about, args.keep)
-                saved = step + 1
-                if first:
-                    log.plot()
+                by_first(partial(write_grid, out / "samples" / f"step-{step:08d}.png", images))
     if start < args.steps and asked_to_stop:
-        if saved < step:
-            save_checkpoint(out, step, tensors_of(model, ema, optimizer, step), about, args.keep)
+        save()
         if first:
             print(f"stopped after step {step}; the same command goes on from there")
     elif first:
@@ -552,8 +589,8 @@ def train(args: argparse.Namespace, stop: threading.Event | None = None) -> None
 
 def four_numbers(text: str) -> tuple[float, ...]:
     values = tuple(float(v) for v in text.split(","))
-    if len(values) != 4 or min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: four numbers >= 0 for LL,LH,HL,HH")
+    if len(values) != 4 or not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: four numbers from 0 for LL,LH,HL,HH")
     return values
 
 
@@ -633,13 +670,12 @@ def main() -> None:
     add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // local_ranks), help="CPU threads of a rank")
     add("--plan", type=Machine.parse, metavar="RANKSxGB",
         help="say what the run would take of that many cards' memory, 8x80 for example, and stop; needs neither weights nor GPU")
-    add("--dry-run", action="store_true", help="check everything, print the settings, stop")
+    add("--dry-run", action="store_true", help="check settings, listing and the headers of all files, print the settings, stop")
     args = parser.parse_args()
-    stop = threading.Event()
     try:
         if args.export:
             return export_run(args)
-        args.model = args.model or "tiny-sd3"
+        args.model = args.model or (None if args.weights else "tiny-sd3")
         if args.plan:
             return plan(args)
         if not args.data:
@@ -647,17 +683,17 @@ def main() -> None:
         check_device(args.device)
         join(args)
         together(lambda: check_settings(args, world()))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
         torch.set_num_threads(args.threads)
         return_freed_memory()
-        train(args, stop)
+        train(args, stop_on_signals)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
         if rank():
             raise SystemExit(1 if isinstance(error, Agreed) else f"error: rank {rank()}: {error}") from None
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("error: interrupted before the first step") from None
     except torch.OutOfMemoryError:
         raise SystemExit("error: the GPU's memory is too small for this; --plan says what would fit") from None
 

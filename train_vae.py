@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import open_weights, save
+from checkpoint import open_weights, save, writable
 from data import Pictures, read_folder
 from resume import MOMENTS, same_settings
 from vae import VAE, VAEConfig
@@ -206,18 +206,24 @@ def train(args: argparse.Namespace) -> None:
     every = max(1, len(items) // args.holdout) if args.holdout else 1
     held_out = [item.path for item in items[args.holdout // 2 :: every]][: args.holdout]
     pictures, unseen = Pictures([item.path for item in items if item.path not in held_out]), Pictures(held_out)
-    widths = tuple(int(w) for w in args.widths.split(","))
+    widths = tuple(int(w) for w in args.widths.split(",") if w.strip().isdigit())
     if len(widths) != 4 or any(width % 2 for width in widths) or widths[-1] < 2 * LATENT_CHANNELS + 2:
         raise ValueError(f"--widths {args.widths}: four even numbers, the last at least {2 * LATENT_CHANNELS + 2}")
     for name in ("norm_groups", "blocks", "save_every", "steps", "pixels"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a number above 0")
+    for name in ("warmup", "holdout"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
     if not len(pictures):
         raise ValueError(f"{args.data}: --holdout {args.holdout} leaves no picture to train on")
     config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, LATENT_CHANNELS, args.norm_groups)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "threads", "save_every")}
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    writable(out, f"--out {out}")
 
     vae = new_vae(config, args.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)

@@ -16,6 +16,7 @@ denoised latents (what the release compares) σ²·w·|v̂ - v|². The wavelet c
 the bands are told apart (`bands`) or where the loss is not a square (`huber`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -91,7 +92,7 @@ def wlf_loss(
     returns     scalar, fp32 (fp64 for fp64 inputs)
     raises      ValueError if a side is odd, shapes differ, bands are not four numbers >= 0, or huber < 0
     """
-    if len(bands) != len(BANDS) or min(bands) < 0:
+    if len(bands) != len(BANDS) or not all(0 <= band < math.inf for band in bands):
         raise ValueError(f"bands must be four numbers >= 0 for LL, LH, HL, HH, got {tuple(bands)}")
     if huber < 0:
         raise ValueError(f"huber must be 0 (squared) or a positive width in units of the latent, got {huber}")

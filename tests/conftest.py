@@ -79,8 +79,7 @@ def settings(photos, model, tmp_path):
     def of(**changed: object) -> Namespace:
         caught = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", lambda args, stop: caught.append(args))
-            patch.setattr(train.signal, "signal", lambda *_: None)
+            patch.setattr(train, "train", lambda args, listen: caught.append(args))
             patch.setattr(sys, "argv", ["train.py", *flags(**changed)])
             train.main()
         return caught[0]

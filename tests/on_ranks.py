@@ -96,7 +96,7 @@ def main() -> None:
         train.objective, train.DDP = watched, TorchDDP if case.get("ddp") == "torch" else ddp
         error = ""
         try:
-            train.train(args, stop)
+            train.train(args, lambda stop=stop: stop)
         except Agreed as failure:
             error = str(failure)
         out = Path(args.out)

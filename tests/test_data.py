@@ -284,6 +284,7 @@ def test_huge_pictures_are_refused_from_the_header(tmp_path, monkeypatch):
     huge = header_only(tmp_path / "huge.png", 30_000, 30_000)
     for function in (read_picture, picture_size):
         assert "30000x30000 pixels; at most 400,000,000 are read" in refusal_of(huge, function)
+    assert upright_size(header_only(tmp_path / "wide.png", 400, 300)) == (400, 300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow would warn above 89 million pixels and refuse above 179 million
         assert picture_size(header_only(tmp_path / "large.png", 20_000, 20_000)) == (20_000, 20_000)
@@ -487,6 +488,11 @@ def test_cache_gives_what_the_encoders_give(model, tmp_path):
         assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_cache_of_another_t5_length_is_not_read(model, tmp_path):
+    """Also where the length asked for is one that a family has by itself: an encoder's file may say another."""
+    assert len({Embeddings(tmp_path, model, t5_length=length).cache for length in (None, 77, 256, 512)}) == 4
+
+
 def test_second_fill_encodes_nothing(model, tmp_path, monkeypatch):
     Embeddings(tmp_path, model).fill(CAPTIONS)
     monkeypatch.setattr(SD3Text, "load", None)
@@ -642,6 +648,16 @@ def test_script_encodes_once(photos, model, tmp_path):
         assert done.returncode == 0, done.stderr
         cache = Embeddings(folder / ".embeddings", model).cache
         assert done.stdout == f"{encoded} captions encoded, 6 in {cache}\n" and len(list(cache.iterdir())) == 6
+
+
+@pytest.mark.parametrize("flags, says", [(["--batch=0"], "--batch 0: give 1 or more"), (["--t5-length=0"], "T5 length 0: give 1 to 512"),
+                                         (["--t5-length=513"], "T5 length 513: give 1 to 512"),
+                                         (["--latents", "--res=100"], "--res 100: give a multiple of 32 at --factor 16")])
+def test_script_refuses_wrong_numbers_before_it_encodes(photos, model, monkeypatch, flags, says):
+    monkeypatch.setattr(sys, "argv", ["data.py", "encode", str(photos), f"--weights={model}", *flags])
+    monkeypatch.setattr(SD3Text, "load", None)
+    with pytest.raises(SystemExit, match=f"^error: {says}"):
+        data.main()
 
 
 def test_script_ends_with_one_line_without_a_model(photos, tmp_path):

@@ -156,7 +156,7 @@ def test_what_is_no_transformer_is_named(file):
                                   "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
                                   "double_blocks.0.processor.qkv_lora1.down.weight"])
 def test_a_lora_is_refused_by_its_name(name, refusal, tmp_path):
-    save(tmp_path / "style.safetensors", {name: torch.zeros(2, 2)}, {})
+    save(tmp_path / "style.safetensors", {name: torch.zeros(2, 2), "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(2)}, {})
     assert "style.safetensors: a LoRA" in (message := refusal("--transformer", tmp_path / "style.safetensors")) and "merge it" in message
 
 
@@ -245,7 +245,7 @@ def test_flux_text_is_t5_and_the_unprojected_vector_of_clip(folder):
 
 @pytest.mark.parametrize("length", [513, -1])
 def test_t5_lengths_that_flux_does_not_take_are_refused(folder, length):
-    with pytest.raises(ValueError, match=f"a T5 length of {length}: Flux takes 1 to 512 tokens"):
+    with pytest.raises(ValueError, match=f"T5 length {length}: give 1 to 512 tokens"):
         FluxText.load(folder, t5_length=length)
 
 
@@ -254,7 +254,7 @@ def test_t5_length_over_512_in_the_file_is_refused(folder, refusal, tmp_path):
     t5 = open_weights(folder / "text_encoder_2")
     save(tmp_path / "flux" / "text_encoder_2" / "model.safetensors", {name: t.read() for name, t in t5.items()},
          t5.metadata | {"length": 600})
-    assert "a T5 length of 600: Flux takes 1 to 512 tokens" in refusal(weights=tmp_path / "flux")
+    assert "T5 length 600: give 1 to 512 tokens" in refusal(weights=tmp_path / "flux")
 
 
 def test_folders_of_transformers_give_their_numbers(folder, tmp_path):
@@ -348,10 +348,10 @@ def test_flux_without_weights_answers_at_once_with_the_download_and_the_sizes(mo
 
 @pytest.mark.parametrize("arguments, says", [
     (("--guidance", "nan"), "--guidance nan: give a number from 0"), (("--guidance", "-1"), "--guidance -1.0"),
-    (("--mu", "1", "--time-shift", "2"), "--mu 1 --time-shift 2: mu is the logarithm"), (("--mu", "nan"), "--time-shift nan"),
-    (("--mu", "1e9"), "multiples of 32")])
+    (("--mu", "1", "--time-shift", "2"), "--mu 1 --time-shift 2: mu is the logarithm"), (("--mu", "nan"), "--mu nan: give the logarithm"),
+    (("--mu", "1e9"), "--mu 1e+09: give the logarithm")])
 def test_settings_out_of_range_are_refused(refusal, arguments, says):
-    assert says in refusal(*arguments, *(("--res", "100") if "1e9" in arguments else ()))
+    assert says in refusal(*arguments)
 
 
 def test_guidance_is_refused_where_there_is_no_input_for_it(refusal, made, schnell, training):
@@ -377,7 +377,7 @@ def test_a_file_of_the_other_family_under_the_wrong_name_is_refused(refusal, mad
         shutil.copytree(made / own, tmp_path / own)
         shutil.copy(made / other, tmp_path / own / file)
     for own, held in (("tiny-flux", "SD3"), ("tiny-sd3", "Flux-dev")):
-        assert f"holds a transformer of {held}, which its name denies" in refusal(weights=tmp_path / own)
+        assert f"holds {held} weights, which its name denies" in refusal(weights=tmp_path / own)
 
 
 @pytest.mark.parametrize("name, content, says", [
@@ -437,11 +437,11 @@ def test_run_broken_off_and_resumed_equals_an_uninterrupted_one(training, monkey
     def broken_off(*arguments):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            raise RuntimeError
         return formula(*arguments)
 
     monkeypatch.setattr(train, "objective", broken_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError):
         training("parts", ema=0.9)
     parts = training("parts", ema=0.9)
     a, b = load_file(whole / "flux.safetensors"), load_file(parts / "flux.safetensors")

@@ -102,6 +102,19 @@ def test_manifest_or_folder_or_name_may_be_planned(planned, folders, tmp_path):
     assert rows(folder)["parameters"] == rows(manifest)["parameters"] and "it fits" in folder
 
 
+def test_what_is_no_manifest_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "index.json").write_text('{"weight_map": {}}')
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plan=2x80", f"--weights={tmp_path}/index.json"])
+    with pytest.raises(SystemExit, match="^error: .*index.json: no manifest"):
+        train.main()
+
+
+def test_averaged_weights_of_an_offloaded_model_lie_on_the_host(planned):
+    flags = "--model=sd3", "--plan=2x80", "--res=1024", "--batch=2", "--shard=zero2", "--offload"
+    without, averaged = rows(planned(*flags)), rows(planned(*flags, "--ema=0.99"))
+    assert averaged["on one card"] == without["on one card"] and "averaged weights" in averaged
+
+
 def test_sharding_divides_and_accumulation_shrinks(settings, folders):
     args = settings(weights=str(folders / "tiny-sd3"), batch=8)
     family, config, vae_config = describe(args)

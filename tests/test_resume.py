@@ -52,6 +52,15 @@ def test_tensors_come_back_in_any_dtype_and_wrong_ones_are_refused(tmp_path):
             load_checkpoint(folder, {name: torch.empty(shape)})
 
 
+def test_damaged_checkpoint_does_not_push_out_the_whole_ones(tmp_path):
+    tensors = {"model.a": torch.ones(2, 2)}
+    for step in (400, 500):
+        save_checkpoint(tmp_path, step, tensors, {"settings": {}}, keep=2)
+    (tmp_path / "checkpoints" / "step-00000500" / "run.json").unlink()
+    save_checkpoint(tmp_path, 450, tensors, {"settings": {}}, keep=1)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000450"] and newest(tmp_path)
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     save_checkpoint(tmp_path, 1, {"model.a": torch.ones(2, 2)}, {"settings": {}}, keep=1)
     for file in newest(tmp_path).iterdir():

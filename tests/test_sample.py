@@ -214,11 +214,6 @@ def test_cfg_is_away_plus_cfg_times_the_difference_and_1_is_one_pass_of_the_prom
     assert passes == [1]
 
 
-def test_without_guidance_the_negative_prompt_has_no_say(draw):
-    [one], [other] = (draw("--prompt", "a hill", "--cfg", 1, "--negative", negative, out=f"out{negative}") for negative in ("", "snow"))
-    assert pixels(one) == pixels(other)
-
-
 def test_res_is_width_times_height(draw):
     [path] = draw("--prompt", "a hill", "--res", "96x64")
     assert Image.open(path).size == (96, 64)
@@ -340,6 +335,9 @@ def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_p
     (("--time-shift", "0"), "--time-shift 0"), (("--time-shift", "-3"), "above 0"), (("--time-shift", "nan"), "above 0"),
     (("--device", "foo"), "--device foo: this machine has cpu"), (("--device", ""), "this machine has cpu"),
     (("--device", "meta"), "this machine has cpu"), (("--device", "cuda:99"), "this machine has cpu"),
+    (("--cfg", "1", "--negative", "snow"), "--cfg 1 does not: give a larger --cfg, or leave it out"),
+    (("--time-shift", "1e10"), "--time-shift 1e+10: leaves no 2 falling levels"), (("--mu", "60"), "--mu 60: leaves no 2 falling levels"),
+    (("--mu", "nan"), "--mu nan: give the logarithm of a time shift"),
     (("--negative", "\udcff"), "not UTF-8")])
 def test_a_setting_out_of_range_is_refused(refusal, no_loading, tmp_path, arguments, says):
     assert says in refusal("--prompt", "a hill", *arguments)

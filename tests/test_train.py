@@ -365,7 +365,7 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(settings, tmp_path, monkey
     stop, formula = train.threading.Event(), train.objective
     train.train(settings(steps=6, out=tmp_path / "whole"))
     monkeypatch.setattr(train, "objective", lambda *inputs: [formula(*inputs), stop.set()][0])
-    train.train(settings(steps=6), stop)
+    train.train(settings(steps=6), lambda: stop)
     assert step_of(tmp_path / "out") == 1 and not (tmp_path / "out" / "sd3.safetensors").exists()
     train.train(settings(steps=6))
     assert_same_run(tmp_path / "whole", tmp_path / "out")
@@ -375,6 +375,41 @@ def test_state_of_an_earlier_version_is_refused(settings, tmp_path, monkeypatch)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "state.safetensors").touch()
     assert "state.safetensors is of an earlier version" in refusal_of(settings, monkeypatch)
+
+
+def test_unreadable_picture_keeps_the_state_and_the_repaired_folder_goes_on(settings, photos, tmp_path, monkeypatch):
+    """A JPEG, whose header is whole: that its pixels are not is seen when its turn comes."""
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        Image.open(folder / row["file_name"]).save(folder / f"{row['file_name']}.jpg", quality=95)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"file_name": f"{row['file_name']}.jpg"}) for row in rows))
+    usual = dict(steps=4, batch=1, save_every=100, data=folder)
+    for kind, changed in (("crops", {}), ("centres", {"center_crop": True})):
+        train.train(settings(**usual, **changed, out=tmp_path / f"{kind}-whole"))
+        args = settings(**usual, **changed, out=tmp_path / kind)
+        items = read_folder(folder)
+        sizes = train.sizes_of(items, 64, 32, 512, False)
+        third = items[train.batch_of_step(sizes, 1, args.seed, 2)[0]].path
+        good = third.read_bytes()
+        third.write_bytes(good[:len(good) // 2])
+        assert f"{third.name}: " in refusal_of(settings, monkeypatch, **usual, **changed, out=tmp_path / kind)
+        assert step_of(tmp_path / kind) == 2
+        third.write_bytes(good)
+        train.train(args)
+        assert_same_run(tmp_path / f"{kind}-whole", tmp_path / kind)
+
+
+def test_checkpoint_is_there_before_pictures_are_drawn(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "draw_samples", None)
+    with pytest.raises(TypeError):
+        train.train(settings(steps=3, sample_every=3))
+    assert step_of(tmp_path / "out") == 3
+
+
+def test_runs_without_git(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.commit() == "unknown"
 
 
 def test_changed_data_is_refused_on_resume(settings, photos, tmp_path, monkeypatch):
@@ -390,6 +425,19 @@ def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path, mon
     train.train(settings(steps=1))
     message = refusal_of(settings, monkeypatch, steps=2, weights=folders / "tiny-flux")
     assert "is of another model, {'family': 'SD3'" in message and "'family': 'Flux-dev'" in message
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_rounded_state_is_bf16_under_fsdp_too(settings, tmp_path, kind):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *settings.flags(steps=2, state="bf16", shard=kind, ema=0.5)], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    state = state_of(tmp_path / "out")
+    assert {t.dtype for name, t in state.items() if not name.startswith("ema.")} == {torch.bfloat16}
+    assert {t.dtype for name, t in state.items() if name.startswith("ema.")} == {torch.float32}
+    train.train(settings(steps=2, state="bf16", ema=0.5, out=tmp_path / "whole"))
+    together, alone = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("out", "whole"))
+    assert together == pytest.approx(alone, rel=0.01)
 
 
 def test_rounded_state_trains_and_resumes(settings, tmp_path):
@@ -561,6 +609,7 @@ def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, sa
     ({"res": 24, "factor": 8}, "--res 24: give a multiple of 16 at --factor 8"), ({"steps": 0}, "--steps 0: give 1 or more"),
     ({"batch": 0}, "1 or more"), ({"save_every": 0}, "1 or more"), ({"log_every": 0}, "1 or more"), ({"threads": 0}, "1 or more"),
     ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_words": 2.0}, "a probability"),
+    ({"accumulate": 0}, "--accumulate 0: give 1 or more"),
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
     ({"offload": True}, "it with --shard"), ({"keep": 0}, "1 or more"), ({"t5_length": 0}, "1 or more"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
