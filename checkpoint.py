@@ -104,7 +104,10 @@ def open_weights(path: str | os.PathLike) -> Weights:
 def _files_of_folder(folder: Path) -> list[Path]:
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda f: len(f.name))
     if indexes:
-        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        try:
+            names = sorted(set(map(str, read_json(indexes[0])["weight_map"].values())))
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{indexes[0]}: no index, which has \"weight_map\": {{name: file}}; download it again") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}")
@@ -286,10 +289,14 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
              ValueError if several files could be meant
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; --weights takes the folder that holds text encoders and VAE too, --transformer one file")
     files = sorted([*folder.glob("sd3*.safetensors"), *folder.glob("flux*.safetensors")])
     if (folder / "transformer").is_dir() and (folder / "vae").is_dir() and (any(folder.glob("transformer/*.safetensors")) or not files):
         return folder / "transformer", folder / "vae"
     if not files:
+        if others := [f.name for f in folder.glob("*") if f.suffix in (".gguf", *PICKLE_SUFFIXES)]:
+            raise ValueError(f"{folder}: holds {others[0]}, which is not opened; put the .safetensors of the same weights there")
         raise FileNotFoundError(_nothing_there(folder))
     # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
     files = [f for f in files if not any(f.stem.startswith(g.stem + "_") for g in files)]

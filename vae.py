@@ -12,7 +12,9 @@ Moments   the encoder gives mean and log-variance; latent = (raw - shift_factor)
 Check     python -m pytest tests/test_vae.py
 """
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +64,25 @@ class VAEConfig:
             return tuple(weights[name].shape[0] for name in first), blocks
 
         (encoder, encoder_blocks), (decoder, decoder_blocks) = levels("encoder.down."), levels("decoder.up.")
-        if any(width % norm_groups for width in encoder + decoder):
+        if norm_groups < 1 or any(width % norm_groups for width in encoder + decoder):
             raise ValueError(f"{weights.source}: widths {encoder} and {decoder} do not divide into {norm_groups} norm groups; "
                              "a narrow autoencoder says norm_groups in its metadata, or give norm_groups=")
         channels = weights["encoder.conv_out.weight"].shape[0] // 2
         return cls(encoder, decoder, encoder_blocks, decoder_blocks, channels, norm_groups)
+
+
+def _said(weights: Weights, names: Sequence[str], otherwise: float) -> float:
+    """The number that a file says under one of these names; ValueError if it is none."""
+    for name in names:
+        if name in weights.metadata:
+            try:
+                value = float(weights.metadata[name])
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value):
+                raise ValueError(f"{weights.source}: its metadata says {name} {weights.metadata[name]!r}, which is no number")
+            return value
+    return otherwise
 
 
 def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> Tensor:
@@ -255,14 +271,13 @@ class VAE(nn.Module):
         whole = open_weights(path)
         weights, said = whole.part("first_stage_model."), whole.metadata
         family = (FLUX_SCALE, FLUX_SHIFT) if weights is whole else (SD3_SCALE, SD3_SHIFT)
-        groups = norm_groups or int(said.get("norm_groups", said.get("norm_num_groups", NORM_GROUPS)))
+        groups = norm_groups or int(_said(whole, ("norm_groups", "norm_num_groups"), NORM_GROUPS))
         if scale_factor is None:
-            scale_factor = float(said.get("scale_factor", said.get("scaling_factor", family[0])))
+            scale_factor = _said(whole, ("scale_factor", "scaling_factor"), family[0])
         if shift_factor is None:
-            shift_factor = float(said.get("shift_factor", 0.0 if "scaling_factor" in said else family[1]))
-        config = VAEConfig.of(weights, groups)
+            shift_factor = _said(whole, ("shift_factor",), 0.0 if "scaling_factor" in said else family[1])
         with torch.device("meta"):
-            vae = cls(config, scale_factor, shift_factor)
+            vae = cls(VAEConfig.of(weights, groups), scale_factor, shift_factor)
         fill(vae, weights, device, dtype)
         return vae.eval()
 

@@ -276,6 +276,21 @@ def test_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize("listing", ['{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{}'])
+def test_what_is_no_index_is_refused(tmp_path, listing):
+    (tmp_path / "model.safetensors.index.json").write_text(listing)
+    with pytest.raises(ValueError, match="model.safetensors.index.json: no index" if "3" not in listing else "1 of 1 shards are missing"):
+        open_weights(tmp_path)
+
+
+def test_a_file_is_no_model_folder_and_a_gguf_is_named(tmp_path):
+    (tmp_path / "flux1-dev-Q4.gguf").touch()
+    with pytest.raises(ValueError, match="flux1-dev-Q4.gguf, which is not opened; put the .safetensors"):
+        checkpoint.locate(tmp_path)
+    with pytest.raises(ValueError, match="flux1-dev-Q4.gguf: a file; --weights takes the folder"):
+        checkpoint.locate(tmp_path / "flux1-dev-Q4.gguf")
+
+
 def test_a_mapped_tensor_stays_untouched_by_its_check():
     """It is checked through another mapping; a converted one is a copy already and is checked itself."""
     good, damaged = torch.ones(3, 5), torch.full((3, 5), torch.nan)

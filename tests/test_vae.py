@@ -8,7 +8,8 @@ from golden import published, read_case, weights_of, write_weights
 from safetensors.torch import save_file
 
 import vae as vae_file
-from checkpoint import LazyTensor, Weights, _official_names, fill
+from checkpoint import LazyTensor, Weights, _official_names, fill, save
+from train_vae import new_vae
 from vae import FLUX_SCALE, FLUX_SHIFT, SD3_SCALE, SD3_SHIFT, VAE, VAEConfig, enlarged_conv, partitioned_conv
 
 PARITY = 1e-5  # fp32, independent implementations agree to 5e-6; a group norm with eps 1e-5 would be 2.6e-5 away
@@ -388,3 +389,12 @@ def test_compute_dtype_is_float32_unless_asked(f16, storage, tmp_path):
     save_file({name: t.to(storage) for name, t in weights_of(f16).items()}, tmp_path / "weights.safetensors")
     assert {p.dtype for p in VAE.load(tmp_path / "weights.safetensors").parameters()} == {torch.float32}
     assert {p.dtype for p in VAE.load(tmp_path / "weights.safetensors", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("changed, says", [({"norm_groups": "x"}, "says norm_groups 'x', which is no number"),
+                                           ({"scale_factor": "nan"}, "says scale_factor 'nan'"), ({"norm_groups": "0"}, "0 norm groups")])
+def test_metadata_that_is_no_number_is_refused_by_name(tmp_path, changed, says):
+    vae = new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
+    save(tmp_path / "vae.safetensors", vae.state_dict(), {"norm_groups": 1} | changed)
+    with pytest.raises(ValueError, match=f"vae.safetensors: .*{says}"):
+        VAE.load(tmp_path / "vae.safetensors")
