@@ -492,10 +492,10 @@ def train(args: argparse.Namespace, listen: Callable[[], threading.Event] = thre
             save_checkpoint(out, step, tensors_of(model, ema, optimizer, step), about, args.keep)
             saved = step
 
-    def get(pictures: Callable[[], object], stop: bool = False) -> tuple[object, bool]:
+    def get(work: Callable[[], object], stop: bool = False) -> tuple[object, bool]:
         """As together; where a picture can't be read, the state is kept, so that the run goes on when it is repaired."""
         try:
-            return together(pictures, stop)
+            return together(work, stop)
         except (ValueError, OSError):
             save()
             raise
