@@ -145,6 +145,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts += lines
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "TEXT" or --prompts FILE')
+    if args.negative and args.cfg == 1:
+        raise ValueError("--negative is what --cfg leads away from, and --cfg 1 does not: give a larger --cfg, or leave it out")
     if any(re.search("[\ud800-\udfff]", prompt) for prompt in (*prompts, args.negative)):  # how Python passes on bytes of another encoding
         raise ValueError("a prompt is not UTF-8 text; set the terminal to UTF-8, or give --prompts FILE")
     return prompts
@@ -191,8 +193,6 @@ def settle(args: argparse.Namespace, family: Family, transformer: Weights) -> No
             except (ValueError, OverflowError):
                 raise ValueError(f"{transformer.source}: its metadata says {name} {said!r}; give --{name.replace('_', '-')}") from None
     args.res = resolution(args.res)
-    if args.negative and args.cfg == 1:
-        raise ValueError("--negative is what --cfg leads away from, and --cfg 1 does not: give a larger --cfg, or leave it out")
     step = 2 * args.factor
     if args.time_shift is None:
         args.time_shift = math.exp(flux_mu(math.prod(args.res) // step**2))
