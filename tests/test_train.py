@@ -611,7 +611,7 @@ def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, sa
     ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_words": 2.0}, "a probability"),
     ({"accumulate": 0}, "--accumulate 0: give 1 or more"),
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
-    ({"offload": True}, "it with --shard"), ({"keep": 0}, "1 or more"), ({"t5_length": 0}, "1 or more"),
+    ({"offload": True}, "it with --shard"), ({"keep": 0}, "1 or more"), ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
     ({"time_shift": 0.0}, "a number above 0"), ({"huber": -1.0}, "0 or more"), ({"device": "foo"}, "--device foo: this machine has cpu")])
 def test_settings_out_of_range_are_refused(settings, tmp_path, monkeypatch, changed, says):
@@ -620,8 +620,8 @@ def test_settings_out_of_range_are_refused(settings, tmp_path, monkeypatch, chan
 
 
 @pytest.mark.parametrize("changed, says", [
-    ({"factor": 4}, "invalid choice: 4"), ({"data": None}, "--data"), ({"bands": "1,1,1"}, "four numbers >= 0"),
-    ({"bands": "1,1,1,-1"}, "four numbers >= 0"), ({"bands": "a,b,c,d"}, "--bands"), ({"objective": "mine"}, "invalid choice: 'mine'")])
+    ({"factor": 4}, "invalid choice: 4"), ({"data": None}, "--data"), ({"bands": "1,1,1"}, "four numbers from 0"),
+    ({"bands": "1,1,1,-1"}, "four numbers from 0"), ({"bands": "a,b,c,d"}, "--bands"), ({"objective": "mine"}, "invalid choice: 'mine'")])
 def test_wrong_flags_are_refused(settings, tmp_path, monkeypatch, capsys, changed, says):
     monkeypatch.setattr(sys, "argv", ["train.py", *settings.flags(**changed)])
     with pytest.raises(SystemExit) as end:
