@@ -158,6 +158,7 @@ def memory(build: Callable[..., Callable[[], Tensor]], arguments: tuple, device:
 
 
 def milliseconds(step: Callable[[], Tensor], device: str) -> float:
+    """Of one call, until the device has done its work."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -291,6 +292,7 @@ def diffusers_flux(case: FluxCase, folder: str, device: str) -> Callable[[], Ten
 @torch.inference_mode()
 def bench_transformer(case: MMDiTCase | FluxCase, device: str = "cpu", threads: int = 1, rounds: int = ROUNDS,
                       matmul_side: int = 2048) -> None:
+    """Time, matmul share and memory of a transformer beside diffusers'; the matmul is of matmul_side², in turn with the steps."""
     torch.set_num_threads(threads)
     name, blocks, write, builders = "MMDiT", f"{case.depth} blocks", write_mmdit, {"ours": our_mmdit, "diffusers": diffusers_mmdit}
     if isinstance(case, FluxCase):
@@ -335,6 +337,7 @@ def conv_step(side: str, case: VAECase, device: str) -> Callable[[], Tensor]:
 
 @torch.inference_mode()
 def bench_vae(case: VAECase, device: str = "cpu", threads: int = 1, rounds: int = ROUNDS) -> None:
+    """Time and memory of the three forms of the decoder's last convolution."""
     torch.set_num_threads(threads)
     memories = {side: fresh(memory, conv_step, (side, case, device), device, threads) for side in CONVOLUTIONS}
     steps = {side: conv_step(side, case, device) for side in CONVOLUTIONS}
@@ -386,6 +389,7 @@ def detail_step(case: str, side: str, path: str, pixels: int, threads: int) -> C
 
 
 def bench_detail(case: str, path: str, threads: int = 1, rounds: int = ROUNDS, pixels: int = 4096) -> None:
+    """Time and memory of a metric of one photograph, scaled to a square of `pixels`, beside what a user would take instead."""
     arguments = {side: (case, side, path, pixels, threads) for side in DETAIL[case]}
     memories = {side: fresh(memory, detail_step, of, "cpu", threads) for side, of in arguments.items()}
     steps = {side: detail_step(*of) for side, of in arguments.items()}

@@ -59,6 +59,7 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
 
 
 def our_step(case: MMDiTCase, folder: str, batch: int) -> Callable[[], Tensor]:
+    """The released objective with this project's model and losses."""
     return_freed_memory()  # as train.py does
     model = MMDiT.load(Path(folder) / OFFICIAL)
     latent, noise, sigma, context, pooled = batch_of(case, batch)
@@ -72,6 +73,7 @@ def our_step(case: MMDiTCase, folder: str, batch: int) -> Callable[[], Tensor]:
 
 
 def diffusers_step(case: MMDiTCase, folder: str, batch: int) -> Callable[[], Tensor]:
+    """The same step as the release writes it."""
     from diffusers import SD3Transformer2DModel
     from pytorch_wavelets import DWTForward
 
@@ -117,6 +119,7 @@ def check_agreement(steps: dict[str, Callable[[], Tensor]]) -> float:
 
 
 def report(title: str, times: dict[str, list[float]], peaks: dict[str, float] | None, worst: float) -> None:
+    """One row a side, then the first side's time and peak over the other's; `peaks` in MiB."""
     first, other = times
     print(f"\n{title}\n{'':12}{'ms/step':>10}" + (f"{'peak MiB':>12}" if peaks else ""))
     for side, values in times.items():
@@ -129,6 +132,7 @@ def report(title: str, times: dict[str, list[float]], peaks: dict[str, float] | 
 
 
 def bench_step(name: str, case: MMDiTCase, batch: int, threads: int, rounds: int) -> None:
+    """Time and memory of a training step on both sides, `batch` pictures each."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         fresh(write_mmdit, case, folder)
@@ -144,6 +148,7 @@ def bench_step(name: str, case: MMDiTCase, batch: int, threads: int, rounds: int
 
 
 def ddp_rank(rank: int, ranks: int, port: int, case: MMDiTCase, batch: int, threads: int, rounds: int) -> None:
+    """One rank of bench_ddp, `batch` pictures a step; the first one reports."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     config = MMDiTConfig(hidden_size=case.width, depth=case.depth, context_dim=case.context_width, pooled_dim=case.pooled_width,

@@ -13,6 +13,7 @@ Check     python -m pytest tests/test_flow.py
 import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -175,11 +176,11 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: T
     raises    ValueError if sigmas hold fewer than two levels or do not fall
     """
     levels = sigmas.tolist()  # the only point that waits for the device; free for a CPU schedule
-    if len(levels) < 2 or any(low >= high for high, low in zip(levels, levels[1:], strict=False)):
+    steps = list(pairwise(levels))
+    if not steps or any(low >= high for high, low in steps):
         raise ValueError(f"sigmas must be two or more falling levels, got {levels}")
     z = noise
     sigma_dtype = torch.promote_types(noise.dtype, torch.float32)
-    steps = list(zip(levels, levels[1:], strict=False))
     for sigma, next_sigma in tqdm(steps, desc="sampling", unit="step", file=sys.stderr, disable=not progress):
         v = velocity(z, torch.full((len(z),), sigma, dtype=sigma_dtype, device=z.device))
         z = z + (next_sigma - sigma) * v.to(z.dtype)

@@ -47,6 +47,7 @@ class Log:
         self.board = board and board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     def write(self, row: dict[str, object]) -> None:
+        """Add a row; it has a "step", and lists become one curve a place."""
         self.rows.append(row)
         with open(self.file, "a") as f:
             f.write(json.dumps(row) + "\n")

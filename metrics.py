@@ -234,6 +234,7 @@ DETAIL_COLUMNS = {"picture": "", "width": "d", "height": "d", "glcm_release": ".
 
 
 def run_detail(args: argparse.Namespace) -> None:
+    """metrics.py detail: GLCM Scores and compression ratio of pictures, their means, sheets of maps."""
     paths, maps = find_pictures(args.pictures), Path(args.maps) if args.maps else None
     if maps:
         if len({path.name for path in paths}) < len(paths):
@@ -272,6 +273,7 @@ def as_images(pictures: np.ndarray, device: str) -> Tensor:
 
 
 def lpips_of(args: argparse.Namespace) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The LPIPS distance of two pictures, (H, W, 3) uint8; FileNotFoundError without its weights."""
     from perceptual import LPIPS, find_weights
 
     network = LPIPS.load("vgg", find_weights(args.weights, "vgg16-397923af.pth"), find_weights(args.weights, "vgg.pth"), args.device)
@@ -399,6 +401,7 @@ def fid_of(generated: Sequence[Path], reference: Sequence[Path], args: argparse.
 
 
 def run_set(args: argparse.Namespace) -> None:
+    """metrics.py set: what the paper's tables say of a folder of generated pictures."""
     generated, notes = find_pictures([args.generated]), []
     reference = find_pictures([args.reference]) if args.reference else []
     captions, said = pair_captions(args.prompts, generated) if args.prompts else ({}, [])
@@ -429,6 +432,7 @@ def run_set(args: argparse.Namespace) -> None:
 
 
 def run_vae(args: argparse.Namespace) -> None:
+    """metrics.py vae: what an autoencoder loses of photographs, table 2 of the paper."""
     from perceptual import resize_crop
     from vae import VAE
 
@@ -502,6 +506,7 @@ def read_ratings(path: str) -> dict[str, list[float]]:
 
 
 def run_correlate(args: argparse.Namespace) -> None:
+    """metrics.py correlate: how far metrics rank pictures as people do."""
     columns = read_ratings(args.ratings)
     ratings, found = columns.pop("rating"), []
     for name, values in columns.items():

@@ -524,8 +524,8 @@ def train(args: argparse.Namespace, listen: Callable[[], threading.Event] = thre
             seen = []
             for part, examples in enumerate(passes):
                 # data
-                latent = partial(latents_of, examples, args, vae, latents, sizes)
-                latent = get(latent)[0] if args.center_crop else latent()  # central crops are not read ahead
+                encode = partial(latents_of, examples, args, vae, latents, sizes)
+                latent = get(encode)[0] if args.center_crop else encode()  # central crops are not read ahead
                 with torch.no_grad():
                     context, pooled = (embeddings.encode if args.drop_words else embeddings.read)([example.text for example in examples])
                 # noise
