@@ -186,7 +186,8 @@ def ddp_rank(rank: int, ranks: int, port: int, case: MMDiTCase, batch: int, thre
     if not rank:
         report(f"DDP: {case.depth} blocks of width {case.width}, {case.image_tokens} tokens, batch {batch} a rank, {ranks} gloo ranks, "
                f"{threads} threads each, {len(ddp.buckets)} buckets", times, None, worst)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads and the interpreter's exit can wait for each other for ever
 
 
 def bench_ddp(case: MMDiTCase, batch: int, threads: int, rounds: int, ranks: int = 2) -> None:
