@@ -103,9 +103,8 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"seen-{dist.get_rank()}.json").write_text(json.dumps({"losses": losses, "error": error}))
         dist.barrier()
-    dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # all is written; the threads of a dozen process groups now and then abort the interpreter's own way out
+    os._exit(0)  # all is written; gloo's threads now and then abort or hold up the interpreter's own way out
 
 
 if __name__ == "__main__":
