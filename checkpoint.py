@@ -12,19 +12,25 @@ Only safetensors are trusted. Pickles are refused before a byte of them is execu
 """
 
 import json
+import math
 import os
 import re
+import resource
+import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MODELS = Path(__file__).parent / "models"
@@ -74,6 +80,41 @@ class Weights(dict[str, LazyTensor]):
         if not chosen and not any(name.startswith(OFFICIAL_PREFIXES) for name in self):
             return self
         return Weights(chosen, self.metadata, self.source)
+
+    def shape_of(self, name: str, axes: int, kind: str) -> tuple[int, ...]:
+        """Shape of a tensor that every `kind` has, such as "SD3 transformer"; ValueError if it is missing or has other axes."""
+        if name not in self:
+            raise ValueError(f"{self.source}: 1 missing: {name}; without it this is no {kind} "
+                             f"(the file holds {len(self)} tensors: {', '.join(list(self)[:2])} ...)")
+        if len(self[name].shape) != axes:
+            raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected {axes} axes")
+        return self[name].shape
+
+    def common_size(self, suffix: str, axis: int, otherwise: str, kind: str, axes: int = 2) -> int:
+        """The most common size among tensors with this suffix, so that fill() reports the odd one out.
+
+        If there are none, `otherwise` is reported missing.
+        """
+        sizes = [t.shape[axis] for name, t in self.items() if name.endswith(suffix) and len(t.shape) == axes]
+        return mode(sizes) if sizes else self.shape_of(otherwise, axes, kind)[axis]
+
+    def depth(self, prefix: str) -> int:
+        """How many numbered blocks there are under a prefix such as "double_blocks."."""
+        found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in self)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    def number(self, *names: str, otherwise: float | None = None) -> float | None:
+        """The number that the metadata gives under the first of these names; ValueError that names the file if it is none."""
+        for name in names:
+            if name in self.metadata:
+                try:
+                    value = float(self.metadata[name])
+                except ValueError:
+                    value = math.nan
+                if not math.isfinite(value):
+                    raise ValueError(f"{self.source}: its metadata says {name} {self.metadata[name]!r}, which is no number")
+                return value
+        return otherwise
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
@@ -233,6 +274,17 @@ def _places(module: nn.Module) -> Iterable[tuple[str, tuple[nn.Module, str]]]:
                 yield dot + leaf, (owner, "buffer")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix, that becomes `path` if the block ends well and vanishes if it does not."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write a safetensors file under a temporary name and rename it, so that it is whole or absent.
 
@@ -242,19 +294,16 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
     raises    OSError if the disk is full or the folder is not writable; the previous file then stays as it was
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()  # an unwritable folder fails here
-        mode = temporary.stat().st_mode
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
-        os.chmod(temporary, mode)  # save_file makes files that only their owner reads
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.touch()  # an unwritable folder fails here
+            permissions = temporary.stat().st_mode
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
+            os.chmod(temporary, permissions)  # save_file makes files that only their owner reads
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def writable(folder: Path, given: str) -> None:
@@ -277,6 +326,13 @@ def check_device(name: str) -> None:
     here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name not in here:
         raise ValueError(f"--device {name}: this machine has {', '.join(here)}; cuda needs an NVIDIA GPU and a torch built for it")
+
+
+def peak_memory_gib(device: str | torch.device) -> float:
+    """Most memory that this process has held so far, GiB: of a CUDA device by torch's allocator, else resident on the host."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from checkpoint import check_device, model_folder, open_weights, save
 from family import SD3, Family, find
 from text import FluxText, SD3Text, check_t5_length
-from vae import VAE
+from vae import VAE, to_image
 
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: more is refused before it is decoded
 CACHE_BYTES = 1 << 30            # resized pictures kept in memory; latents likewise
@@ -158,16 +158,6 @@ def resize_to_cover(picture: Image.Image, height: int, width: int) -> Image.Imag
 def resize_short_side(picture: Image.Image, res: int) -> Image.Image:
     """Scale so that the shorter side is `res` pixels (Lanczos)."""
     return resize_to_cover(picture, res, res)
-
-
-def to_image(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 to (3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] to (H, W, 3) uint8, rounded."""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 class Pictures:

@@ -28,6 +28,19 @@ from flux import Flux
 from mmdit import MMDiT
 from text import FluxText, SD3Text
 
+SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res")  # what a transformer's metadata may say of sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn where the command line leaves it open."""
+
+    steps: int
+    cfg: float
+    guidance: float | None    # None: the model has no such input
+    time_shift: float | None  # None: by the number of tokens, flow.flux_mu
+    res: str                  # pixels: side, or WIDTHxHEIGHT
+
 
 @dataclass(frozen=True)
 class Family:
@@ -45,6 +58,11 @@ class Family:
     training_shift: float
     t5_length: int | None = None            # None: what the T5 file says, else 77 for SD3, 512 for Flux
     res: int = 1024
+
+    def sampling(self, transformer: Weights) -> Sampling:
+        """What the metadata of a transformer records, else the defaults of the family; ValueError that names the file."""
+        steps, cfg, guidance, shift = (transformer.number(name, otherwise=getattr(self, name)) for name in SAMPLING[:4])
+        return Sampling(int(steps), cfg, guidance, shift, transformer.metadata.get("res", str(self.res)))
 
     def check_guidance(self, guidance: float | None) -> None:
         """ValueError if --guidance is given to a model that has no such input."""

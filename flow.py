@@ -185,3 +185,24 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: T
         v = velocity(z, torch.full((len(z),), sigma, dtype=sigma_dtype, device=z.device))
         z = z + (next_sigma - sigma) * v.to(z.dtype)
     return z
+
+
+def velocity_with_cfg(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, cfg: float,
+                      guidance: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity that Euler follows, with classifier-free guidance: v_negative + cfg·(v_prompt - v_negative).
+
+    model     an MMDiT or a Flux
+    context   (2, L, C), of the prompt and of the negative prompt; pooled (2, P)
+    cfg       1 follows the prompt alone, in one pass instead of two
+    guidance  the number that Flux-dev is given; None for models that take none
+    returns   function of z (1, 16, h, w) and sigma (1,)
+    """
+    given = None if guidance is None else torch.full((2,), guidance, device=context.device)
+
+    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+        if cfg == 1:
+            return model(z, sigma, context[:1], pooled[:1], None if given is None else given[:1])
+        prompt, negative = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, given).chunk(2)
+        return negative + cfg * (prompt - negative)
+
+    return velocity

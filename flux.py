@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, fill, open_weights
-from lean import NORM_EPS, gelu_linear, modulated_norm
+from layers import NORM_EPS, gelu_linear, modulated_norm
 from mmdit import FREQUENCIES, FinalLayer, add_mlp, attend, shape_of, timestep_embedding, usual_size
 
 PATCH = 2

@@ -37,7 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_device, locate, model_folder
-from compare import (
+from data import read_picture
+from scores.compare import (
     FID_PATCH,
     Statistics,
     bootstrap,
@@ -52,9 +53,9 @@ from compare import (
     ssim,
     statistics,
 )
-from data import read_picture, to_image, to_pixels
-from glcm import DEFINITIONS, PATCH, glcm_map, glcm_score
-from jpeg import jpeg_bits, jpeg_size
+from scores.glcm import DEFINITIONS, PATCH, glcm_map, glcm_score
+from scores.jpeg import jpeg_bits, jpeg_size
+from vae import to_image, to_pixels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 FEATURES = 2048       # of Inception
@@ -274,7 +275,7 @@ def as_images(pictures: np.ndarray, device: str) -> Tensor:
 
 def lpips_of(args: argparse.Namespace) -> Callable[[np.ndarray, np.ndarray], float]:
     """The LPIPS distance of two pictures, (H, W, 3) uint8; FileNotFoundError without its weights."""
-    from perceptual import LPIPS, find_weights
+    from scores.perceptual import LPIPS, find_weights
 
     network = LPIPS.load("vgg", find_weights(args.weights, "vgg16-397923af.pth"), find_weights(args.weights, "vgg.pth"), args.device)
 
@@ -287,7 +288,7 @@ def lpips_of(args: argparse.Namespace) -> Callable[[np.ndarray, np.ndarray], flo
 
 def inception_of(args: argparse.Namespace) -> tuple[Path, Callable[[np.ndarray], np.ndarray]]:
     """The file, and the features of pictures (N, H, W, 3) as (N, 2048) float32."""
-    from perceptual import Inception, find_weights
+    from scores.perceptual import Inception, find_weights
 
     path = find_weights(args.weights, "weights-inception-2015-12-05-6726825d.pth")
     network = Inception.load(path, args.device)
@@ -300,7 +301,7 @@ def inception_of(args: argparse.Namespace) -> tuple[Path, Callable[[np.ndarray],
 
 def features_of(paths: Sequence[Path], args: argparse.Namespace, inception: tuple, errors: list[str]) -> dict[str, Statistics]:
     """Statistics of whole pictures and of patches; each picture is first scaled to --res and cut square, as the release does."""
-    from perceptual import resize_crop
+    from scores.perceptual import resize_crop
 
     file, features = inception
 
@@ -357,7 +358,7 @@ def pair_captions(listing: str, pictures: Sequence[Path]) -> tuple[dict[Path, st
 
 def clip_scores(paths: Sequence[Path], captions: dict[Path, str], args: argparse.Namespace) -> list[float]:
     """CLIPScore of each picture with its caption, by ViT-B/16."""
-    from perceptual import CLIP, find_weights
+    from scores.perceptual import CLIP, find_weights
 
     file = find_weights(args.weights, "ViT-B-16.pt")
     tokenizer = args.weights / "tokenizer"
@@ -371,7 +372,7 @@ def clip_scores(paths: Sequence[Path], captions: dict[Path, str], args: argparse
 
 def aesthetics_scores(paths: Sequence[Path], args: argparse.Namespace) -> list[float]:
     """Aesthetics of each picture, by ViT-L/14 and the linear head."""
-    from perceptual import Aesthetics, CLIPImage, find_weights
+    from scores.perceptual import Aesthetics, CLIPImage, find_weights
 
     files = [find_weights(args.weights, name) for name in ("ViT-L-14.pt", "sac+logos+ava1-l14-linearMSE.pth")]
     tower, head = CLIPImage.load(files[0], args.device), Aesthetics.load(files[1], args.device)
@@ -433,7 +434,7 @@ def run_set(args: argparse.Namespace) -> None:
 
 def run_vae(args: argparse.Namespace) -> None:
     """metrics.py vae: what an autoencoder loses of photographs, table 2 of the paper."""
-    from perceptual import resize_crop
+    from scores.perceptual import resize_crop
     from vae import VAE
 
     model = Path(args.model)

@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, fill, open_weights
-from lean import NORM_EPS, gelu_linear, modulated_norm
+from layers import NORM_EPS, gelu_linear, modulated_norm
 
 HEAD_DIM = 64  # of every published MMDiT: num_heads = hidden_size / 64
 FREQUENCIES = 256  # width of the timestep embedding before its MLP

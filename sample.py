@@ -34,18 +34,16 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import Weights, check_device, model_folder, open_weights, writable
-from data import to_pixels
+from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights, writable
 from family import Family, find
-from flow import draw_noise, euler, flux_mu
+from flow import draw_noise, euler, flux_mu, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT, check_set
-from vae import VAE
+from vae import VAE, to_pixels
 
 SAID = {"steps": int, "cfg": float, "guidance": float, "time_shift": float, "res": str}  # what a model's file may say of sampling
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels that the format can hold
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,6 @@ class Picture:
     prompt: str
     seed: int
     path: Path
-
-
-def velocity_with_cfg(model: MMDiT | Flux, context: Tensor, pooled: Tensor, cfg: float, guidance: float | None = None):
-    """The velocity that Euler follows.
-
-    context   (2, L, W): of the prompt, of the negative prompt; pooled (2, P)
-    cfg       1 follows the prompt alone, in one pass instead of two
-    guidance  the number that Flux-dev is given; None for models that take none
-    returns   function of z (1, 16, h, w) and sigma (1,)
-    """
-    given = None if guidance is None else torch.full((2,), guidance, device=context.device)
-
-    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
-        if cfg == 1:
-            return model(z, sigma, context[:1], pooled[:1], None if given is None else given[:1])
-        towards, away = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, given).chunk(2)
-        return away + cfg * (towards - away)
-
-    return velocity
 
 
 @torch.inference_mode()

@@ -55,18 +55,18 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from adamw import RoundedAdamW
 from checkpoint import Weights, check_device, fill, model_folder, writable
 from data import Embeddings, Item, Latents, Pictures, batch_of_step, read_folder, sizes_of, vary_caption
 from family import Family, find
 from flow import DENSITIES, SCHEMES, denoised, flux_mu, interpolate, loss_weight, sample_sigma
 from flux import Flux, FluxConfig
-from logs import Log, draw_samples, matmul_rate, peak_memory_gib, sampling_of, write_grid
 from mmdit import MMDiT, MMDiTConfig, check_set, stretched
-from plan import Machine, blocks_of, context_tokens, describe, flop_of_image, peak_bytes, verdict
-from ranks import Agreed, by_first, join, rank, together, world
-from resume import about_run, export, export_run, load_run, newest, save_checkpoint, step_of, tensors_of
 from text import check_t5_length
+from training.adamw import RoundedAdamW
+from training.logs import Log, draw_samples, matmul_rate, peak_memory_gib, sampling_of, write_grid
+from training.plan import Machine, blocks_of, context_tokens, describe, flop_of_image, peak_bytes, verdict
+from training.ranks import Agreed, by_first, join, rank, together, world
+from training.resume import about_run, export, export_run, load_run, newest, save_checkpoint, step_of, tensors_of
 from vae import VAE
 from wavelet import BANDS, haar_split, wlf_loss
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import open_weights, save, writable
 from data import Pictures, read_folder
-from resume import MOMENTS, same_settings
+from training.resume import MOMENTS, same_settings
 from vae import VAE, VAEConfig
 
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,6 +131,16 @@ def partitioned_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2, t
             row.append(large[:, :, offset : offset + 2 * th, offset : offset + 2 * tw])
         rows.append(torch.cat(row, dim=3))
     return torch.cat(rows, dim=2)
+
+
+def to_image(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [-1, 1] to (H, W, 3) uint8, rounded."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 class ResnetBlock(nn.Module):

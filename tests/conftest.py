@@ -11,11 +11,11 @@ from PIL import Image
 
 import train
 from checkpoint import open_weights, save
-from data import Pictures, to_pixels
+from data import Pictures
 from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from train_vae import latent_statistics, new_vae
-from vae import VAEConfig
+from vae import VAEConfig, to_pixels
 
 CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
             "snow on the roofs of a small town"]

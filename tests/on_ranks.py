@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from ranks import Agreed  # noqa: E402
+from training.ranks import Agreed  # noqa: E402
 
 
 class TorchDDP:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adamw import RoundedAdamW, round_randomly
+from training.adamw import RoundedAdamW, round_randomly
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -31,8 +31,6 @@ from data import (
     read_picture,
     resize_short_side,
     sizes_of,
-    to_image,
-    to_pixels,
     upright_size,
     vary_caption,
 )
@@ -40,7 +38,7 @@ from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from text import SD3Text
 from train_vae import new_vae
-from vae import VAEConfig
+from vae import VAEConfig, to_image, to_pixels
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",

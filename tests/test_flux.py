@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from full_size_flux import load_block_by_block, write_random
 from golden import distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
+from bench.full_size_flux import load_block_by_block, write_random
 from checkpoint import Weights, _official_names, diffusers_names, open_weights
 from flow import euler, flux_sigmas, interpolate
 from flux import Flux, FluxConfig, axis_turns, new_flux, read_config, rotate

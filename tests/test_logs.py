@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from family import SD3
-from logs import Log, draw_samples, matmul_rate, write_grid
 from mmdit import MMDiT
+from training.logs import Log, draw_samples, matmul_rate, write_grid
 from vae import VAE
 
 

@@ -16,10 +16,6 @@ from golden import DATA
 from PIL import Image
 
 import metrics
-import perceptual
-from compare import patch_fid
-from glcm import PROPERTIES, glcm_map, glcm_properties, gray_levels
-from jpeg import SUBSAMPLING, jpeg_bits, jpeg_encode
 from metrics import (
     bootstrap,
     compression_ratio,
@@ -36,6 +32,10 @@ from metrics import (
     ssim,
     statistics,
 )
+from scores import perceptual
+from scores.compare import patch_fid
+from scores.glcm import PROPERTIES, glcm_map, glcm_properties, gray_levels
+from scores.jpeg import SUBSAMPLING, jpeg_bits, jpeg_encode
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((DATA / "metrics.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from official import WEIGHTS, Download, find_weights, open_official
+from scores.official import WEIGHTS, Download, find_weights, open_official
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 

@@ -26,9 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import perceptual
 from checkpoint import LazyTensor, Weights
-from perceptual import CLIP, LPIPS, Aesthetics, CLIPImage, Inception, clip_pixels
+from scores import perceptual
+from scores.perceptual import CLIP, LPIPS, Aesthetics, CLIPImage, Inception, clip_pixels
 from text import CLIPTokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),

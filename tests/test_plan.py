@@ -15,8 +15,8 @@ import train
 from checkpoint import open_weights
 from family import find
 from mmdit import MMDiT, MMDiTConfig
-from plan import GIB, Machine, describe, flop_of_image, memory, total, verdict
 from train import build, loss_of, rehearse, settle, tensors_of
+from training.plan import GIB, Machine, describe, flop_of_image, memory, total, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,7 +154,7 @@ def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeyp
 
 
 def test_flop_are_three_times_those_of_the_forward_products(folders):
-    from bench import MMDiTCase
+    from bench.speed import MMDiTCase
 
     case = MMDiTCase(depth=2, width=128, side=8, context_tokens=3, context_width=32, pooled_width=16, table_side=6)
     config = MMDiTConfig(hidden_size=128, depth=2, context_dim=32, pooled_dim=16, table_side=6, mlp_hidden=512)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from resume import newest
+from training.resume import newest
 
 ROOT = Path(__file__).parents[1]
 

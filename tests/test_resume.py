@@ -17,7 +17,7 @@ import train
 from checkpoint import LazyTensor, diffusers_names, open_weights
 from flux import Flux
 from mmdit import MMDiT
-from resume import load_checkpoint, newest, save_checkpoint, saved_shapes, weights_of
+from training.resume import load_checkpoint, newest, save_checkpoint, saved_shapes, weights_of
 
 ROOT = Path(__file__).parents[1]
 

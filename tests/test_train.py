@@ -22,9 +22,9 @@ import train
 from checkpoint import save
 from data import Embeddings, Latents, Pictures, read_folder
 from mmdit import MMDiT, stretched
-from resume import newest
 from text import SD3Text
 from train import latents_of, objective, read_batch
+from training.resume import newest
 from vae import VAE
 
 ROOT = Path(__file__).parents[1]

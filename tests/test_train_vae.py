@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_vae
-from data import Pictures, to_pixels
+from data import Pictures
 from train_vae import (
     batch_of,
     equalize,
@@ -27,7 +27,7 @@ from train_vae import (
     train,
     vae_loss,
 )
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, to_pixels
 
 ROOT = Path(__file__).parents[1]
 TINY = VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import FluxCase, MMDiTCase, VAECase, bench_detail, bench_transformer, bench_vae, worst_difference
+from bench.speed import FluxCase, MMDiTCase, VAECase, bench_detail, bench_transformer, bench_vae, worst_difference
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,5 +56,5 @@ def test_sides_that_disagree_are_not_compared():
 
 
 def test_help_names_all_cases():
-    shown = subprocess.run([sys.executable, "bench.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run([sys.executable, "bench/speed.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(case in shown.stdout for case in ("mmdit", "flux", "vae", "glcm", "jpeg"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import MMDiTCase
-from bench_train import bench_step, check_agreement
+from bench.speed import MMDiTCase
+from bench.train_step import bench_step, check_agreement
 
 ROOT = Path(__file__).parent.parent
 CASE = MMDiTCase(depth=2, width=128, side=8, context_tokens=3, context_width=32, pooled_width=16, table_side=6)
@@ -23,7 +23,7 @@ def test_step_agrees_with_the_release_on_diffusers_model_and_prints_a_table(caps
 
 
 def test_ddp_agrees_with_torchs_and_prints_a_table(tmp_path):
-    script = ("from bench import MMDiTCase\nfrom bench_train import bench_ddp\n"
+    script = ("from bench.speed import MMDiTCase\nfrom bench.train_step import bench_ddp\n"
               f"if __name__ == '__main__':\n    bench_ddp({CASE!r}, 1, 1, 1)\n")
     (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
     done = subprocess.run([sys.executable, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import Weights, model_folder, open_weights  # noqa: E402
-from data import Pictures, read_folder, to_pixels  # noqa: E402
+from data import Pictures, read_folder  # noqa: E402
 from family import find  # noqa: E402
 from flow import draw_noise, euler  # noqa: E402
-from jpeg import jpeg_size  # noqa: E402
 from sample import settle, velocity_with_cfg  # noqa: E402
-from vae import VAE  # noqa: E402
+from scores.jpeg import jpeg_size  # noqa: E402
+from vae import VAE, to_pixels  # noqa: E402
 
 SHEET = 256  # pixels a picture on the sheet
 

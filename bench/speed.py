@@ -39,13 +39,14 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from checkpoint import save
-from data import read_picture
-from flux import Flux
-from glcm import LEVELS, PATCH, RADII, glcm_score, gray_levels
-from jpeg import jpeg_size
-from mmdit import MMDiT
-from vae import enlarged_conv, partitioned_conv
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkpoint import save  # noqa: E402
+from data import read_picture  # noqa: E402
+from flux import Flux  # noqa: E402
+from mmdit import MMDiT  # noqa: E402
+from scores.glcm import LEVELS, PATCH, RADII, glcm_score, gray_levels  # noqa: E402
+from scores.jpeg import jpeg_size  # noqa: E402
+from vae import enlarged_conv, partitioned_conv  # noqa: E402
 
 MIB = 2**20
 TOLERANCE = 1e-4  # fp32 on both sides: only the order of summation differs

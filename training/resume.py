@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adamw import RoundedAdamW
 from checkpoint import Weights, model_folder, read_json, save
 from data import Item
 from family import Family, find
 from flux import Flux
-from ranks import Agreed
+from training.adamw import RoundedAdamW
+from training.ranks import Agreed
 from vae import VAE
 
 FILE_BYTES = 1 << 31

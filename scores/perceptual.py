@@ -29,9 +29,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, Weights, fill, read_json
-from official import WEIGHTS as WEIGHTS
-from official import find_weights as find_weights
-from official import open_official
+from scores.official import WEIGHTS as WEIGHTS
+from scores.official import find_weights as find_weights
+from scores.official import open_official
 from text import CLIPAttention, CLIPLayer, CLIPText, CLIPTokenizer
 
 Images = Tensor | Sequence[Tensor]

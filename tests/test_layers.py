@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lean import gelu_linear, modulated_norm
+from layers import gelu_linear, modulated_norm
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -24,10 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from golden import published  # noqa: E402
-
 from checkpoint import fill, open_weights  # noqa: E402
 from flux import Flux, read_config  # noqa: E402
+from tests.golden import published  # noqa: E402
 
 GIB = 2**30
 MOST_GIB, SPARE_BYTES = 8, 2 * 10**9

@@ -31,7 +31,7 @@ from data import CACHE_BYTES
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
-from resume import FILE_BYTES
+from training.resume import FILE_BYTES
 from vae import NORM_GROUPS, VAE, VAEConfig
 
 GIB = 1 << 30

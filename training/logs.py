@@ -20,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoint import Weights
-from data import to_pixels
 from family import Family
 from flow import draw_noise, euler, flux_mu
 from flux import Flux
 from mmdit import MMDiT
-from vae import VAE
+from vae import VAE, to_pixels
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 ROUNDS = 3

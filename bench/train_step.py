@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import OFFICIAL, MMDiTCase, forget_peak, fresh, peak_mib, take_turns, where, write_mmdit
-from flow import interpolate
-from mmdit import MMDiT, MMDiTConfig, new_mmdit
-from train import DDP, objective, return_freed_memory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.speed import OFFICIAL, MMDiTCase, forget_peak, fresh, peak_mib, take_turns, where, write_mmdit  # noqa: E402
+from flow import interpolate  # noqa: E402
+from mmdit import MMDiT, MMDiTConfig, new_mmdit  # noqa: E402
+from train import DDP, objective, return_freed_memory  # noqa: E402
 
 CASES = {"tiny": MMDiTCase(width=256, context_tokens=72, context_width=192, pooled_width=192, table_side=128), "wide": MMDiTCase()}
 LR, WEIGHT_DECAY, CLIP = 1e-6, 1e-4, 1.0
