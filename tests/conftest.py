@@ -1,22 +1,28 @@
 """What several test files share: four soft pictures, model folders as models/make_tiny.py makes them, the flags of a short run."""
 
 import json
+import os
+import subprocess
 import sys
-from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-import train
 from checkpoint import open_weights, save
 from data import Pictures
 from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from train_vae import latent_statistics, new_vae
+from training.resume import newest
+from training.settings import Settings, parse
 from vae import VAEConfig, to_pixels
 
+ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
             "snow on the roofs of a small town"]
 
@@ -75,20 +81,54 @@ def model(folders, tmp_path_factory):
 
 @pytest.fixture
 def settings(photos, model, tmp_path):
-    """settings(lr=1e-3, ...): what the script would hand to train(), all defaults included."""
-    def of(**changed: object) -> Namespace:
-        caught = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", lambda args, listen: caught.append(args))
-            patch.setattr(sys, "argv", ["train.py", *flags(**changed)])
-            train.main()
-        return caught[0]
+    """settings(lr=1e-3, ...): what train.py makes of its flags; settings.flags(...): the flags themselves."""
+    def of(**changed: object) -> Settings:
+        return parse(flags(**changed))
 
     def flags(**changed: object) -> list[str]:
-        usual = dict(weights=model, data=photos, out=tmp_path / "out", res=64, batch=4, steps=6, lr=1e-3, save_every=3, log_every=1,
-                     threads=1, device="cpu", dtype="fp32", save_dtype="fp32")
-        given = [(f"--{key.replace('_', '-')}", value) for key, value in (usual | changed).items() if value is not None]
-        return [flag if value is True else f"{flag}={value}" for flag, value in given]
+        usual = dict(weights=model, data=photos, out=tmp_path / "out", res=64, batch=4, steps=6, lr=1e-3, save_every=3,
+                     log_every=1, threads=1, device="cpu", dtype="fp32", save_dtype="fp32")
+        pairs = [(f"--{key.replace('_', '-')}", value) for key, value in (usual | changed).items() if value is not None]
+        return [flag if value is True else f"{flag}={value}" for flag, value in pairs]
 
     of.flags = flags
     return of
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as handle:
+        return handle.metadata()
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, written by one process."""
+    (file,) = newest(out).glob("*.safetensors")
+    return load_file(file)
+
+
+def steps_of(out: Path) -> int:
+    """How many steps a run's newest checkpoint holds."""
+    return json.loads((newest(out) / "run.json").read_text())["step"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Checkpoints, exported files and their metadata are equal bit for bit."""
+    for a, b in ((state_of(one), state_of(other)), (load_file(one / "sd3.safetensors"), load_file(other / "sd3.safetensors"))):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert metadata_of(one / "sd3.safetensors") == metadata_of(other / "sd3.safetensors")
+
+
+def run_script(*command: object, ranks: int = 1, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
+    """One of the commands, in its own process, or under torchrun on several ranks; one thread each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return subprocess.run([sys.executable, *torchrun, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)

@@ -3,7 +3,7 @@
 CASES is a JSON list of command lines for train.py, each with what a test wants beside it; what it saw goes to OUT/seen-<rank>.json.
 "ddp": "torch"    puts torch's own DistributedDataParallel in the place of the hand-written DDP
 "die": [rank, n]  this rank kills itself when it computes its n-th loss
-"stop": n         asks all ranks but the first to stop after n losses
+"stop": n         all ranks but the first send themselves SIGTERM after n losses
 "unused": true    no training: gradients of parameters that not every rank uses
 """
 
@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from training.ranks import Agreed  # noqa: E402
+from training.settings import parse  # noqa: E402
 
 
 class TorchDDP:
@@ -52,16 +52,6 @@ class TorchDDP:
         pass
 
 
-def arguments(flags: list[str]):
-    caught, run = [], train.train
-    train.train, sys.argv = (lambda args, stop: caught.append(args)), ["train.py", *flags]
-    joined, train.join = train.join, lambda args: None
-    destroyed, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-    train.main()
-    train.train, train.join, dist.destroy_process_group = run, joined, destroyed
-    return caught[0]
-
-
 def unused() -> None:
     """Rank k multiplies by k + 1; the middle parameter is used by the first rank only."""
     model = nn.ParameterList([torch.ones(()) for _ in range(3)])
@@ -82,24 +72,24 @@ def main() -> None:
         if "unused" in case:
             unused()
             continue
-        args, losses, stop = arguments(case["flags"]), [], threading.Event()
+        settings, losses = parse(case["flags"]), []
 
-        def watched(*inputs, case=case, losses=losses, stop=stop):
+        def watched(*inputs, case=case, losses=losses):
             if case.get("die") == [dist.get_rank(), len(losses)] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             loss = formula(*inputs)
             losses.append(loss.item())
             if dist.get_rank() and len(losses) == case.get("stop"):
-                stop.set()
+                os.kill(os.getpid(), signal.SIGTERM)
             return loss
 
         train.objective, train.DDP = watched, TorchDDP if case.get("ddp") == "torch" else ddp
         error = ""
         try:
-            train.train(args, lambda stop=stop: stop)
+            train.train(settings)
         except Agreed as failure:
             error = str(failure)
-        out = Path(args.out)
+        out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / f"seen-{dist.get_rank()}.json").write_text(json.dumps({"losses": losses, "error": error}))
         dist.barrier()

@@ -1,8 +1,9 @@
-"""What a run says of itself: lines that are cut on resume, optional packages used where they are, samples, the grid."""
+"""Run logging: sums on the device, lines dropped on resume, optional packages used where installed, samples, the grid."""
 
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 from family import SD3
 from mmdit import MMDiT
-from training.logs import Log, draw_samples, matmul_rate, write_grid
+from training.logs import Drawing, Log, Tally, draw_samples, matmul_rate, write_grid
 from vae import VAE
 
 
@@ -34,21 +35,21 @@ def test_without_the_optional_packages_only_lines_are_written(tmp_path, monkeypa
 
 
 def test_tensorboard_is_given_every_number_where_it_is_installed(tmp_path, monkeypatch):
-    said = []
+    calls = []
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
-            said.append((folder, purge_step))
+            calls.append((folder, purge_step))
 
         def add_scalar(self, *scalar):
-            said.append(scalar)
+            calls.append(scalar)
 
         def flush(self):
-            said.append("flush")
+            calls.append("flush")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     Log(tmp_path, 4).write({"step": 5, "loss": 2.0, "v_by_sigma": [None, 1.5]})
-    assert said == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 2.0, 5), ("v_by_sigma/1", 1.5, 5), "flush"]
+    assert calls == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 2.0, 5), ("v_by_sigma/1", 1.5, 5), "flush"]
 
 
 def test_loss_is_plotted_where_matplotlib_is_installed(tmp_path, monkeypatch):
@@ -79,6 +80,25 @@ def test_loss_is_plotted_where_matplotlib_is_installed(tmp_path, monkeypatch):
     assert drawn == [([1, 2], [3.0, 1.5])] and (tmp_path / "loss.png").exists()
 
 
+def test_tally_gives_means_of_loss_bands_and_sigma_bins_and_begins_anew():
+    generator = torch.Generator().manual_seed(0)
+    tally, passes = Tally(torch.device("cpu")), []
+    for _ in range(3):
+        velocity, target = torch.randn(2, 4, 16, 6, 6, generator=generator)
+        sigma = torch.tensor([0.0, 0.3, 0.99, 1.0])
+        losses = tally.add(velocity.mean(), velocity, target, sigma)
+        assert torch.allclose(losses, (velocity - target).square().mean((1, 2, 3)), rtol=1e-5)
+        passes.append((velocity.mean(), losses))
+    row, each = tally.row(), torch.stack([losses for _, losses in passes])
+    assert row["loss"] == pytest.approx(torch.stack([loss for loss, _ in passes]).mean().item(), rel=1e-5)
+    assert sum(row[f"v_{band}"] for band in ("ll", "lh", "hl", "hh")) / 4 == pytest.approx(each.mean().item(), abs=2e-5)
+    bins = row["v_by_sigma"]
+    assert bins[0] == pytest.approx(each[:, 0].mean().item(), abs=1e-5) and bins[1] is None
+    assert bins[2] == pytest.approx(each[:, 1].mean().item(), abs=1e-5)
+    assert bins[7] == pytest.approx(each[:, 2:].mean().item(), abs=1e-5)
+    assert tally.passes == 0 and not tally.sums.any()
+
+
 def test_matmul_rate_is_that_of_a_computer():
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
 
@@ -90,9 +110,9 @@ def test_sample_depends_on_its_own_prompt_and_seed_alone(model):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     generator = torch.Generator().manual_seed(0)
     context, pooled = torch.randn(3, 5, 192, generator=generator), torch.randn(3, 192, generator=generator)
-    options = dict(guidance=None, sigmas=SD3.sigmas(3, 3.0), shape=(16, 4, 4), cfg=2.0, factor=16)
-    two = draw_samples(transformer, vae, context, pooled, seed=7, **options)
-    (second,) = draw_samples(transformer, vae, context[[0, 2]], pooled[[0, 2]], seed=8, **options)
+    drawing = Drawing(SD3.sigmas(3, 3.0), (16, 4, 4), cfg=2.0, guidance=None, factor=16, seed=7)
+    two = draw_samples(transformer, vae, context, pooled, drawing)
+    (second,) = draw_samples(transformer, vae, context[[0, 2]], pooled[[0, 2]], replace(drawing, seed=8))
     assert len(two) == 2 and two[0].shape == (3, 64, 64) and torch.allclose(two[1], second, atol=1e-5)
     assert not torch.allclose(two[0], two[1], atol=1e-2)
 

@@ -2,8 +2,7 @@
 
 import json
 import re
-import sys
-from argparse import ArgumentTypeError, Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +10,18 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import data
 import train
 from checkpoint import open_weights
 from family import find
+from flow import interpolate, loss_weight
 from mmdit import MMDiT, MMDiTConfig
-from train import build, loss_of, rehearse, settle, tensors_of
-from training.plan import GIB, Machine, describe, flop_of_image, memory, total, verdict
+from train import rehearse
+from training import plan
+from training.model import autocast, build
+from training.plan import describe, flop_of_image, memory, total, verdict
+from training.resume import tensors_of
+from training.settings import GIB, Machine, Settings, settle
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,24 +38,35 @@ def allocated(prof: profile, folder: Path) -> list[int]:
     return levels
 
 
+def settled(s: Settings) -> tuple:
+    family, config, vae_config = describe(s.model, s.weights, s.transformer)
+    return settle(s, family), family, config, vae_config
+
+
 @pytest.mark.parametrize("name, changed", [("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}),
                                            ("tiny-flux", {"res": 128})])
 def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, changed):
-    args = settings(weights=str(folders / name), **({"res": 256} | changed))
-    family, config, vae_config = describe(args)
-    settle(args, family)
-    card, _ = memory(args, family, config, vae_config, 1, partial(rehearse, family=family, config=config))
+    s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
+    card, _ = memory(s, family, config, vae_config, 1, partial(rehearse, family=family, config=config))
 
-    model = build(args, family, find(args.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
-    side, generator = args.res // 16, torch.Generator().manual_seed(0)
-    latent, noise = torch.randn(2, args.batch, 16, side, side, generator=generator)
-    context = torch.randn(args.batch, train.context_tokens(family, None), config.context_dim, generator=generator)
-    pooled, sigma = torch.randn(args.batch, config.pooled_dim, generator=generator), torch.rand(args.batch, generator=generator)
+    model = build(s, family, find(s.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
+    side, generator = s.res // 16, torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, s.batch, 16, side, side, generator=generator)
+    context = torch.randn(s.batch, family.text_tokens(None), config.context_dim, generator=generator)
+    pooled, sigma = torch.randn(s.batch, config.pooled_dim, generator=generator), torch.rand(s.batch, generator=generator)
+    guidance = None if s.guidance is None else torch.full_like(sigma, s.guidance)
+
+    def step() -> None:
+        with autocast(s):
+            velocity = model(interpolate(latent, noise, sigma), sigma, context, pooled, guidance)
+        weight = loss_weight(sigma, s.weighting)
+        train.objective(s.objective, velocity, latent, noise, sigma, weight, s.bands, s.huber).backward()
+
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # there before, so that what is measured is the rest
-    loss_of(model, latent, noise, sigma, context, pooled, args)[1].backward()  # the first call fills caches of its own
+    step()  # the first call fills its own caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        loss_of(model, latent, noise, sigma, context, pooled, args)[1].backward()
+        step()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     optimizer.step()
     moments = tensors_of(model, {}, optimizer, 1)
@@ -62,11 +78,10 @@ def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, chang
 
 
 @pytest.fixture
-def planned(monkeypatch, capsys):
+def planned(capsys):
     """planned("--model=flux", ...): what train.py prints."""
     def of(*flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        train.main()
+        train.main(flags)
         return capsys.readouterr().out
     return of
 
@@ -102,11 +117,10 @@ def test_manifest_or_folder_or_name_may_be_planned(planned, folders, tmp_path):
     assert rows(folder)["parameters"] == rows(manifest)["parameters"] and "it fits" in folder
 
 
-def test_what_is_no_manifest_is_refused(tmp_path, monkeypatch):
+def test_what_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "index.json").write_text('{"weight_map": {}}')
-    monkeypatch.setattr(sys, "argv", ["train.py", "--plan=2x80", f"--weights={tmp_path}/index.json"])
     with pytest.raises(SystemExit, match="^error: .*index.json: no manifest"):
-        train.main()
+        train.main(["--plan=2x80", f"--weights={tmp_path}/index.json"])
 
 
 def test_averaged_weights_of_an_offloaded_model_lie_on_the_host(planned):
@@ -116,13 +130,11 @@ def test_averaged_weights_of_an_offloaded_model_lie_on_the_host(planned):
 
 
 def test_sharding_divides_and_accumulation_shrinks(settings, folders):
-    args = settings(weights=str(folders / "tiny-sd3"), batch=8)
-    family, config, vae_config = describe(args)
-    settle(args, family)
+    s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", batch=8))
 
     def card(ranks: int, **changed: object) -> dict[str, int]:
-        other = Namespace(**vars(args) | changed)
-        return memory(other, family, config, vae_config, ranks, partial(rehearse, family=family, config=config))[0]
+        forward = partial(rehearse, family=family, config=config)
+        return memory(replace(s, **changed), family, config, vae_config, ranks, forward)[0]
 
     alone, halved, sharded = card(1), card(1, accumulate=2), card(4, shard="zero3")
     assert halved["activations"] < 0.7 * alone["activations"] and halved["parameters"] == alone["parameters"]
@@ -134,19 +146,18 @@ def test_sharding_divides_and_accumulation_shrinks(settings, folders):
                                         (0.45, "recompute --accumulate 4 --state bf16 make it fit"),
                                         (0.001, "no flag makes it fit")])
 def test_smallest_change_is_proposed(settings, folders, room, says):
-    args = settings(weights=str(folders / "tiny-sd3"), res=512, batch=4)
-    family, config, vae_config = describe(args)
-    settle(args, family)
+    s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", res=512, batch=4))
     forward = partial(rehearse, family=family, config=config)
-    whole = total(memory(args, family, config, vae_config, 1, forward)[0])
-    assert verdict(args, family, config, vae_config, Machine(1, whole), forward)[1]
-    table, fits = verdict(args, family, config, vae_config, Machine(1, int(room * whole)), forward)
-    assert not fits and says in table.splitlines()[-1]
+    size = total(memory(s, family, config, vae_config, 1, forward)[0])
+    table, advice = verdict(s, family, config, vae_config, Machine(1, size), forward)
+    assert table.endswith("it fits") and not advice
+    table, advice = verdict(s, family, config, vae_config, Machine(1, int(room * size)), forward)
+    assert says in advice and table.endswith(f"it does not fit: {advice}")
 
 
 def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SMALL_MODEL", 0)
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device, ranks: cls(ranks, 1 << 27)))
+    monkeypatch.setattr(train, "this_machine", lambda device, ranks: Machine(ranks, 1 << 27))
     monkeypatch.setattr(train, "build", None)
     with pytest.raises(ValueError, match="this run does not fit into memory: .*--state bf16"):
         train.train(settings(weights=folders / "tiny-sd3"))
@@ -162,8 +173,5 @@ def test_flop_are_three_times_those_of_the_forward_products(folders):
     assert flop_of_image(MMDiT, config, 8, 3) == pytest.approx(3 * (case.flop + vectors), rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["8", "x80", "0x80", "8x", "8xmany"])
-def test_machine_is_ranks_times_gigabytes(text):
-    assert Machine.parse("8x80") == Machine(8, 80 * GIB)
-    with pytest.raises(ArgumentTypeError, match="RANKSxGB"):
-        Machine.parse(text)
+def test_pictures_in_memory_are_what_a_rank_keeps():
+    assert plan.PICTURES == data.CACHE_BYTES

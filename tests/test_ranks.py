@@ -72,7 +72,7 @@ def test_every_division_of_the_work_gives_the_same_five_steps(settings, folders,
         assert losses <= 1e-6 and weights <= 1e-6, out
 
 
-def test_broken_off_and_resumed_is_the_uninterrupted_run_bit_for_bit(settings, folders, tmp_path):
+def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(settings, folders, tmp_path):
     cases = []
     for kind, changed in (("none", {}), ("zero2", {"shard": "zero2"}), ("zero3", {"shard": "zero3", "state": "bf16", "ema_on_host": True})):
         usual = dict(steps=6, ema=0.9, save_every=10, weights=folders / "tiny-sd3") | changed
@@ -81,7 +81,7 @@ def test_broken_off_and_resumed_is_the_uninterrupted_run_bit_for_bit(settings, f
                   {"flags": settings.flags(**usual, out=tmp_path / f"{kind}-parts")}]
     done = on_ranks(2, cases, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stopped after step 3; the same command goes on from there") == 3
+    assert done.stdout.count("stopped after step 3; the same command resumes there") == 3
     for kind in ("none", "zero2", "zero3"):
         whole, parts = newest(tmp_path / f"{kind}-whole"), newest(tmp_path / f"{kind}-parts")
         files = sorted(file.name for file in whole.glob("*.safetensors"))
@@ -92,7 +92,7 @@ def test_broken_off_and_resumed_is_the_uninterrupted_run_bit_for_bit(settings, f
         assert [row["loss"] for row in log_of(whole.parents[1])] == [row["loss"] for row in log_of(parts.parents[1])]
 
 
-def test_run_goes_on_with_another_number_of_ranks(settings, folders, tmp_path):
+def test_run_resumes_with_another_number_of_ranks(settings, folders, tmp_path):
     usual = dict(weights=folders / "tiny-sd3", ema=0.9, save_every=2, lr=1e-4)
     train.train(settings(**usual, out=tmp_path / "one", steps=8))
     for count, steps, changed in ((2, 2, {"shard": "zero2"}), (1, 4, {}), (4, 6, {"shard": "zero3"}), (2, 8, {})):
@@ -126,9 +126,9 @@ def test_what_goes_wrong_on_one_rank_is_said_once_and_stops_all(settings, photos
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         assert ": its short side is 64 px, below --res 96" in seen(tmp_path / "out-96", rank)["error"]
-        assert "1.png: not a whole picture" in seen(tmp_path / "out-64", rank)["error"]
+        assert "1.png: not a complete picture" in seen(tmp_path / "out-64", rank)["error"]
     command = ["--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *settings.flags(data=folder, steps=3, save_every=1)]
-    for flags, says in (([], "1.png: not a whole picture"), (["--batch=3"], "--batch 3: give a multiple of 2, 2 ranks times --accumulate")):
+    for flags, says in (([], "1.png: not a complete picture"), (["--batch=3"], "--batch 3: give a multiple of 2, 2 ranks times --accumulate")):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command, *flags], cwd=ROOT, capture_output=True, text=True,
                               timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""The folder of a run: kill -9 at any moment, signals, a full disk; what is exported; rows of official files read lazily."""
+"""Checkpoints of a run: resumed bit for bit, complete or absent under kill -9 and full disks, refused if they belong to another run."""
 
 import json
 import os
@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, assert_same_run, log_of, state_of, steps_of
+from golden import diffusers_names
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from test_train import broken_folder, refusal_of
 
+import checkpoint
 import train
-from checkpoint import LazyTensor, diffusers_names, open_weights
+from checkpoint import open_weights
+from data import read_folder
 from flux import Flux
 from mmdit import MMDiT
+from training.batches import batch_of_step
 from training.resume import load_checkpoint, newest, save_checkpoint, saved_shapes, weights_of
-
-ROOT = Path(__file__).parents[1]
 
 
 def start(flags: list[str]) -> subprocess.Popen:
@@ -68,21 +74,194 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
         assert file.suffix in (".json", ".safetensors") and not content.startswith((b"\x80", b"PK"))
 
 
-@pytest.mark.parametrize("first, last", [(0, 7), (2, 3), (3, 6), (0, 0), (6, 6)])
-def test_rows_of_a_fused_tensor_are_those_of_the_whole_and_others_are_not_read(first, last):
-    from checkpoint import _joined
+# ---- resuming
 
-    parts, read = [torch.randn(rows, 2) for rows in (2, 4)], []
+@pytest.mark.parametrize("changed", [{"ema": 0.9}, {"cache_latents": True, "warmup": 5, "bands": "1,2,2,4"}])
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch, changed):
+    train.train(settings(out=tmp_path / "whole", **changed))
+    calls, formula = [], train.objective
 
-    def lazy(k: int, part: torch.Tensor) -> LazyTensor:
-        return LazyTensor(tuple(part.shape), lambda: read.append(k) or part)
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # two steps after the last saved state
+            raise KeyboardInterrupt
+        return formula(*arguments)
 
-    fused = _joined("", [lazy(k, part) for k, part in enumerate(parts)])
-    assert torch.equal(fused.rows(first, last), torch.cat(parts)[first:last])
-    assert set(read) <= ({0} if first < 2 or first == last else set()) | ({1} if last > 2 else set())
-    swapped = _joined("swap", [lazy(0, parts[1])])
-    assert torch.equal(swapped.rows(first, last), torch.cat(parts[1].chunk(2)[::-1])[first:last])
-    assert torch.equal(swapped.read(), torch.cat(parts[1].chunk(2)[::-1]))
+    monkeypatch.setattr(train, "objective", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(settings(out=tmp_path / "parts", **changed))
+    assert steps_of(tmp_path / "parts") == 3
+    calls.clear()
+    torch.manual_seed(1)
+    train.train(settings(out=tmp_path / "parts", **changed))
+    assert len(calls) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    names = {name.partition(".")[0] for name in state_of(tmp_path / "parts")}
+    assert names == {"model", "exp_avg", "exp_avg_sq"} | ({"ema"} if "ema" in changed else set())
+    whole, parts = ([(row["step"], row["loss"], row["lr"], row["v_hh"]) for row in log_of(tmp_path / run)] for run in ("whole", "parts"))
+    assert whole == parts and [row[0] for row in whole] == list(range(1, 7))  # lines after the checkpoint were cut
+
+
+def test_longer_run_resumes_from_a_finished_one(settings, tmp_path):
+    train.train(settings(out=tmp_path / "whole", steps=5))
+    train.train(settings(out=tmp_path / "parts", steps=2))
+    train.train(settings(out=tmp_path / "parts", steps=5))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_process_is_continued_bit_for_bit(settings, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings.flags(out=out, steps=100_000, ema=0.9)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 100
+    while not newest(out) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said.decode()
+    step = steps_of(out)
+    assert step >= 3 and step % 3 == 0
+    train.train(settings(out=out, steps=step + 2, ema=0.9))
+    train.train(settings(out=tmp_path / "whole", steps=step + 2, ema=0.9))
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_finished_run_trains_no_more_and_writes_a_lost_model_again(settings, tmp_path, monkeypatch):
+    train.train(settings(steps=2))
+    file = tmp_path / "out" / "sd3.safetensors"
+    before = load_file(file)
+    file.unlink()
+    monkeypatch.setattr(train, "objective", None)
+    train.train(settings(steps=2))
+    assert all(torch.equal(t, before[name]) for name, t in load_file(file).items())
+
+
+def test_checkpoint_is_exported_in_the_dtype_asked_for(settings, model, tmp_path, capsys):
+    train.train(settings(steps=4, save_every=2))
+    whole = load_file(tmp_path / "out" / "sd3.safetensors")
+    (tmp_path / "out" / "sd3.safetensors").unlink()
+    train.main(["--export", f"--out={tmp_path}/out", "--save-dtype=bf16"])
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path}/out/sd3.safetensors, step 4\n")
+    written, began_with = load_file(tmp_path / "out" / "sd3.safetensors"), load_file(model / "sd3.safetensors")
+    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in began_with.items()}
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, whole[name].bfloat16()) for name, t in written.items())
+    with pytest.raises(SystemExit, match="nowhere/checkpoints: no complete checkpoint"):
+        train.main(["--export", f"--out={tmp_path}/nowhere"])
+
+
+def test_only_the_newest_checkpoints_stay(settings, tmp_path):
+    train.train(settings(steps=5, save_every=1, keep=3))
+    assert sorted(f.name for f in (tmp_path / "out" / "checkpoints").iterdir()) == [f"step-0000000{k}" for k in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("harm", ["shard", "run.json", "cut"])
+def test_damaged_checkpoint_is_skipped(settings, tmp_path, capsys, harm):
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    train.train(settings(steps=6))
+    last = newest(tmp_path / "out")
+    (file,) = last.glob("*.safetensors") if harm != "run.json" else [last / harm]
+    file.write_bytes(file.read_bytes()[:-9]) if harm == "cut" else file.unlink()
+    train.train(settings(steps=6))
+    assert f"{last}: " in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_saves(settings, tmp_path, monkeypatch, number):
+    formula, handlers = train.objective, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "objective", lambda *inputs: [formula(*inputs), os.kill(os.getpid(), number)][0])
+        train.train(settings(steps=6))
+    assert steps_of(tmp_path / "out") == 1 and not (tmp_path / "out" / "sd3.safetensors").exists()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train.train(settings(steps=6))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_unreadable_picture_keeps_the_state_and_the_repaired_folder_resumes(settings, photos, tmp_path):
+    """A JPEG, whose header is whole: that its pixels are not is seen when its turn comes."""
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        Image.open(folder / row["file_name"]).save(folder / f"{row['file_name']}.jpg", quality=95)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"file_name": f"{row['file_name']}.jpg"}) for row in rows))
+    usual = dict(steps=4, batch=1, save_every=100, data=folder)
+    train.train(settings(**usual, out=tmp_path / "whole"))
+    items = read_folder(folder)
+    third = items[batch_of_step([(64, 64)] * len(items), 1, 0, 2)[0]].path
+    good = third.read_bytes()
+    third.write_bytes(good[:len(good) // 2])
+    assert f"{third.name}: " in refusal_of(settings, **usual)
+    assert steps_of(tmp_path / "out") == 2
+    third.write_bytes(good)
+    train.train(settings(**usual))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+
+def test_changed_data_is_refused_on_resume(settings, photos, tmp_path):
+    folder = broken_folder(photos, tmp_path / "data", "none")
+    train.train(settings(steps=1, data=folder))
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(rows[:3]))
+    message = refusal_of(settings, steps=2, data=folder)
+    assert f"{folder} has changed since that run began (4 pictures, now 3;" in message and steps_of(tmp_path / "out") == 1
+
+
+def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path):
+    train.train(settings(steps=1))
+    message = refusal_of(settings, steps=2, weights=folders / "tiny-flux")
+    assert "is of another model, {'family': 'SD3'" in message and "'family': 'Flux-dev'" in message
+
+
+@pytest.mark.parametrize("changed, named", [({"lr": 2e-3}, "lr 0.001 -> 0.002"), ({"seed": 1}, "seed 0 -> 1"),
+                                            ({"bands": "1,1,1,2"}, "bands [1.0, 1.0, 1.0, 1.0] -> [1.0, 1.0, 1.0, 2.0]"),
+                                            ({"objective": "release"}, "objective paper -> release"), ({"res": 32}, "res 64 -> 32"),
+                                            ({"ema": 0.9}, "ema 0.0 -> 0.9"), ({"batch": 2}, "batch 4 -> 2")])
+def test_other_settings_are_refused_on_resume(settings, tmp_path, changed, named):
+    train.train(settings(steps=1))
+    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
+    message = refusal_of(settings, steps=2, **changed)
+    assert f"other settings ({named})" in message and "--out" in message
+    assert before == {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
+
+
+@pytest.mark.parametrize("broken", ["shard", "commit", "export"])
+def test_save_that_fails_leaves_the_previous_checkpoint(settings, tmp_path, monkeypatch, broken):
+    train.train(settings(steps=3))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def half_a_file(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        if broken == "shard":
+            patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+        elif broken == "commit":
+            patch.setattr(os, "rename", full)
+        else:
+            patch.setattr(checkpoint, "save_file", half_a_file)
+        assert "No space left on device" in refusal_of(settings, steps=6)
+    assert steps_of(tmp_path / "out") == (6 if broken == "export" else 3)
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*")) and MMDiT.load(tmp_path / "out" / "sd3.safetensors")
+    train.train(settings(steps=6))
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(settings, tmp_path):
+    train.train(settings(steps=3))
+    left = tmp_path / "out" / "checkpoints" / ".step-00000004.tmp"
+    left.mkdir()
+    (left / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    train.train(settings(steps=6))
+    train.train(settings(steps=6, out=tmp_path / "whole"))
+    assert not left.exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
 # ---- killed, asked to stop
@@ -94,7 +273,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(settings, tmp_path):
     said, errors = process.communicate(timeout=100)
     step = json.loads((newest(tmp_path / "out") / "run.json").read_text())["step"]
     assert process.returncode == 0, errors
-    assert said.endswith(f"stopped after step {step}; the same command goes on from there\n")
+    assert said.endswith(f"stopped after step {step}; the same command resumes there\n")
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])["step"] == step
 
 

@@ -1,68 +1,36 @@
-"""Fine-tuning: the objectives as formulas, overfitting four pictures, resuming bit for bit, broken saves, refusals in one line."""
+"""Fine-tuning: the objectives as formulas, overfitting four pictures, what is logged and written, refusals in one line."""
 
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, seeded
+from conftest import CAPTIONS, assert_same_run, log_of, metadata_of, run_script, seeded, state_of, steps_of
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-import checkpoint
 import train
 from checkpoint import save
-from data import Embeddings, Latents, Pictures, read_folder
-from mmdit import MMDiT, stretched
+from mmdit import MMDiT
 from text import SD3Text
-from train import latents_of, objective, read_batch
-from training.resume import newest
+from train import objective
+from training import batches, run
+from training.cache import Embeddings
 from vae import VAE
 
-ROOT = Path(__file__).parents[1]
 EQUAL = (1.0, 1.0, 1.0, 1.0)
 
 
-def refusal_of(settings, monkeypatch, **changed: object) -> str:
+def refusal_of(settings, **changed: object) -> str:
     """The one line that the script ends with."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *settings.flags(**changed)])
     with pytest.raises(SystemExit) as end:
-        train.main()
+        train.main(settings.flags(**changed))
     assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
     return str(end.value)
-
-
-def metadata_of(file: Path) -> dict:
-    with safe_open(file, framework="pt") as handle:
-        return handle.metadata()
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def state_of(out: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's newest checkpoint, written by one process."""
-    (file,) = newest(out).glob("*.safetensors")
-    return load_file(file)
-
-
-def step_of(out: Path) -> int:
-    return json.loads((newest(out) / "run.json").read_text())["step"]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for a, b in ((state_of(one), state_of(other)), (load_file(one / "sd3.safetensors"), load_file(other / "sd3.safetensors"))):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert metadata_of(one / "sd3.safetensors") == metadata_of(other / "sd3.safetensors")
 
 
 # ---- the objective
@@ -121,45 +89,6 @@ def test_only_the_weighted_band_is_seen():
     assert objective("paper", velocity, latent, noise, sigma, weight, (0, 1, 1, 1), 0.0) < 1e-24
 
 
-# ---- the batch
-
-def batch_for(args, model) -> tuple[list, VAE, Latents, list[tuple[int, int]]]:
-    vae, items = VAE.load(model / "sd3.safetensors"), read_folder(args.data)
-    train.settle(args, train.find(args.weights)[0])
-    sizes, pictures = [(args.res, args.res)] * len(items), Pictures([item.path for item in items])
-    latents = Latents(pictures, vae, args.factor, args.dilation)
-    return [read_batch(step, args, items, sizes, pictures, 16) for step in (0, 0, 1)], vae, latents, sizes
-
-
-@pytest.mark.parametrize("changed", [{}, {"center_crop": True}, {"factor": 8, "drop_words": 0.5}])
-def test_batch_is_a_function_of_seed_and_step(settings, model, changed):
-    args = settings(batch=3, **changed)
-    (first, again, other), vae, latents, sizes = batch_for(args, model)
-    for a, b, c in zip(first[0], again[0], other[0], strict=True):
-        assert (a.index, a.text) == (b.index, b.text) and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
-        assert not torch.equal(a.noise, c.noise) and a.noise.shape == (16, 64 // args.factor, 64 // args.factor)
-    x, y, z = (latents_of(passes[0], args, vae, latents, sizes) for passes in (first, again, other))
-    assert torch.equal(x, y) and not torch.equal(x, z) and x.shape == (3, 16, 64 // args.factor, 64 // args.factor)
-
-
-def test_accumulation_only_divides_the_batch(settings, model):
-    whole, halves = settings(batch=4), settings(batch=4, accumulate=2)
-    ((one,), *_), vae, latents, sizes = batch_for(whole, model)
-    (two, *_), *_ = batch_for(halves, model)
-    assert len(two) == 2 and [e.index for e in one] == [e.index for part in two for e in part]
-    parts = [latents_of(part, halves, vae, latents, sizes) for part in two]
-    assert torch.equal(latents_of(one, whole, vae, latents, sizes), torch.cat(parts))
-
-
-def test_central_crops_are_encoded_once_and_drawn_anew(settings, model, monkeypatch):
-    args = settings(center_crop=True)
-    ((first,), _, (other,)), vae, latents, sizes = batch_for(args, model)
-    calls, moments = [], vae.moments
-    monkeypatch.setattr(vae, "moments", lambda *arguments: calls.append(1) or moments(*arguments))
-    x, y = (latents_of(part, args, vae, latents, sizes) for part in (first, other))
-    assert len(calls) == 4 and not torch.equal(x[0], y[[e.index for e in other].index(first[0].index)])
-
-
 def test_release_latents_are_not_shifted_and_paper_ones_are(settings, model, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "objective", lambda *inputs: seen.append(inputs[2]) or objective(*inputs))
@@ -169,29 +98,17 @@ def test_release_latents_are_not_shifted_and_paper_ones_are(settings, model, tmp
     assert torch.allclose(seen[1] - seen[0], torch.tensor(vae.shift_factor * vae.scale_factor), atol=1e-5)
 
 
-def test_recipe_sets_all_and_single_flags_override_it(settings):
-    family = train.find(settings().weights)[0]
-    chosen, release = {}, {"recipe": "release"}
-    for name, changed in (("ours", {}), ("release", release), ("mixed", release | {"objective": "noise", "flip": True})):
-        args = settings(**changed)
-        train.settle(args, family)
-        chosen[name] = (args.objective, args.dilation, args.latent_shift, args.flip, args.t5_length, args.density, args.time_shift)
-    assert chosen["ours"] == ("paper", 2, True, True, None, "logit_normal", 3.0)
-    assert chosen["release"] == ("release", 1, False, False, 77, "logit_normal", 3.0)
-    assert chosen["mixed"] == ("noise", 1, False, True, 77, "logit_normal", 3.0)
-
-
 # ---- learning, logging, what is written
 
 def test_one_batch_is_learnt_by_heart(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "read_batch", lambda step, **rest: read_batch(0, **rest))
-    train.train(settings(steps=80, lr=4e-3, save_every=80, center_crop=True))
+    monkeypatch.setattr(train, "read_batch", lambda step, *rest: batches.read_batch(0, *rest))
+    train.train(settings(steps=80, lr=4e-3, save_every=80, cache_latents=True))
     loss = [row["loss"] for row in log_of(tmp_path / "out")]
     assert loss[0] > 1.5 and max(loss[-5:]) < 0.02  # the posterior is drawn anew
 
 
 def test_four_pictures_are_learnt_whatever_the_noise(settings, tmp_path):
-    train.train(settings(steps=400, lr=4e-3, warmup=20, center_crop=True, drop_caption=0, save_every=400))
+    train.train(settings(steps=400, lr=4e-3, warmup=20, cache_latents=True, drop_caption=0, save_every=400))
     loss = [row["loss"] for row in log_of(tmp_path / "out")]
     # 1.58 is the mean of 1 / ((1 - sigma)^2 + sigma^2), the least that can be reached on latents of which only mean and deviation are known
     assert sum(loss[:10]) / 10 > 1.9 and sum(loss[-50:]) / 50 < 1.0
@@ -232,13 +149,13 @@ def test_written_model_loads_and_carries_what_shapes_do_not_say(settings, model,
 
 @pytest.mark.parametrize("on_host", [None, True])
 def test_averaged_weights_are_the_ones_written(settings, tmp_path, monkeypatch, on_host):
-    steps, save_checkpoint = [], train.save_checkpoint
+    steps, save_checkpoint = [], run.save_checkpoint
 
     def watched(out, step, tensors, *rest):
         steps.append({name: t.clone() for name, t in tensors.items()})
         save_checkpoint(out, step, tensors, *rest)
 
-    monkeypatch.setattr(train, "save_checkpoint", watched)
+    monkeypatch.setattr(run, "save_checkpoint", watched)
     start = MMDiT.load(settings().weights + "/sd3.safetensors").state_dict()
     train.train(settings(steps=3, ema=0.2, save_every=1, ema_on_host=on_host))
     written = load_file(tmp_path / "out" / "sd3.safetensors")
@@ -259,178 +176,21 @@ def test_other_transformer_is_where_training_begins(settings, model, tmp_path):
     assert (written.final_layer.linear.bias == 3).all() and metadata_of(tmp_path / "out" / "sd3.safetensors")["steps"] == "4"
 
 
-def test_position_table_is_stretched_once_and_stays_so_on_resume(settings, model, tmp_path):
-    table = load_file(model / "sd3.safetensors")["model.diffusion_model.pos_embed"]
-    for steps in (1, 2):
-        train.train(settings(out=tmp_path, steps=steps, stretch_positions=2.0))
-        written = load_file(tmp_path / "sd3.safetensors")["model.diffusion_model.pos_embed"]
-        assert torch.allclose(written.float(), stretched(table, 2.0).float(), atol=2e-3)
-
-
-# ---- resuming
-
-@pytest.mark.parametrize("changed", [{"ema": 0.9}, {"center_crop": True, "drop_words": 0.4, "warmup": 5, "bands": "1,2,2,4"}])
-def test_run_broken_off_and_resumed_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch, changed):
-    train.train(settings(out=tmp_path / "whole", **changed))
-    calls, formula = [], train.objective
-
-    def broken_off(*arguments):
-        calls.append(1)
-        if len(calls) == 5:  # two steps after the last saved state
-            raise KeyboardInterrupt
-        return formula(*arguments)
-
-    monkeypatch.setattr(train, "objective", broken_off)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(settings(out=tmp_path / "parts", **changed))
-    assert step_of(tmp_path / "parts") == 3
-    calls.clear()
-    torch.manual_seed(1)
-    train.train(settings(out=tmp_path / "parts", **changed))
-    assert len(calls) == 3
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    names = {name.partition(".")[0] for name in state_of(tmp_path / "parts")}
-    assert names == {"model", "exp_avg", "exp_avg_sq"} | ({"ema"} if "ema" in changed else set())
-    whole, parts = ([(row["step"], row["loss"], row["lr"], row["v_hh"]) for row in log_of(tmp_path / run)] for run in ("whole", "parts"))
-    assert whole == parts and [row[0] for row in whole] == list(range(1, 7))  # lines after the checkpoint were cut
-
-
-def test_longer_run_goes_on_from_a_finished_one(settings, tmp_path):
-    train.train(settings(out=tmp_path / "whole", steps=5))
-    train.train(settings(out=tmp_path / "parts", steps=2))
-    train.train(settings(out=tmp_path / "parts", steps=5))
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_killed_process_is_continued_bit_for_bit(settings, tmp_path):
-    out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings.flags(out=out, steps=100_000, ema=0.9)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 100
-    while not newest(out) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said.decode()
-    step = step_of(out)
-    assert step >= 3 and step % 3 == 0
-    train.train(settings(out=out, steps=step + 2, ema=0.9))
-    train.train(settings(out=tmp_path / "whole", steps=step + 2, ema=0.9))
-    assert_same_run(tmp_path / "whole", out)
-
-
-def test_finished_run_trains_no_more_and_writes_a_lost_model_again(settings, tmp_path, monkeypatch):
-    train.train(settings(steps=2))
-    file = tmp_path / "out" / "sd3.safetensors"
-    before = load_file(file)
-    file.unlink()
-    monkeypatch.setattr(train, "objective", None)
-    train.train(settings(steps=2))
-    assert all(torch.equal(t, before[name]) for name, t in load_file(file).items())
-
-
-def test_checkpoint_is_exported_in_the_dtype_asked_for(settings, model, tmp_path, monkeypatch, capsys):
-    train.train(settings(steps=4, save_every=2))
-    whole = load_file(tmp_path / "out" / "sd3.safetensors")
-    (tmp_path / "out" / "sd3.safetensors").unlink()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--export", f"--out={tmp_path}/out", "--save-dtype=bf16"])
-    train.main()
-    assert capsys.readouterr().out.endswith(f"wrote {tmp_path}/out/sd3.safetensors, step 4\n")
-    written, began_with = load_file(tmp_path / "out" / "sd3.safetensors"), load_file(model / "sd3.safetensors")
-    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in began_with.items()}
-    assert all(t.dtype == torch.bfloat16 and torch.equal(t, whole[name].bfloat16()) for name, t in written.items())
-    monkeypatch.setattr(sys, "argv", ["train.py", "--export", f"--out={tmp_path}/nowhere"])
-    with pytest.raises(SystemExit, match="nowhere/checkpoints: no whole checkpoint"):
-        train.main()
-
-
-def test_only_the_newest_checkpoints_stay(settings, tmp_path):
-    train.train(settings(steps=5, save_every=1, keep=3))
-    assert sorted(f.name for f in (tmp_path / "out" / "checkpoints").iterdir()) == [f"step-0000000{k}" for k in (3, 4, 5)]
-
-
-@pytest.mark.parametrize("harm", ["shard", "run.json", "cut"])
-def test_damaged_checkpoint_is_passed_over(settings, tmp_path, capsys, harm):
-    train.train(settings(steps=6, out=tmp_path / "whole"))
-    train.train(settings(steps=6))
-    last = newest(tmp_path / "out")
-    (file,) = last.glob("*.safetensors") if harm != "run.json" else [last / harm]
-    file.write_bytes(file.read_bytes()[:-9]) if harm == "cut" else file.unlink()
-    train.train(settings(steps=6))
-    assert f"{last}: " in capsys.readouterr().out
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
-
-
-def test_asked_to_stop_it_finishes_the_step_and_saves(settings, tmp_path, monkeypatch):
-    stop, formula = train.threading.Event(), train.objective
-    train.train(settings(steps=6, out=tmp_path / "whole"))
-    monkeypatch.setattr(train, "objective", lambda *inputs: [formula(*inputs), stop.set()][0])
-    train.train(settings(steps=6), lambda: stop)
-    assert step_of(tmp_path / "out") == 1 and not (tmp_path / "out" / "sd3.safetensors").exists()
-    train.train(settings(steps=6))
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
-
-
-def test_state_of_an_earlier_version_is_refused(settings, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "state.safetensors").touch()
-    assert "state.safetensors is of an earlier version" in refusal_of(settings, monkeypatch)
-
-
-def test_unreadable_picture_keeps_the_state_and_the_repaired_folder_goes_on(settings, photos, tmp_path, monkeypatch):
-    """A JPEG, whose header is whole: that its pixels are not is seen when its turn comes."""
-    folder = broken_folder(photos, tmp_path / "data", "none")
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        Image.open(folder / row["file_name"]).save(folder / f"{row['file_name']}.jpg", quality=95)
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"file_name": f"{row['file_name']}.jpg"}) for row in rows))
-    usual = dict(steps=4, batch=1, save_every=100, data=folder)
-    for kind, changed in (("crops", {}), ("centres", {"center_crop": True})):
-        train.train(settings(**usual, **changed, out=tmp_path / f"{kind}-whole"))
-        args = settings(**usual, **changed, out=tmp_path / kind)
-        items = read_folder(folder)
-        sizes = train.sizes_of(items, 64, 32, 512, False)
-        third = items[train.batch_of_step(sizes, 1, args.seed, 2)[0]].path
-        good = third.read_bytes()
-        third.write_bytes(good[:len(good) // 2])
-        assert f"{third.name}: " in refusal_of(settings, monkeypatch, **usual, **changed, out=tmp_path / kind)
-        assert step_of(tmp_path / kind) == 2
-        third.write_bytes(good)
-        train.train(args)
-        assert_same_run(tmp_path / f"{kind}-whole", tmp_path / kind)
-
-
 def test_checkpoint_is_there_before_pictures_are_drawn(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw_samples", None)
+    monkeypatch.setattr(run, "draw_samples", None)
     with pytest.raises(TypeError):
         train.train(settings(steps=3, sample_every=3))
-    assert step_of(tmp_path / "out") == 3
+    assert steps_of(tmp_path / "out") == 3
 
 
 def test_runs_without_git(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert train.commit() == "unknown"
-
-
-def test_changed_data_is_refused_on_resume(settings, photos, tmp_path, monkeypatch):
-    folder = broken_folder(photos, tmp_path / "data", "none")
-    train.train(settings(steps=1, data=folder))
-    rows = (folder / "metadata.jsonl").read_text().splitlines()
-    (folder / "metadata.jsonl").write_text("\n".join(rows[:3]))
-    message = refusal_of(settings, monkeypatch, steps=2, data=folder)
-    assert f"{folder} has changed since that run began (4 pictures, now 3;" in message and step_of(tmp_path / "out") == 1
-
-
-def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path, monkeypatch):
-    train.train(settings(steps=1))
-    message = refusal_of(settings, monkeypatch, steps=2, weights=folders / "tiny-flux")
-    assert "is of another model, {'family': 'SD3'" in message and "'family': 'Flux-dev'" in message
+    assert run.commit() == "unknown"
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_rounded_state_is_bf16_under_fsdp_too(settings, tmp_path, kind):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *settings.flags(steps=2, state="bf16", shard=kind, ema=0.5)], cwd=ROOT,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run_script("train.py", *settings.flags(steps=2, state="bf16", shard=kind, ema=0.5))
     assert done.returncode == 0, done.stderr
     state = state_of(tmp_path / "out")
     assert {t.dtype for name, t in state.items() if not name.startswith("ema.")} == {torch.bfloat16}
@@ -459,11 +219,12 @@ def test_recomputed_activations_change_nothing(settings, tmp_path, kept):
 
 def test_cached_latents_change_nothing(settings, photos, tmp_path):
     folder = broken_folder(photos, tmp_path / "data", "none")
-    for out, changed in (("fresh", {"center_crop": True}), ("filled", {"cache_latents": True}), ("read", {"cache_latents": True})):
-        train.train(settings(steps=2, data=folder, out=tmp_path / out, **changed))
-    assert len(list(folder.glob(".latents/*/*"))) == 4
-    assert_same_run(tmp_path / "fresh", tmp_path / "filled")
-    assert_same_run(tmp_path / "fresh", tmp_path / "read")
+    made = {}
+    for out in ("filled", "read"):
+        train.train(settings(steps=2, data=folder, out=tmp_path / out, cache_latents=True))
+        made[out] = {file: file.stat().st_mtime_ns for file in folder.glob(".latents/*/*")}
+    assert len(made["filled"]) == 4 and made["filled"] == made["read"]
+    assert_same_run(tmp_path / "filled", tmp_path / "read")
 
 
 def test_aspect_buckets_train_on_pictures_of_several_shapes(settings, photos, tmp_path, monkeypatch):
@@ -481,68 +242,20 @@ def test_sample_pictures_come_in_a_grid(settings, tmp_path):
     assert Image.open(tmp_path / "out" / "samples" / "step-00000002.png").size == (128, 128)
 
 
-@pytest.mark.parametrize("changed, named", [({"lr": 2e-3}, "lr 0.001 -> 0.002"), ({"seed": 1}, "seed 0 -> 1"),
-                                            ({"bands": "1,1,1,2"}, "bands [1.0, 1.0, 1.0, 1.0] -> [1.0, 1.0, 1.0, 2.0]"),
-                                            ({"objective": "release"}, "objective paper -> release"), ({"res": 32}, "res 64 -> 32"),
-                                            ({"ema": 0.9}, "ema 0.0 -> 0.9"), ({"batch": 2}, "batch 4 -> 2")])
-def test_other_settings_are_refused_on_resume(settings, tmp_path, monkeypatch, changed, named):
-    train.train(settings(steps=1))
-    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
-    message = refusal_of(settings, monkeypatch, steps=2, **changed)
-    assert f"other settings ({named})" in message and "--out" in message
-    assert before == {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
-
-
 # ---- what goes wrong
-
-@pytest.mark.parametrize("broken", ["shard", "commit", "export"])
-def test_save_that_fails_leaves_the_previous_checkpoint(settings, tmp_path, monkeypatch, broken):
-    train.train(settings(steps=3))
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    def half_a_file(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        if broken == "shard":
-            patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
-        elif broken == "commit":
-            patch.setattr(os, "rename", full)
-        else:
-            patch.setattr(checkpoint, "save_file", half_a_file)
-        assert "No space left on device" in refusal_of(settings, patch, steps=6)
-    assert step_of(tmp_path / "out") == (6 if broken == "export" else 3)
-    assert not list((tmp_path / "out" / "checkpoints").glob(".*")) and MMDiT.load(tmp_path / "out" / "sd3.safetensors")
-    train.train(settings(steps=6))
-    train.train(settings(steps=6, out=tmp_path / "whole"))
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
-
-
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(settings, tmp_path):
-    train.train(settings(steps=3))
-    left = tmp_path / "out" / "checkpoints" / ".step-00000006.tmp"
-    left.mkdir()
-    (left / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-    train.train(settings(steps=6))
-    train.train(settings(steps=6, out=tmp_path / "whole"))
-    assert_same_run(tmp_path / "whole", tmp_path / "out") or not left.exists()
-
 
 def test_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
     factors, formula = iter([1, 1, 1, 1, float("nan")]), train.objective
     monkeypatch.setattr(train, "objective", lambda *arguments: formula(*arguments) * next(factors))
-    message = refusal_of(settings, monkeypatch)
+    message = refusal_of(settings)
     assert "step 4: gradient norm nan" in message and all(f"{k}.png 0." in message for k in range(4))
     assert f"the last good checkpoint is in {tmp_path}/out" in message
-    assert step_of(tmp_path / "out") == 3 and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
+    assert steps_of(tmp_path / "out") == 3 and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
 
 
 @pytest.mark.parametrize("save_dtype", ["fp16", "fp32"])
 def test_diverged_run_never_leaves_weights_that_are_no_numbers(settings, tmp_path, monkeypatch, save_dtype):
-    message = refusal_of(settings, monkeypatch, lr=1e30, save_every=1, steps=1 if save_dtype == "fp16" else 6, save_dtype=save_dtype)
+    message = refusal_of(settings, lr=1e30, save_every=1, steps=1 if save_dtype == "fp16" else 6, save_dtype=save_dtype)
     assert ("step 1: gradient norm" in message) if save_dtype == "fp32" else ("NaN or Inf in fp16" in message and "--save-dtype" in message)
     assert not (tmp_path / "out" / "sd3.safetensors").exists() and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
 
@@ -571,20 +284,20 @@ def broken_folder(photos: Path, folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind, says", [("small", "2.png: its short side is 63 px, below --res 64"), ("text", "2.png: not a whole picture"),
+@pytest.mark.parametrize("kind, says", [("small", "2.png: its short side is 63 px, below --res 64"), ("text", "2.png: not a complete picture"),
                                         ("missing", "metadata.jsonl:3: no picture '2.png'"), ("line", "metadata.jsonl:5: each line is")])
 @pytest.mark.parametrize("dry", [True, None])
 def test_errors_in_the_data_come_before_any_work(settings, photos, tmp_path, monkeypatch, kind, says, dry):
     monkeypatch.setattr(MMDiT, "load", None)
     monkeypatch.setattr(SD3Text, "load", None)
-    assert says in refusal_of(settings, monkeypatch, data=broken_folder(photos, tmp_path / "data", kind), dry_run=dry)
+    assert says in refusal_of(settings, data=broken_folder(photos, tmp_path / "data", kind), dry_run=dry)
     assert not (tmp_path / "out").exists()
 
 
 def test_picture_that_turns_out_truncated_is_named(settings, photos, tmp_path, monkeypatch):
     folder = broken_folder(photos, tmp_path / "data", "none")
     (folder / "1.png").write_bytes((photos / "1.png").read_bytes()[:-400])
-    assert "1.png: not a whole picture" in refusal_of(settings, monkeypatch, data=folder, steps=50)
+    assert "1.png: not a complete picture" in refusal_of(settings, data=folder, steps=50)
 
 
 def test_cached_text_is_used_and_encoded_before_the_first_step(settings, photos, model, monkeypatch):
@@ -594,13 +307,13 @@ def test_cached_text_is_used_and_encoded_before_the_first_step(settings, photos,
 
 
 @pytest.mark.parametrize("changed, says", [
-    ({"data": "nowhere"}, "nowhere/metadata.jsonl: not found"),
+    ({"data": "nowhere"}, "nowhere/metadata.jsonl: not found"), ({"data": None}, "--data DIR: a folder of pictures"),
     ({"weights": "nowhere"}, "nowhere: no such folder; accept the model's licence"),
     ({"weights": None, "model": "tiny-sd4"}, "tiny-sd4: no such folder"),
     ({"transformer": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
     ({"transformer": "nowhere.safetensors", "dry_run": True}, "nowhere.safetensors: no such file")])
 def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, says):
-    assert says in refusal_of(settings, monkeypatch, **changed)
+    assert says in refusal_of(settings, **changed)
     assert not (tmp_path / "out").exists()
 
 
@@ -608,44 +321,39 @@ def test_what_is_not_there_is_named(settings, tmp_path, monkeypatch, changed, sa
     ({"res": 100}, "--res 100: give a multiple of 32 at --factor 16"), ({"res": 0}, "--res 0: give a multiple"),
     ({"res": 24, "factor": 8}, "--res 24: give a multiple of 16 at --factor 8"), ({"steps": 0}, "--steps 0: give 1 or more"),
     ({"batch": 0}, "1 or more"), ({"save_every": 0}, "1 or more"), ({"log_every": 0}, "1 or more"), ({"threads": 0}, "1 or more"),
-    ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_words": 2.0}, "a probability"),
+    ({"clip": 0.0}, "a number above 0"), ({"ema": 1.5}, "a decay below 1"), ({"drop_caption": 2.0}, "a probability"),
     ({"accumulate": 0}, "--accumulate 0: give 1 or more"),
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
     ({"offload": True}, "it with --shard"), ({"keep": 0}, "1 or more"), ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
     ({"time_shift": 0.0}, "a number above 0"), ({"huber": -1.0}, "0 or more"), ({"device": "foo"}, "--device foo: this machine has cpu")])
 def test_settings_out_of_range_are_refused(settings, tmp_path, monkeypatch, changed, says):
-    assert says in refusal_of(settings, monkeypatch, **changed)
+    assert says in refusal_of(settings, **changed)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changed, says", [
-    ({"factor": 4}, "invalid choice: 4"), ({"data": None}, "--data"), ({"bands": "1,1,1"}, "four numbers from 0"),
+    ({"factor": 4}, "invalid choice: 4"), ({"bands": "1,1,1"}, "four numbers from 0"),
     ({"bands": "1,1,1,-1"}, "four numbers from 0"), ({"bands": "a,b,c,d"}, "--bands"), ({"objective": "mine"}, "invalid choice: 'mine'")])
-def test_wrong_flags_are_refused(settings, tmp_path, monkeypatch, capsys, changed, says):
-    monkeypatch.setattr(sys, "argv", ["train.py", *settings.flags(**changed)])
+def test_wrong_flags_are_refused(settings, tmp_path, capsys, changed, says):
     with pytest.raises(SystemExit) as end:
-        train.main()
+        train.main(settings.flags(**changed))
     line = capsys.readouterr().err.splitlines()[-1]  # after argparse's usage
-    assert end.value.code == 2 and line.startswith("train.py: error: ") and says in line
+    assert end.value.code == 2 and ": error: " in line and says in line
     assert not (tmp_path / "out").exists()
 
 
 # ---- the script
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_script_explains_itself():
-    done = run_script("--help")
+    done = run_script("train.py", "--help")
     assert done.returncode == 0 and done.stderr == ""
     flags = OrderedDict.fromkeys(word.rstrip(",") for word in done.stdout.split() if word.startswith("--"))
     assert {"--data", "--res", "--objective", "--bands", "--huber", "--ema", "--dry-run"} <= flags.keys()
 
 
 def test_script_trains_and_writes(settings, tmp_path):
-    done = run_script(*settings.flags(steps=2))
+    done = run_script("train.py", *settings.flags(steps=2))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('{\n "model"') and done.stdout.endswith(f"wrote {tmp_path}/out/sd3.safetensors\n")
     assert [row["step"] for row in log_of(tmp_path / "out")] == [1, 2]
@@ -653,7 +361,7 @@ def test_script_trains_and_writes(settings, tmp_path):
 
 
 def test_script_ends_with_one_line_where_there_is_no_model(settings, tmp_path):
-    done = run_script(*settings.flags(weights=tmp_path / "nowhere"))
+    done = run_script("train.py", *settings.flags(weights=tmp_path / "nowhere"))
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and done.stdout == "" and line.startswith(f"error: {tmp_path}/nowhere: no such folder")
     assert not (tmp_path / "out").exists()

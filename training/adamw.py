@@ -1,10 +1,9 @@
-"""AdamW whose weights and moments are all bf16: 6 bytes a parameter where fp32 takes 12.
+"""AdamW whose weights and moments are all bf16: 6 bytes per parameter where fp32 takes 12.
 
 Paper     Decoupled Weight Decay Regularization (1711.05101), algorithm 2
-Mirrors   torch.optim.AdamW, step by step in fp32; held by tests/test_adamw.py
+Mirrors   torch.optim.AdamW, each step in fp32; tested by tests/test_adamw.py
 Rounding  bf16 keeps 8 bits of a number: an update of 1e-6 of a weight would always be rounded away, and a second moment with
-          beta 0.999 would never move. Each number is therefore rounded up or down at random, with the probabilities that make its
-          mean exact
+          beta 0.999 would never move. Each number is therefore rounded up or down at random, so that its mean is exact
 Check     python -m pytest tests/test_adamw.py
 """
 
@@ -13,20 +12,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from training.seeds import seed_of
+
 EPS = 1e-8
 
 
 def round_randomly(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 to bf16, up or down at random so that the mean is x; what bf16 holds exactly stays."""
+    """fp32 to bf16, up or down at random so that the mean is x; a number that bf16 holds exactly stays."""
     noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()  # the lower half of the bits is what bf16 lacks
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()  # bf16 lacks the lower half of the bits
 
 
 class RoundedAdamW(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float, seed: int):
         """
-        seed   of the rounding, which is a function of (seed, step): another on every rank that holds rows of its own, the same on
-               those that hold the same
+        seed   of the rounding; use a different seed per rank when sharded, the same when replicated
         """
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self.seed = seed
@@ -38,7 +38,8 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, index, group["lr"], *group["betas"], group["weight_decay"])
 
-    def _update(self, parameter: nn.Parameter, index: int, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
+    def _update(self, parameter: nn.Parameter, index: int, lr: float, beta1: float, beta2: float,
+                weight_decay: float) -> None:
         state = self.state[parameter]
         if not state:
             state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -46,7 +47,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         steps = int(state["step"])
         weight, gradient, mean, square = (t.to_local() if hasattr(t, "to_local") else t  # the rows of this rank, under FSDP
                                           for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-        generator = torch.Generator(weight.device).manual_seed((self.seed * 1_000_003 + steps * 65_537 + index) % 2**32)
+        generator = torch.Generator(weight.device).manual_seed(seed_of(self.seed, steps * 65_537 + index))
         gradient = gradient.float()
         new_mean = mean.float().lerp(gradient, 1 - beta1)
         new_square = square.float().lerp(gradient.square(), 1 - beta2)

@@ -1,65 +1,97 @@
-"""What a run says of itself: log.jsonl, TensorBoard and loss.png where their packages are installed, sample pictures in a grid.
+"""Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed, grids of sample pictures.
 
-Units     loss and bands are mean squares of latents, means since the line before; images/s over all ranks; peak memory in GiB, of the
-          first rank; matmul_share is the model's matrix products (backward counted twice the forward, recomputation not counted) over
-          what one large product reaches on this machine, measured as the run begins; eta_s in seconds
+Units     loss and bands are mean squares of latents, averaged since the previous line; images/s over all ranks, drawing and saving
+          included; peak memory in GiB, of the first rank; eta_s in seconds
+          matmul_share: the model's matrix products (backward counted as twice forward, recomputation not counted) over what one
+          large product reaches on this machine, measured as the run begins
 Check     python -m pytest tests/test_logs.py
 """
 
-import argparse
 import importlib
 import json
-import math
-import os
-import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import Weights
-from family import Family
-from flow import draw_noise, euler, flux_mu
+from checkpoint import replacing
+from flow import draw_noise, euler, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT
+from training.ranks import world
 from vae import VAE, to_pixels
+from wavelet import BANDS, band_losses
 
+SIGMA_BINS = 8
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 ROUNDS = 3
 
 
+class Tally:
+    """Losses summed since the last log line. The sums stay on the device: adding to them never waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)  # loss, bands, loss per bin, samples per bin
+        self.passes = 0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, velocity: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+        """Add one backward pass; returns the velocity loss of each sample, (B,)."""
+        bands = band_losses(velocity, target)  # (B, 4)
+        of_sample = bands.mean(1)
+        bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+        self.sums[:1 + len(BANDS)] += torch.cat((loss.detach()[None], bands.mean(0)))
+        self.sums[1 + len(BANDS):].view(2, -1).index_add_(1, bins, torch.stack((of_sample, torch.ones_like(sigma))))
+        self.passes += 1
+        return of_sample
+
+    def row(self) -> dict[str, object]:
+        """The means over all ranks, for the log, after which the sums begin anew; a sigma bin without a sample is null."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        sums, passes = self.sums.to("cpu", copy=True), self.passes * world()
+        loss, bands, (in_bins, counts) = sums[0], sums[1:1 + len(BANDS)] / passes, sums[1 + len(BANDS):].view(2, -1).tolist()
+        self.sums.zero_()
+        self.passes = 0
+        return {"loss": loss.item() / passes,
+                **{f"v_{name}": round(band, 5) for name, band in zip(BANDS, bands.tolist(), strict=True)},
+                "v_by_sigma": [round(total / n, 5) if n else None for total, n in zip(in_bins, counts, strict=True)]}
+
+
 class Log:
-    """OUT/log.jsonl, one line a row, and the same numbers for TensorBoard. Lines after the checkpoint that a run goes on from are cut."""
+    """OUT/log.jsonl, one line per row, and the same numbers for TensorBoard. On resume, lines past the checkpoint are dropped."""
 
     def __init__(self, out: Path, start: int):
         self.file = out / "log.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
-        self.rows = [row for row in map(json.loads, whole) if row["step"] <= start]
+        complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
+        self.rows = [row for row in map(json.loads, complete) if row["step"] <= start]
         if len(self.rows) < len(lines):
-            temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            os.replace(temporary, self.file)
+            with replacing(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         board = _installed("torch.utils.tensorboard")
-        self.board = board and board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        self.board = board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) if board else None
 
     def write(self, row: dict[str, object]) -> None:
-        """Add a row; it has a "step", and lists become one curve a place."""
+        """Append a row, which has a "step"; a list becomes one curve per entry."""
         self.rows.append(row)
         with open(self.file, "a") as f:
             f.write(json.dumps(row) + "\n")
         if self.board:
             for key, value in row.items():
-                numbers = {f"{key}/{k}": number for k, number in enumerate(value)} if isinstance(value, list) else {key: value}
-                for name, number in numbers.items():
+                curves = {f"{key}/{k}": number for k, number in enumerate(value)} if isinstance(value, list) else {key: value}
+                for name, number in curves.items():
                     if number is not None:
                         self.board.add_scalar(name, number, row["step"])
             self.board.flush()
 
     def plot(self) -> None:
-        """OUT/loss.png, when matplotlib is there."""
+        """Write OUT/loss.png if matplotlib is installed."""
         if self.rows and _installed("matplotlib"):
             figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4), layout="constrained")
             axes = figure.add_subplot()
@@ -69,21 +101,15 @@ class Log:
             figure.savefig(self.file.with_name("loss.png"))
 
 
-def _installed(name: str):
+def _installed(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square product, the best of a few."""
+    """FLOP/s of one large square product, the best of ROUNDS."""
     side = MATMUL_SIDE[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     times = []
@@ -96,29 +122,35 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-@torch.no_grad()
-def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor, guidance: Tensor | None, sigmas: Tensor,
-                 shape: tuple[int, int, int], cfg: float, factor: int, seed: int) -> list[Tensor]:
-    """What the model under training draws: picture k from seed + k.
+@dataclass(frozen=True)
+class Drawing:
+    """How sample pictures are drawn during training."""
 
-    context, pooled  (P + 1, L, W) and (P + 1, D): of the empty prompt, then of P prompts
-    guidance         (1,), for the model that takes it
-    shape            (16, h, w)
+    sigmas: Tensor             # the schedule, (steps + 1,)
+    shape: tuple[int, int, int]  # of a latent, (16, h, w)
+    cfg: float
+    guidance: float | None     # for Flux-dev
+    factor: int
+    seed: int                  # picture k is drawn from seed + k
+
+
+@torch.no_grad()
+def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor, drawing: Drawing) -> list[Tensor]:
+    """One picture per prompt from the model under training.
+
+    context, pooled  (P + 1, L, C) and (P + 1, D): of the empty prompt, then of P prompts
     returns          P images, (3, H, W) in [-1, 1], on the CPU
     """
     images = []
     for k in range(1, len(context)):
-        def velocity(z: Tensor, sigma: Tensor, k: int = k) -> Tensor:
-            towards = model(z, sigma, context[k:k + 1], pooled[k:k + 1], guidance)
-            return towards if cfg == 1 else torch.lerp(model(z, sigma, context[:1], pooled[:1], guidance), towards, cfg)
-
-        latent = euler(velocity, draw_noise([seed + k - 1], shape).to(context.device), sigmas)
-        images.append(vae.decode(latent, factor)[0].float().cpu())
+        velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], drawing.cfg, drawing.guidance)
+        noise = draw_noise([drawing.seed + k - 1], drawing.shape).to(context.device)
+        images.append(vae.decode(euler(velocity, noise, drawing.sigmas), drawing.factor)[0].float().cpu())
     return images
 
 
 def write_grid(path: Path, images: list[Tensor]) -> None:
-    """Images of one size side by side, two rows from four on, written whole or not at all."""
+    """Images of one size side by side, in two rows from four on."""
     rows = 2 if len(images) >= 4 else 1
     columns = -(-len(images) // rows)
     height, width = images[0].shape[1:]
@@ -126,15 +158,5 @@ def write_grid(path: Path, images: list[Tensor]) -> None:
     for k, image in enumerate(images):
         grid.paste(Image.fromarray(to_pixels(image)), (k % columns * width, k // columns * height))
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    grid.save(temporary)
-    os.replace(temporary, path)
-
-
-def sampling_of(args: argparse.Namespace, family: Family, transformer: Weights, channels: int, device: torch.device) -> dict[str, object]:
-    """How samples are drawn while training: as sample.py would, at --res."""
-    side = args.res // args.factor
-    steps, cfg, shift = (float(transformer.metadata.get(key, getattr(family, key) or 0)) for key in ("steps", "cfg", "time_shift"))
-    given = None if args.guidance is None else torch.full((1,), args.guidance, device=device)
-    return {"guidance": given, "sigmas": family.sigmas(int(steps), shift or math.exp(flux_mu((side // 2) ** 2))),
-            "shape": (channels, side, side), "cfg": cfg, "factor": args.factor, "seed": args.seed}
+    with replacing(path) as temporary:
+        grid.save(temporary)

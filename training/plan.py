@@ -1,22 +1,20 @@
 """How much memory a training run takes, before there is a weight or a GPU: train.py --plan RANKSxGB.
 
-Exact      parameters, gradients, optimizer: from the shapes and how they are cut among the ranks
-Measured   activations and VAE encoding: the code that trains runs once on tensors without storage (torch's FakeTensorMode) while the
-           bytes alive are counted; what an operator takes for itself and gives back is not seen
-Counted    gathered weights and reduction buffers, as FSDP2 holds them: weights of the block at work, of the next one and of its
-           gathering; gradients of two blocks on their way
+Exact      parameters, gradients, optimizer: from shapes and how they are split over the ranks
+Measured   activations and VAE encoding: the training code runs once on tensors without storage (torch's FakeTensorMode) while
+           live bytes are counted; an operator's internal workspace is not seen
+Counted    gathered weights and reduction buffers, as FSDP2 holds them: weights of the current block, of the next one and of its
+           gathering; gradients of two blocks in flight
 Assumed    RESERVE for the CUDA context, NCCL and fragmentation; PROCESS for Python and torch on the host
 Units      bytes inside, GiB printed; a card of 80 GB is taken as 80 GiB less RESERVE
 Check      python -m pytest tests/test_plan.py
 """
 
-import argparse
-import copy
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -27,16 +25,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import LazyTensor, Weights, model_folder, open_weights, read_json
-from data import CACHE_BYTES
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training.resume import FILE_BYTES
-from vae import NORM_GROUPS, VAE, VAEConfig
+from training.settings import GIB, Machine, Settings
+from vae import VAE, VAEConfig, read_config
 
-GIB = 1 << 30
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
-RANKS_A_HOST = 8
+PICTURES = GIB  # resized pictures that a rank keeps: data.CACHE_BYTES
+RANKS_PER_HOST = 8
 OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
 PUBLISHED = {  # --model NAME without its folder: family and configuration
     "sd3": (SD3, MMDiTConfig()),
@@ -44,18 +42,17 @@ PUBLISHED = {  # --model NAME without its folder: family and configuration
     "sd3.5-large": (SD3, MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True)),
     "flux": (FLUX_DEV, FluxConfig()),
     "flux-schnell": (FLUX_SCHNELL, FluxConfig(guidance=False))}
-CLIP_TOKENS, SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 77, 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages alive, parameters and gradients left out; `peak` is the most there were at once."""
+    """Counts the bytes of live storages other than parameters and gradients; `peak` is the most at one time."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
         for tensor in (*model.parameters(), *model.buffers()):
-            self.note(tensor.untyped_storage(), 0)
+            self.add(tensor.untyped_storage(), 0)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self.forget)
 
@@ -63,10 +60,10 @@ class LiveBytes(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+                self.add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 
-    def note(self, storage: torch.UntypedStorage, size: int) -> None:
+    def add(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = size
             self.now += size
@@ -83,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object], dtype: torch.dtype = torch.float32) -> int:
-    """Most bytes alive at once, beside parameters and gradients, while run(build()) works on tensors without storage.
+    """Most live bytes, beside parameters and gradients, while run(build()) works on tensors without storage.
 
     dtype   of the parameters
     """
@@ -99,106 +96,96 @@ def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object
     return live.peak
 
 
-def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | FluxConfig, side: int, context_tokens: int) -> int:
-    """Floating-point operations of one image in one training step: the matrix products of forward, three times, since backward has two
-    for each of them. Counted on the meta device, without weights.
+def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | FluxConfig, side: int,
+                  context_tokens: int) -> int:
+    """Floating-point operations of one image in one training step, counted on the meta device, without weights.
+
+    These are the matrix products of forward, three times: backward has two for each of them.
 
     side   of the latent
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         guided = torch.empty(1) if getattr(config, "guidance", False) else None
-        model_class(config)(torch.empty(1, config.in_channels, side, side), torch.empty(1),
-                            torch.empty(1, context_tokens, config.context_dim), torch.empty(1, config.pooled_dim), guided)
+        context = torch.empty(1, context_tokens, config.context_dim)
+        latent, pooled = torch.empty(1, config.in_channels, side, side), torch.empty(1, config.pooled_dim)
+        model_class(config)(latent, torch.empty(1), context, pooled, guided)
     return 3 * counter.get_total_flops()
 
 
 # ---- what is planned for
 
-@dataclass(frozen=True)
-class Machine:
-    """So many processes, each with a card of so many bytes (or its share of the host's memory, on CPUs)."""
-
-    ranks: int
-    card: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Machine":
-        ranks, _, gib = text.partition("x")
-        if not ranks.isdigit() or not int(ranks) or not gib.replace(".", "", 1).isdigit():
-            raise argparse.ArgumentTypeError(f"{text!r}: RANKSxGB, such as 8x80")
-        return cls(int(ranks), round(float(gib) * GIB))
-
-    @classmethod
-    def here(cls, device: torch.device, ranks: int) -> "Machine":
-        if device.type == "cuda":
-            return cls(ranks, torch.cuda.get_device_properties(device).total_memory)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return cls(ranks, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local)
+def this_machine(device: torch.device, ranks: int) -> Machine:
+    if device.type == "cuda":
+        return Machine(ranks, torch.cuda.get_device_properties(device).total_memory)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Machine(ranks, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local)
 
 
-def describe(args: argparse.Namespace) -> tuple[Family, MMDiTConfig | FluxConfig, VAEConfig]:
-    """Family and configurations of --model or --weights: a folder, a manifest ({"tensors": {name: shape}} as JSON), or a published name."""
-    if args.weights and args.weights.endswith(".json"):
-        shapes = read_json(Path(args.weights)).get("tensors")
+def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[
+        Family, MMDiTConfig | FluxConfig, VAEConfig]:
+    """Family and configurations of --model or --weights.
+
+    weights  a folder, or a manifest: {"tensors": {name: shape}} as JSON
+    model    a folder of models/, or one of PUBLISHED
+    """
+    if weights and weights.endswith(".json"):
+        shapes = read_json(Path(weights)).get("tensors")
         if not isinstance(shapes, dict):
-            raise ValueError(f"{args.weights}: no manifest, which has \"tensors\": {{name: shape}}; give the folder or file of the weights")
-        weights = Weights({name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}, {}, args.weights)
-        family = family_of(weights)
-        return family, family.config(weights.part("model.diffusion_model.")), OFFICIAL_VAE
-    if not args.weights and args.model in PUBLISHED and not model_folder(args.model).is_dir():
-        return *PUBLISHED[args.model], OFFICIAL_VAE
-    family, transformer, vae_path = find(model_folder(args.model, args.weights), args.transformer)
-    whole = open_weights(vae_path)
-    groups = int(whole.metadata.get("norm_groups", whole.metadata.get("norm_num_groups", NORM_GROUPS)))
-    return (family, family.config(transformer.part("model.diffusion_model.")),
-            VAEConfig.of(whole.part("first_stage_model."), groups))
-
-
-def context_tokens(family: Family, t5_length: int | None) -> int:
-    length = t5_length or family.t5_length
-    return CLIP_TOKENS + (length or SD3_T5_TOKENS) if family.model is MMDiT else length or FLUX_T5_TOKENS
+            raise ValueError(f'{weights}: no manifest, which has "tensors": {{name: shape}}; '
+                             "give the folder or file of the weights")
+        tensors = {name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}
+        manifest = Weights(tensors, {}, weights)
+        family = family_of(manifest)
+        return family, family.config(manifest.part("model.diffusion_model.")), OFFICIAL_VAE
+    if not weights and model in PUBLISHED and not model_folder(model).is_dir():
+        return *PUBLISHED[model], OFFICIAL_VAE
+    family, source, vae_path = find(model_folder(model, weights), transformer)
+    return (family, family.config(source.part("model.diffusion_model.")),
+            read_config(open_weights(vae_path).part("first_stage_model.")))
 
 
 # ---- the sum
 
-Rehearsal = Callable[[argparse.Namespace, int], int]  # (settings, ranks) -> bytes of activations; train.py's
+Rehearsal = Callable[[Settings, int], int]  # (settings, ranks) -> bytes of activations; train.py's
 
 
-def memory(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, ranks: int,
+def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, ranks: int,
            rehearse: Rehearsal) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each kind on one card, and on one host with its ranks."""
     with torch.device("meta"):
         model = family.model(config)
-    parameters, sharded = list(model.parameters()), args.shard != "none"
+    parameters = list(model.parameters())
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
-    whole = sum(p.numel() for p in parameters)
-    largest = max(p.numel() for p in parameters)
-    own = sum(-(-len(p) // ranks) * p[0].numel() for p in parameters) if sharded else whole  # the first rank's rows, the most
-    size = 2 if args.state == "bf16" else 4
-    compute = 2 if args.dtype == "bf16" else size
-    batch, local = args.batch // (ranks * args.accumulate), min(ranks, RANKS_A_HOST)
-    inputs = block_input_bytes(args, config, context_tokens(family, args.t5_length), batch) * len(blocks)
+    total_count, largest = sum(p.numel() for p in parameters), max(p.numel() for p in parameters)
+    first_rows = sum(-(-len(p) // ranks) * p[0].numel() for p in parameters)  # the first rank has the most
+    own = first_rows if s.sharded else total_count
+    size = s.state_dtype.itemsize
+    compute = 2 if s.dtype == "bf16" else size
+    batch, local = s.batch // (ranks * s.accumulate), min(ranks, RANKS_PER_HOST)
+    tokens = s.tokens + family.text_tokens(s.t5_length)
+    stored_in_bf16 = s.dtype == "bf16" and (s.sharded or s.state == "bf16")
+    inputs = len(blocks) * batch * tokens * config.hidden_size * (2 if stored_in_bf16 else 4)  # of all blocks
+    gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
+    reduced = max(blocks) * (compute + 8)                              # a block's gradients, two of them in fp32
+    rounded = 24 * largest // (ranks if s.sharded else 1)              # fp32 copies of one parameter at a time
 
-    card = {"parameters": own * size, "gradients": own * size, "optimizer": 2 * own * size, "averaged weights": 4 * own if args.ema else 0}
-    card["activations"] = rehearse(args, ranks) - (inputs if args.activations == "host" else 0)
-    gathered = whole + max(blocks) if args.shard == "zero2" else whole - sum(blocks) + 3 * max(blocks)
-    card["gathered weights"] = gathered * compute if sharded else 0
-    reduced = max(blocks) * (compute + 8) if sharded else 0                                # a block's gradients, two of them in fp32
-    rounded = 24 * largest // (ranks if sharded else 1) if args.state == "bf16" else 0     # fp32 copies of one parameter at a time
-    card["buffers"] = size * sum(b.numel() for b in model.buffers()) + reduced + rounded
-    card["VAE weights"] = 4 * vae_parameters(vae_config)
-    card["VAE encoding"] = 0 if args.cache_latents else encoding_bytes(vae_config, args.res, args.factor, args.dilation)
-    card["reserve"] = 0 if args.device == "cpu" else RESERVE
-
-    moved = {"offloaded state": ("parameters", "gradients", "optimizer") if args.offload else (),
-             "averaged weights": ("averaged weights",) if args.ema_on_host or args.offload else ()}
+    card = {"parameters": own * size, "gradients": own * size, "optimizer": 2 * own * size,
+            "averaged weights": 4 * own if s.ema else 0,
+            "activations": rehearse(s, ranks) - (inputs if s.activations == "host" else 0),
+            "gathered weights": gathered * compute if s.sharded else 0,
+            "buffers": (size * sum(b.numel() for b in model.buffers()) + (reduced if s.sharded else 0)
+                        + (rounded if s.state == "bf16" else 0)),
+            "VAE weights": 4 * vae_parameters(vae_config),
+            "VAE encoding": 0 if s.cache_latents else encoding_bytes(vae_config, s.res, s.factor, s.dilation),
+            "reserve": 0 if s.device == "cpu" else RESERVE}
+    moved = {"offloaded state": ("parameters", "gradients", "optimizer") if s.offload else (),
+             "averaged weights": ("averaged weights",) if s.ema_on_host or s.offload else ()}
     host = {name: local * sum(card[row] for row in rows) for name, rows in moved.items()}
     for row in sum(moved.values(), ()):
         card[row] = 0
-    host["activations"] = local * inputs if args.activations == "host" else 0
-    host["a checkpoint being written"] = local * 2 * min(FILE_BYTES, own * size)
-    host["pictures"] = local * 2 * CACHE_BYTES
-    host["processes"] = local * PROCESS
+    host |= {"activations": local * inputs if s.activations == "host" else 0,
+             "a checkpoint being written": local * 2 * min(FILE_BYTES, own * size),
+             "pictures": local * 2 * PICTURES, "processes": local * PROCESS}
     return card, host
 
 
@@ -209,11 +196,6 @@ def total(card: dict[str, int]) -> int:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
-
-
-def block_input_bytes(args: argparse.Namespace, config: MMDiTConfig | FluxConfig, tokens: int, batch: int) -> int:
-    sharded_bf16 = args.dtype == "bf16" and (args.shard != "none" or args.state == "bf16")
-    return batch * ((args.res // (2 * args.factor)) ** 2 + tokens) * config.hidden_size * (2 if sharded_bf16 else 4)
 
 
 def vae_parameters(config: VAEConfig) -> int:
@@ -233,71 +215,67 @@ def encoding_bytes(config: VAEConfig, res: int, factor: int, dilation: int) -> i
 
 # ---- the verdict
 
-def changes(args: argparse.Namespace, ranks: int) -> list[tuple[str, dict[str, object]]]:
-    """What could make a run smaller, the least slowing first."""
-    found = []
-    if args.activations == "keep":
-        found.append(("--activations recompute", {"activations": "recompute"}))
-    if args.ema and not args.ema_on_host:
-        found.append(("--ema-on-host", {"ema_on_host": True}))
-    for accumulate in range(args.accumulate + 1, args.batch // ranks + 1):
-        if args.batch % (ranks * accumulate) == 0:
-            found.append((f"--accumulate {accumulate}", {"accumulate": accumulate}))
-    if ranks > 1 and args.shard == "none":
-        found.append(("--shard zero2", {"shard": "zero2"}))
-    if ranks > 1 and args.shard != "zero3":
-        found.append(("--shard zero3", {"shard": "zero3"}))
-    if args.device != "cpu":
-        if not args.offload:
-            found.append(("--offload", {"offload": True} | ({"shard": "zero2"} if args.shard == "none" else {})))
-        if args.activations != "host":
-            found.append(("--activations host", {"activations": "host"}))
-    if args.state == "fp32":
-        found.append(("--state bf16", {"state": "bf16"}))
-    return found
+def changes(s: Settings, ranks: int) -> list[tuple[str, dict[str, object]]]:
+    """Memory-saving changes, cheapest in speed first: flag and settings."""
+    options = []
+    if s.activations == "keep":
+        options.append(("--activations recompute", {"activations": "recompute"}))
+    if s.ema and not s.ema_on_host:
+        options.append(("--ema-on-host", {"ema_on_host": True}))
+    for accumulate in range(s.accumulate + 1, s.batch // ranks + 1):
+        if s.batch % (ranks * accumulate) == 0:
+            options.append((f"--accumulate {accumulate}", {"accumulate": accumulate}))
+    if ranks > 1 and not s.sharded:
+        options.append(("--shard zero2", {"shard": "zero2"}))
+    if ranks > 1 and s.shard != "zero3":
+        options.append(("--shard zero3", {"shard": "zero3"}))
+    if s.device != "cpu":
+        if not s.offload:
+            options.append(("--offload", {"offload": True} | ({} if s.sharded else {"shard": "zero2"})))
+        if s.activations != "host":
+            options.append(("--activations host", {"activations": "host"}))
+    if s.state == "fp32":
+        options.append(("--state bf16", {"state": "bf16"}))
+    return options
 
 
-def smallest_change(args: argparse.Namespace, ranks: int, size: Callable[[argparse.Namespace], int], room: int) -> str:
-    """The first single change that fits, else the changes taken together until they fit, else what is left to do."""
-    every = changes(args, ranks)
-    for flag, change in every:
-        if size(with_changes(args, change)) <= room:
+def smallest_change(s: Settings, ranks: int, size: Callable[[Settings], int], room: int) -> str:
+    """The first single change that fits, else the changes taken together until they fit, else the remaining advice."""
+    options = changes(s, ranks)
+    for flag, change in options:
+        if size(replace(s, **change)) <= room:
             return f"{flag} makes it fit"
-    together, flags = args, {}
-    for flag, change in every:
-        together, flags = with_changes(together, change), flags | {flag.split()[0]: flag}
-        if size(together) <= room:
+    flags: dict[str, str] = {}  # by its name, so that a later --accumulate replaces the earlier one
+    for flag, change in options:
+        s, flags = replace(s, **change), flags | {flag.split()[0]: flag}
+        if size(s) <= room:
             return f"{' '.join(flags.values())} make it fit"
     return "no flag makes it fit: a smaller --res, or more or larger cards"
 
 
-def with_changes(args: argparse.Namespace, change: dict[str, object]) -> argparse.Namespace:
-    changed = copy.copy(args)
-    vars(changed).update(change)
-    if changed.offload and changed.shard == "none":
-        changed.shard = "zero2"
-    return changed
+def verdict(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, machine: Machine,
+            rehearse: Rehearsal) -> tuple[str, str]:
+    """The table of a run's memory on a machine, and the smallest change that makes it fit: empty if it fits."""
+    @cache
+    def activations(accumulate: int, kind: str, state: str, shard: str) -> int:
+        changed = replace(s, accumulate=accumulate, activations=kind, state=state, shard=shard)
+        return rehearse(changed, machine.ranks)
 
+    def rehearsed(changed: Settings, _: int) -> int:
+        shard = "zero2" if changed.sharded else "none"  # activations are the same in both kinds
+        return activations(changed.accumulate, changed.activations, changed.state, shard)
 
-def verdict(args: argparse.Namespace, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, machine: Machine,
-            rehearse: Rehearsal) -> tuple[str, bool]:
-    """The table, ending with what fits, and whether it does."""
-    done: dict[tuple, int] = {}
+    def sums(changed: Settings) -> tuple[dict[str, int], dict[str, int]]:
+        return memory(changed, family, config, vae_config, machine.ranks, rehearsed)
 
-    def rehearsed(other: argparse.Namespace, ranks: int) -> int:
-        key = other.accumulate, other.activations, other.state, other.shard != "none"
-        if key not in done:
-            done[key] = rehearse(other, ranks)
-        return done[key]
+    def lines(parts: dict[str, int], title: str, last: str) -> list[str]:
+        rows = [f"{name:28}{value / GIB:10.2f} GiB" for name, value in parts.items() if value]
+        return [*rows, f"{title:28}{last}", ""]
 
-    def size(other: argparse.Namespace) -> int:
-        return total(memory(other, family, config, vae_config, machine.ranks, rehearsed)[0])
-
-    card, host = memory(args, family, config, vae_config, machine.ranks, rehearsed)
-    needed, fits = total(card), total(card) <= machine.card
-    lines = [f"{name:28}{value / GIB:10.2f} GiB" for name, value in card.items() if value]
-    lines += [f"{'on one card':28}{needed / GIB:10.2f} GiB of {machine.card / GIB:.0f}", ""]
-    lines += [f"{name:28}{value / GIB:10.2f} GiB" for name, value in host.items() if value]
-    lines += [f"{f'on a host, {min(machine.ranks, RANKS_A_HOST)} ranks':28}{sum(host.values()) / GIB:10.2f} GiB", ""]
-    lines.append("it fits" if fits else f"it does not fit: {smallest_change(args, machine.ranks, size, machine.card)}")
-    return "\n".join(lines), fits
+    card, host = sums(s)
+    fits = total(card) <= machine.card
+    on_host = f"on a host, {min(machine.ranks, RANKS_PER_HOST)} ranks"
+    table = lines(card, "on one card", f"{total(card) / GIB:10.2f} GiB of {machine.card / GIB:.0f}")
+    table += lines(host, on_host, f"{sum(host.values()) / GIB:10.2f} GiB")
+    advice = "" if fits else smallest_change(s, machine.ranks, lambda changed: total(sums(changed)[0]), machine.card)
+    return "\n".join([*table, f"it does not fit: {advice}" if advice else "it fits"]), advice

@@ -1,14 +1,16 @@
-"""The processes of one run: meeting those that torchrun started, and failing together.
+"""The processes of one run: joining those that torchrun started, and failing together.
 
 Check     python -m pytest tests/test_ranks.py
 """
 
-import argparse
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -19,35 +21,50 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join(args: argparse.Namespace) -> None:
-    """Meet the ranks that torchrun started; alone, there is nobody to meet, but FSDP wants a group of one."""
-    if args.device.startswith("cuda"):
-        index, cards = torch.device(args.device).index, torch.cuda.device_count()
-        index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+def launched() -> tuple[int, int]:
+    """(rank, world) that torchrun gave this process, for work in which ranks need not meet; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device_of(name: str) -> torch.device:
+    """The device that --device means on this rank: "cuda" is the card with this rank's number on its host.
+
+    raises  ValueError if there is no such card
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        index, cards = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index, torch.cuda.device_count()
         if index >= cards:
-            raise ValueError(f"--device {args.device}: card {index} of {cards}, counted from 0; give torchrun a smaller --nproc-per-node")
-        torch.cuda.set_device(index)
-    backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
+            raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; give torchrun a smaller --nproc-per-node")
+        device = torch.device("cuda", index)
+    return device
+
+
+def join(device: torch.device, sharded: bool) -> None:
+    """Initialise the process group under torchrun; without it, a group of one if FSDP is used."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         try:
             dist.init_process_group(backend)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
-            raise ValueError(f"ranks meet at {where}: {why}; give torchrun --standalone, or another --master-port") from None
-    elif args.shard != "none":
+            raise ValueError(f"ranks meet at {address}: {why}; give torchrun --standalone, or another --master-port") from None
+    elif sharded:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 class Agreed(ValueError):
-    """An error that every rank knows of: the first one prints it."""
+    """An error that every rank knows: only the first one prints it."""
 
 
-def together(work: Callable[[], object], stop: bool = False) -> tuple[object, bool]:
-    """Do what may fail on one rank alone; if it does, all of them stop with its error instead of waiting for it.
+def together(work: Callable[[], Result], stop: bool = False) -> tuple[Result, bool]:
+    """Run work() on every rank; if any rank raises, all raise its error.
 
     stop     this rank was asked to stop
-    returns  what the work gave, and whether any rank was asked to stop
+    returns  this rank's result, and whether any rank was asked to stop
     """
     result, error = None, None
     try:
@@ -60,11 +77,16 @@ def together(work: Callable[[], object], stop: bool = False) -> tuple[object, bo
     if dist.is_initialized():
         replies *= world()
         dist.all_gather_object(replies, (error, stop))
-    if said := [f"{text} (rank {k})" if k else text for k, (text, _) in enumerate(replies) if text]:
-        raise Agreed(said[0])
+    if errors := [f"{text} (rank {k})" if k else text for k, (text, _) in enumerate(replies) if text]:
+        raise Agreed(errors[0])
     return result, any(asked for _, asked in replies)
 
 
-def by_first(work: Callable[[], object]) -> object:
-    """Have the first rank alone do what may fail; None on the others."""
-    return together(work if not rank() else lambda: None)[0]
+def on_all(work: Callable[[], Result]) -> Result:
+    """Run work() on every rank; if any rank raises, all raise its error."""
+    return together(work)[0]
+
+
+def on_first(work: Callable[[], object]) -> None:
+    """Run work() on rank 0 only; if it raises, all ranks raise its error."""
+    together(work if not rank() else lambda: None)

@@ -1,0 +1,176 @@
+"""What a step sees: order of the pictures, crops, captions; a function of (seed, step), however the batch is split."""
+
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, seeded
+from PIL import Image
+
+import train
+from data import Pictures, read_folder
+from flow import sample_sigma
+from training.batches import batch_of_step, batches, draw_caption, random_crop, read_batch
+from training.cache import Latents
+from training.model import encode
+from training.seeds import SAMPLES, seed_of
+from training.settings import settle
+from vae import VAE, to_pixels
+
+
+# ---- crops
+
+@pytest.fixture
+def gradient(tmp_path):
+    """One 40 x 64 picture whose red counts columns and green counts rows."""
+    rows, columns = np.mgrid[:40, :64]
+    Image.fromarray(np.stack((columns, rows, 0 * rows), 2).astype(np.uint8)).save(tmp_path / "gradient.png")
+    return Pictures([tmp_path / "gradient.png"])
+
+
+def test_square_is_a_function_of_the_generator_and_stays_inside(gradient):
+    corners, mirrored = set(), 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        square = random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed))
+        assert square.shape == (3, 32, 32) and torch.equal(square, random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed)))
+        red, green = (to_pixels(square)[..., c].astype(int) for c in range(2))
+        step = red[0, 1] - red[0, 0]
+        assert abs(step) == 1 and (np.diff(red, axis=1) == step).all() and (np.diff(green, axis=0) == 1).all()
+        mirrored += step < 0
+        corners.add((green.min(), red.min()))
+    tops, lefts = zip(*corners, strict=True)
+    assert (min(tops), max(tops)) == (0, 8) and (min(lefts), max(lefts)) == (0, 32)  # the edges are reached, nothing beyond
+    assert 70 < mirrored < 130
+
+
+def test_square_without_flip_shows_the_same_place(gradient):
+    for seed in range(20):
+        flipped, plain = (random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed), flip) for flip in (True, False))
+        assert plain[0, 0, 0] < plain[0, 0, 1]
+        assert torch.equal(flipped, plain) or torch.equal(flipped, plain.flip(2))
+
+
+def test_crop_covers_its_size_and_centre_is_the_middle(gradient):
+    for seed in range(20):
+        red = to_pixels(random_crop(gradient.resized(0, 20, 64), 20, 64, seeded(seed), flip=False))[..., 0]
+        assert red.shape == (20, 64) and np.array_equal(red[0], np.arange(64))  # as wide as the picture: only rows are chosen
+    middle = gradient.central_crop(0, 20, 64)
+    assert (middle[0, 0, 1], middle[-1, 0, 1]) == (10, 29)
+    assert gradient.central_crop(0, 20, 32).shape == (20, 32, 3)  # scaled down by two
+
+
+# ---- order
+
+def test_every_epoch_shows_every_picture_and_is_a_function_of_the_seed():
+    sizes = [(64, 64)] * 7
+    epochs = [[batch_of_step(sizes, 3, 5, step) for step in range(3 * k, 3 * k + 3)] for k in range(4)]
+    for epoch in epochs:
+        drawn = [index for batch in epoch for index in batch]
+        assert len(drawn) == 9 and set(drawn) == set(range(7))
+    assert len({str(epoch) for epoch in epochs}) == 4
+    assert epochs[0] == [batch_of_step(sizes, 3, 5, step) for step in range(3)] != [batch_of_step(sizes, 3, 6, step) for step in range(3)]
+
+
+def test_batch_has_one_size_and_small_sizes_are_repeated():
+    sizes = [(64, 64), (32, 96), (64, 64), (96, 32), (64, 64)]
+    several = [batch_of_step(sizes, 2, 0, step) for step in range(4)]
+    assert all(len({sizes[k] for k in batch}) == 1 for batch in several)
+    assert {k for batch in several for k in batch} == set(range(5)) and [1, 1] in several and [3, 3] in several
+    assert batch_of_step([(64, 64)], 5, 0, 9) == [0] * 5
+
+
+# ---- captions
+
+def test_caption_is_a_function_of_the_generator():
+    drawn = [draw_caption(CAPTIONS, seeded(seed), 0.1) for seed in range(50)]
+    torch.manual_seed(7)
+    assert drawn == [draw_caption(CAPTIONS, seeded(seed), 0.1) for seed in range(50)] and len(set(drawn)) == 5
+
+
+def test_captions_are_drawn_evenly_and_dropped_as_asked():
+    generator, several = seeded(0), ["one", "two", "three"]
+    drawn = [draw_caption(several, generator, 0.1) for _ in range(3000)]
+    assert abs(drawn.count("") / 3000 - 0.1) < 0.02 and set(drawn) == {"", *several}
+    assert all(abs(drawn.count(caption) / 3000 - 0.3) < 0.03 for caption in several)
+    assert {draw_caption(several, generator, 0.0) for _ in range(100)} == set(several)
+    assert {draw_caption(several, generator, 1.0) for _ in range(20)} == {""}
+
+
+# ---- a step
+
+@pytest.fixture
+def drawn(model):
+    """drawn(settings, step) -> the parts of a step and their latents, on this one process."""
+    vae, family = VAE.load(model / "sd3.safetensors"), train.find(model)[0]
+
+    def of(settings, step: int = 0):
+        settings = settle(settings, family)
+        items = read_folder(settings.data)
+        sizes, pictures = [(settings.res, settings.res)] * len(items), Pictures([item.path for item in items])
+        parts = read_batch(step, settings, [item.captions for item in items], sizes, pictures.resized, 16)
+        latents = None
+        if settings.cache_latents:
+            latents = Latents(pictures, vae, settings.factor, settings.dilation, settings.data + "/.latents")
+            latents.fill(sizes)
+        return parts, [encode(vae, part, settings, latents) for part in parts]
+
+    return of
+
+
+@pytest.mark.parametrize("changed", [{}, {"cache_latents": True}, {"factor": 8}])
+def test_batch_is_a_function_of_seed_and_step(settings, drawn, changed):
+    chosen = settings(batch=3, **changed)
+    ((a,), (x,)), ((b,), (y,)), ((c,), (z,)) = (drawn(chosen, step) for step in (0, 0, 1))
+    side = 64 // chosen.factor
+    assert (a.pictures, a.captions) == (b.pictures, b.captions) and a.noise.shape == (3, 16, side, side)
+    assert torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma) and not torch.equal(a.noise, c.noise)
+    assert torch.equal(x, y) and not torch.equal(x, z) and x.shape == (3, 16, side, side)
+
+
+def test_sample_draws_caption_crop_noise_and_sigma_from_its_own_generator(settings, drawn):
+    chosen = settings(seed=3, flip=True)
+    (part,), _ = drawn(chosen, 5)
+    generator = torch.Generator().manual_seed(seed_of(3, 5 * 4 + 2, SAMPLES))
+    items = read_folder(chosen.data)
+    assert part.captions[2] == draw_caption(items[part.pictures[2]].captions, generator, 0.1)
+    pixels = Pictures([items[part.pictures[2]].path]).resized(0, 64, 64)
+    assert torch.equal(part.images[2], random_crop(pixels, 64, 64, generator))
+    assert torch.equal(part.noise[2], torch.randn(16, 4, 4, generator=generator))
+    assert torch.equal(part.sigma[2:3], sample_sigma(1, "logit_normal", 3.0, generator=generator))
+
+
+def test_accumulation_only_divides_the_batch(settings, drawn):
+    (one,), (latent,) = drawn(settings(batch=4))
+    two, halves = drawn(settings(batch=4, accumulate=2))
+    assert len(two) == 2 and one.pictures == [picture for part in two for picture in part.pictures]
+    assert torch.equal(latent, torch.cat(halves))
+
+
+def test_latents_of_cached_moments_are_drawn_anew_each_step(settings, drawn):
+    ((a,), (x,)), ((b,), (y,)) = (drawn(settings(cache_latents=True), step) for step in (0, 1))
+    assert sorted(a.pictures) == sorted(b.pictures) == [0, 1, 2, 3] and a.images is None
+    assert not torch.equal(x[a.pictures.index(0)], y[b.pictures.index(0)])
+
+
+# ---- reading ahead
+
+def test_batches_end_after_the_last_step_or_when_asked_and_save_before_an_error():
+    stop, saved = Event(), []
+
+    def read(step: int) -> list[int]:
+        if step == 7:
+            raise ValueError("a broken picture")
+        return [step]
+
+    assert list(batches(read, 2, 5, stop, saved.append)) == [(2, [2]), (3, [3]), (4, [4])]
+    steps = []
+    for step, _ in batches(read, 0, 100, stop, saved.append):
+        steps.append(step)
+        if step == 3:
+            stop.set()
+    assert steps == [0, 1, 2, 3] and saved == []
+    with pytest.raises(ValueError, match="a broken picture"):
+        list(batches(read, 5, 9, Event(), saved.append))
+    assert saved == [7]  # steps 0 to 6 are complete

@@ -1,0 +1,121 @@
+"""What a training step sees: which pictures, which crop, caption, noise and sigma; read one step ahead.
+
+Paper     Diffusion-4K section 9 "Training Details": short side resized, random crop, values in [-1, 1]
+Order     every epoch shuffles the pictures of each size, cuts them into batches and shuffles these: a function of (seed, step)
+Sample k  of step s has its own generator, so every split of the batch over ranks and --accumulate draws the same numbers:
+          caption, crop, noise, sigma and then the posterior, in this order
+Shapes    B samples of one backward pass on one rank, H and W pixels, h and w latent sides
+Check     python -m pytest tests/test_batches.py
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flow import sample_sigma
+from training.ranks import rank, together, world
+from training.seeds import SAMPLES, seed_of
+from training.settings import Settings
+from vae import to_image
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of one backward pass on this rank."""
+
+    pictures: list[int]                  # indices into the folder's items
+    captions: list[str]
+    images: list[Tensor] | None          # (3, H, W) each, in [-1, 1]; None where the moments come from the latent cache
+    size: tuple[int, int]                # H, W
+    noise: Tensor                        # (B, 16, h, w)
+    sigma: Tensor                        # (B,)
+    generators: list[torch.Generator]    # of each sample, for the draw from the posterior
+
+
+def random_crop(pixels: np.ndarray, height: int, width: int, generator: torch.Generator, flip: bool = True) -> Tensor:
+    """A crop at a random place, mirrored with probability 1/2 if `flip`: (H, W, 3) uint8 -> (3, height, width) in [-1, 1]."""
+    places = pixels.shape[0] - height + 1, pixels.shape[1] - width + 1, 2
+    top, left, mirror = (int(torch.randint(n, (1,), generator=generator)) for n in places)
+    crop = pixels[top:top + height, left:left + width]
+    return to_image(crop[:, ::-1] if flip and mirror else crop)
+
+
+def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_caption: float) -> str:
+    """One of a picture's captions, all equally likely, or with probability `drop_caption` the empty one, which cfg needs."""
+    caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
+    empty, _ = torch.rand(2, generator=generator).tolist()  # the second number keeps the draws of earlier runs
+    return "" if empty < drop_caption else caption
+
+
+def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> list[int]:
+    """Which pictures a training step sees, a function of its arguments alone.
+
+    sizes    of every picture; all of a batch are equal. Where `batch` does not divide a size's pictures, the last batch of
+             that size repeats its first pictures
+    batch    pictures per step, over all ranks
+    returns  `batch` indices; epoch = step // (batches per epoch), in which every picture comes at least once
+    """
+    members: dict[object, list[int]] = {}
+    for index, size in enumerate(sizes):
+        members.setdefault(size, []).append(index)
+    count = sum(-(-len(each) // batch) for each in members.values())
+    generator = torch.Generator().manual_seed(seed_of(seed, step // count))
+    batches = []
+    for each in members.values():
+        shuffled = [each[k] for k in torch.randperm(len(each), generator=generator).tolist()]
+        batches += [[shuffled[k % len(each)] for k in range(start, start + batch)] for start in range(0, len(each), batch)]
+    return batches[int(torch.randperm(count, generator=generator)[step % count])]
+
+
+def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]], sizes: Sequence[tuple[int, int]],
+               resized: Callable[[int, int, int], np.ndarray], channels: int) -> list[Part]:
+    """This rank's share of a step, one Part per backward pass.
+
+    captions  of every picture
+    sizes     (height, width) of every picture's crop
+    resized   (index, height, width) -> uint8 pixels that cover the crop: data.Pictures.resized
+    channels  of the latent
+    """
+    chosen = batch_of_step(sizes, settings.batch, settings.seed, step)
+    share, parts = settings.batch // (world() * settings.accumulate), []
+    height, width = sizes[chosen[0]]
+    for k in range(settings.accumulate):
+        first = (k * world() + rank()) * share
+        texts, images, noises, sigmas, generators = [], [], [], [], []
+        for place in range(first, first + share):
+            generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
+            texts.append(draw_caption(captions[chosen[place]], generator, settings.drop_caption))
+            if not settings.cache_latents:
+                images.append(random_crop(resized(chosen[place], height, width), height, width, generator, settings.flip))
+            latent_shape = channels, height // settings.factor, width // settings.factor
+            noises.append(torch.randn(latent_shape, generator=generator))
+            sigmas.append(sample_sigma(1, settings.density, settings.time_shift, generator=generator))
+            generators.append(generator)
+        parts.append(Part(chosen[first:first + share], texts, images or None, (height, width), torch.stack(noises),
+                          torch.cat(sigmas), generators))
+    return parts
+
+
+def batches(read: Callable[[int], list[Part]], start: int, steps: int, stop: Event,
+            on_error: Callable[[int], None]) -> Iterator[tuple[int, list[Part]]]:
+    """Yield (step, parts) from `start` up to `steps`, reading one step ahead in a thread; ends early when any rank has `stop` set.
+
+    on_error  called with the number of completed steps before an unreadable picture ends the run, so that its state is saved
+    """
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(read, start)
+        for step in range(start, steps):
+            try:
+                parts, stopped = together(coming.result, stop.is_set())
+            except (ValueError, OSError):
+                on_error(step)
+                raise
+            if stopped:
+                return
+            coming = ahead.submit(read, min(step + 1, steps - 1))
+            yield step, parts

@@ -1,0 +1,115 @@
+"""The model under training: its weights, recomputed activations, optimizer, moving average; latents of a batch.
+
+Check     python -m pytest tests/test_train.py tests/test_plan.py
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import Weights, fill
+from family import Family
+from flux import Flux, FluxConfig
+from mmdit import MMDiT, MMDiTConfig
+from training.adamw import RoundedAdamW
+from training.batches import Part
+from training.cache import Latents
+from training.plan import blocks_of
+from training.ranks import rank, world
+from training.settings import Settings
+from vae import VAE
+
+BETAS = (0.9, 0.999)
+
+
+def recomputed(forward: Callable[..., Tensor], on_host: bool, *inputs: Tensor) -> Tensor:
+    """A block whose activations are computed again in backward; its inputs stay, on the device or on the host."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if on_host else nullcontext():
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+
+def make(family: Family, config: MMDiTConfig | FluxConfig, activations: str) -> MMDiT | Flux:
+    """A transformer without weights; activations: "keep", "recompute" or "host"."""
+    model = family.model(config)
+    if activations != "keep":
+        for block in blocks_of(model):  # on the instance, so that parameters keep their official names
+            block.forward = partial(recomputed, block.forward, activations == "host")
+    return model
+
+
+def build(settings: Settings, family: Family, weights: Weights, device: torch.device,
+          shard: Callable[[nn.Module], None]) -> MMDiT | Flux:
+    """The transformer with its weights, read after `shard` has split it: each rank then reads its own rows only."""
+    with torch.device("meta"):
+        model = make(family, family.config(weights), settings.activations).to(settings.state_dtype)
+    home = torch.device("cpu") if settings.offload else device
+    if settings.sharded:
+        shard(model)
+        model.to_empty(device=home)
+    fill(model, weights, home, settings.state_dtype)
+    for module in model.modules():  # only the parameters of an offloaded model stay on the host
+        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+    return model
+
+
+def new_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.state == "bf16":
+        seed = settings.seed + (rank() if settings.sharded else 0)
+        return RoundedAdamW(model.parameters(), settings.lr, BETAS, settings.weight_decay, seed)
+    return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class EMA:
+    """Moving average of the weights in fp32; each rank averages its own rows. Empty where `decay` is 0."""
+
+    def __init__(self, model: nn.Module, decay: float, on_host: bool):
+        self.decay, self.model, self.copies = decay, model, {}
+        if not decay:
+            return
+        mesh = init_device_mesh("cpu", (world(),)) if on_host and dist.is_initialized() else None
+        for name, p in model.named_parameters():
+            if not on_host:
+                copy = p.detach().to(torch.float32, copy=True)
+            else:
+                copy = local(p.detach()).to("cpu", torch.float32, copy=True)
+                if isinstance(p, DTensor):
+                    copy = DTensor.from_local(copy, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
+            self.copies[name] = copy
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, from 0; the decay rises from 0.1 to its value, so that the start is forgotten."""
+        decay = min(self.decay, (step + 1) / (step + 10))
+        if self.copies:
+            for copy, p in zip(self.copies.values(), self.model.parameters(), strict=True):  # never a second fp32 model
+                local(copy).lerp_(local(p).to(local(copy)), 1 - decay)
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """bf16 products of fp32 weights; under FSDP and --state bf16 the weights are bf16 already."""
+    enabled = settings.dtype == "bf16" and not settings.sharded
+    return torch.autocast(settings.device.partition(":")[0], torch.bfloat16, enabled=enabled)
+
+
+@torch.no_grad()
+def encode(vae: VAE, part: Part, settings: Settings, latents: Latents | None) -> Tensor:
+    """(B, 16, h, w), drawn from the posterior; one picture at a time, so that no latent depends on how the batch is split."""
+    weight, drawn = next(vae.parameters()), []
+    for k, generator in enumerate(part.generators):
+        if latents:
+            mean, logvar = (moment.to(weight) for moment in latents.read(part.pictures[k], *part.size))
+        else:
+            mean, logvar = vae.moments(part.images[k][None].to(weight), settings.factor, settings.dilation)
+        drawn.append(vae.draw(mean, logvar, generator))
+    return torch.cat(drawn)

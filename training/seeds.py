@@ -1,0 +1,12 @@
+"""Seeds: every random draw of training is a function of the run's seed and of a place, never of what was drawn before.
+
+Places    batches.py: the epoch; the number of the sample in the run · train_vae.py: the step · adamw.py: step and parameter
+Why       a resumed run, and any division of the batch over ranks, draws the same numbers
+"""
+
+RUNS, SAMPLES = 1_000_003, 2_654_435_761  # distances between the seeds of two runs; a run has far more samples than steps
+
+
+def seed_of(seed: int, place: int, distance: int = RUNS) -> int:
+    """The seed of one generator, 0 to 2**32 - 1, from the seed of the run and the place of the draw in it."""
+    return (seed * distance + place) % 2**32
