@@ -121,8 +121,7 @@ def flags_of_commands() -> set[str]:
     """Every flag of the commands on the first floor, subcommands included."""
     flags = set()
     for script in COMMANDS:
-        names = re.findall(r"^  \{([\w,]+)\}", help_of(script), re.M)
-        for subcommand in ("", *(names[0].split(",") if names else ())):
+        for subcommand in ("", *re.findall(r"^    ([a-z]\w*)(?:  .*)?$", help_of(script), re.M)):
             flags |= set(FLAG.findall(help_of(script, subcommand)))
     return flags
 
