@@ -1,15 +1,14 @@
-"""How close two pictures are, how alike two sets, how well numbers agree with ratings.
+"""Similarity of two pictures, distance of two sets, agreement of numbers with ratings.
 
 Paper     Diffusion-4K tables 1 to 3
-Mirrors   skimage.metrics, scipy.linalg.sqrtm as FID uses it, scipy.stats; held by tests/test_metrics.py
+Mirrors   skimage.metrics, scipy.linalg.sqrtm as FID uses it, scipy.stats; tested against them by tests/test_compare.py
 Scores    name        range              better  definition
           PSNR        dB, inf for equal  higher  10 log10(255² / mean square difference)
-          SSIM        -1 to 1            higher  Gaussian window, sigma 1.5, 11 x 11, population covariance; mean of the channels
-          NMSE        above 0            lower   Σ (reference - image)² / Σ reference², levels of 0 to 255; the paper defines none
-          Fréchet     above 0            lower   |difference of means|² + tr(A + B - 2 (A B)^½), features taken as Gaussians
-          SRCC, PLCC  -1 to 1            higher  Spearman's correlation of ranks, ties sharing theirs; Pearson's of values
+          SSIM        -1 to 1            higher  Gaussian window, sigma 1.5, 11x11, population covariance; channel mean
+          NMSE        above 0            lower   Σ (reference - image)² / Σ reference²; the paper defines none
+          Fréchet     above 0            lower   |difference of means|² + tr(A + B - 2 (A B)^½), features as Gaussians
+          SRCC, PLCC  -1 to 1            higher  Spearman's correlation of ranks, ties share one; Pearson's of values
 Shapes    H and W pixels, N pictures or patches, D features; pictures are uint8
-Check     python -m pytest tests/test_metrics.py
 """
 
 import math
@@ -19,31 +18,32 @@ from typing import NamedTuple
 import numpy as np
 
 SSIM_SIGMA, SSIM_RADIUS, SSIM_K1, SSIM_K2 = 1.5, 5, 0.01, 0.03
-FID_PATCH = 299  # what Inception sees, so that patches are not scaled
+FID_PATCH = 299  # pixels, Inception's input: patches are not resized
 
 
 # ---- two pictures
 
 def check_same_shape(reference: np.ndarray, image: np.ndarray) -> None:
-    """ValueError unless both have the same pixels and channels."""
+    """ValueError unless both have the same size and channels."""
     if reference.shape != image.shape:
         sizes = [f"{x.shape[1]}x{x.shape[0]}" if x.ndim > 1 else str(x.shape) for x in (reference, image)]
-        raise ValueError(f"the reference has {sizes[0]} pixels and the picture {sizes[1]}: they are compared pixel by pixel")
+        raise ValueError(f"the reference has {sizes[0]} pixels and the picture {sizes[1]}: give pictures of one size")
 
 
 def _square_difference(reference: np.ndarray, image: np.ndarray) -> int:
     check_same_shape(reference, image)
-    return sum(int(np.square(np.subtract(a, b, dtype=np.int64)).sum()) for a, b in zip(reference, image, strict=True))  # row by row
+    rows = zip(reference, image, strict=True)  # by row, to save memory
+    return sum(int(np.square(np.subtract(a, b, dtype=np.int64)).sum()) for a, b in rows)
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, peak 255; inf for equal pictures. uint8 of one shape."""
+    """Peak signal-to-noise ratio in dB, peak 255; inf for equal pictures. Both uint8, of the same shape."""
     error = _square_difference(reference, image)
     return 10 * math.log10(255**2 * reference.size / error) if error else math.inf
 
 
 def nmse(reference: np.ndarray, image: np.ndarray) -> float:
-    """Squared difference over the reference's square, summed over all levels. uint8 of one shape."""
+    """Sum of squared differences / sum of the reference's squares. Both uint8, of the same shape."""
     power = sum(int(np.square(row, dtype=np.int64).sum()) for row in reference)
     if not power:
         raise ValueError("the reference is black: NMSE divides by its sum of squares")
@@ -53,14 +53,14 @@ def nmse(reference: np.ndarray, image: np.ndarray) -> float:
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
     """Structural similarity: Gaussian window (sigma 1.5, 11x11), peak 255, population covariance, mean of channels.
 
-    reference, image  (H, W, 3) or (H, W), uint8, at least 11 pixels a side
-    returns           mean over the pixels whose whole window lies in the picture
-    source            Wang et al. 2004; skimage's structural_similarity(gaussian_weights=True, use_sample_covariance=False)
+    reference, image  (H, W, 3) or (H, W), uint8, sides of at least 11 pixels
+    returns           mean over the pixels whose window lies inside the picture
+    source            Wang et al. 2004; skimage's structural_similarity with the same window
     """
     check_same_shape(reference, image)
     size = 2 * SSIM_RADIUS + 1
     if min(reference.shape[:2]) < size:
-        raise ValueError(f"{reference.shape[1]}x{reference.shape[0]} pixels: SSIM needs at least {size} a side")
+        raise ValueError(f"{reference.shape[1]}x{reference.shape[0]} pixels: SSIM needs at least {size} per side")
     window = np.exp(-0.5 * (np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) / SSIM_SIGMA) ** 2)
     window /= window.sum()
     c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
@@ -70,7 +70,7 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
         x = sum(weight * x[k : k + height] for k, weight in enumerate(window))
         return sum(weight * x[:, k : k + width] for k, weight in enumerate(window))
 
-    total, step = 0.0, max(1, (1 << 17) // reference.shape[1])  # strips that stay in the processor's cache
+    total, step = 0.0, max(1, (1 << 17) // reference.shape[1])  # strips fit in the processor's cache
     height, width = reference.shape[0] - size + 1, reference.shape[1] - size + 1
     reference, image = (picture.reshape(*picture.shape[:2], -1) for picture in (reference, image))
     for top in range(0, height, step):
@@ -88,7 +88,7 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
 # ---- two sets
 
 class Statistics(NamedTuple):
-    """Of N features: their number, mean (D,) and covariance (D, D), n - 1 in the denominator, fp64."""
+    """Number, mean (D,) and covariance (D, D) of features, fp64; the covariance is divided by n - 1."""
 
     n: int
     mean: np.ndarray
@@ -96,12 +96,12 @@ class Statistics(NamedTuple):
 
 
 def statistics(features: np.ndarray, what: str = "features") -> Statistics:
-    """Mean and covariance of features (N, D); ValueError if there are fewer than two or one is NaN or Inf."""
+    """Mean and covariance of features (N, D); ValueError if N is below 2 or a feature is NaN or Inf."""
     features = np.asarray(features)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"{what}: a covariance needs at least two pictures, got features of shape {features.shape}")
-    if wrong := int((~np.isfinite(features).all(axis=1)).sum()):
-        raise ValueError(f"{what}: the features of {wrong} of {len(features)} hold NaN or Inf")
+    if broken := int((~np.isfinite(features).all(axis=1)).sum()):
+        raise ValueError(f"{what}: the features of {broken} of {len(features)} hold NaN or Inf")
     mean = features.mean(axis=0, dtype=np.float64)
     scatter = np.zeros((len(mean), len(mean)))
     for start in range(0, len(features), 4096):
@@ -111,17 +111,17 @@ def statistics(features: np.ndarray, what: str = "features") -> Statistics:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """(D, K) with root @ root.T = covariance; directions without variance but for rounding are left out."""
+    """(D, K) with root @ root.T = covariance; directions whose variance is rounding error are dropped."""
     values, vectors = np.linalg.eigh(covariance)
-    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    return vectors[:, kept] * np.sqrt(values[kept])
+    large = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, large] * np.sqrt(values[large])
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
     """|difference of means|² + tr(A) + tr(B) - 2 tr (A B)^½.
 
-    The last trace is the sum of singular values of Aroot.T @ Broot: no root of a product that is not symmetric, no complex
-    numbers, and small eigenvalues keep their digits.
+    The last trace is the sum of the singular values of Aroot.T @ Broot: never complex, unlike a root of the asymmetric
+    product A B, and exact for small eigenvalues.
     """
     shared = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
@@ -129,48 +129,35 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Fréchet distance of two sets of features, (N, D) and (M, D), as Gaussians; fp64.
-
-    raises  ValueError if a set has fewer than two, the widths differ, or a feature is NaN or Inf
-    """
+    """Fréchet distance of features (N, D) and (M, D) as Gaussians; ValueError as of `statistics` or if D differs."""
     if np.shape(x)[1:] != np.shape(y)[1:]:
         raise ValueError(f"features of shapes {np.shape(x)} and {np.shape(y)}: the width must be the same")
     return frechet(statistics(x, "first set"), statistics(y, "second set"))
 
 
 def patches_of(pixels: np.ndarray, side: int = FID_PATCH) -> np.ndarray:
-    """Squares side by side, (N, side, side, 3), centred; what does not fill one is left out."""
+    """Adjacent squares (N, side, side, 3) from the centre; a border that fills no square is left out."""
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
     top, left = (pixels.shape[0] - rows * side) // 2, (pixels.shape[1] - columns * side) // 2
     pixels = pixels[top : top + rows * side, left : left + columns * side]
     return pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
 
 
-def patch_fid(x: Sequence[np.ndarray], y: Sequence[np.ndarray], features: Callable[[np.ndarray], np.ndarray],
-              side: int = FID_PATCH) -> float:
-    """Fréchet distance over the patches of two sets of pictures.
-
-    x, y      pictures (H, W, 3) uint8
-    features  (N, side, side, 3) -> (N, D)
-    """
-    return frechet_distance(*(np.concatenate([features(patches_of(picture, side)) for picture in pictures]) for pictures in (x, y)))
-
-
 # ---- agreement with ratings
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share their mean rank."""
     _, place, count = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def plcc(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's linear correlation. ValueError if fewer than two, of different lengths, not finite, or all equal."""
+    """Pearson's linear correlation; ValueError on fewer than two, different lengths, NaN or Inf, or all equal."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
         raise ValueError(f"a correlation needs two lists of the same length, at least 2, got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("a correlation needs finite numbers, there is NaN or Inf among these")
+        raise ValueError("a correlation needs finite numbers, got NaN or Inf")
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         raise ValueError("all numbers of one list are equal: there is no correlation")
     x, y = x - x.mean(), y - y.mean()
@@ -179,19 +166,17 @@ def plcc(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def srcc(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation: `plcc` of the ranks, ties sharing theirs."""
+    """Spearman's rank correlation: `plcc` of the ranks."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return plcc(*(_ranks(side) if np.isfinite(side).all() and side.ndim == 1 else side for side in (x, y)))
 
 
 def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws: int = 2000, share: float = 0.95,
               seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of a correlation over resampled pairs; samples that are all equal have none and are left out."""
+    """Percentile interval of a correlation over resampled pairs; samples of equal numbers have none and are skipped."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    statistic(x, y)  # refuses what it can't take
-    found = []
-    for sample in np.random.default_rng(seed).integers(0, len(x), (draws, len(x))):
-        if np.ptp(x[sample]) and np.ptp(y[sample]):
-            found.append(statistic(x[sample], y[sample]))
-    low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
+    statistic(x, y)  # raises on invalid lists
+    samples = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
+    values = [statistic(x[sample], y[sample]) for sample in samples if np.ptp(x[sample]) and np.ptp(y[sample])]
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)

@@ -1,0 +1,166 @@
+"""The networks on pictures and sets: LPIPS, FID, patch-FID, CLIPScore, Aesthetics, an autoencoder's round trip.
+
+Paper    Diffusion-4K tables 1 to 4
+Mirrors  the released generate_and_eval_fid.py: Inception's features of square crops; tested by tests/test_metrics.py
+FID      above 0, lower is better: Fréchet distance of the features of pictures; patch-FID: of their 299 px patches
+Shapes   H and W pixels, N pictures; pictures are uint8, (H, W, 3)
+Weights  a folder with the official files; a FileNotFoundError names a missing one
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import check_device
+from scores.clip import CLIP, CLIPImage
+from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
+from scores.official import find_weights
+from scores.perceptual import LPIPS, Aesthetics, Inception, resize_crop
+from scores.results import Results, identity
+from vae import VAE, to_image, to_pixels
+
+FEATURES = 2048       # width of Inception's
+
+
+def choose_device(name: str | None) -> str:
+    """A --device, by default cuda where there is one; ValueError if this machine lacks it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    return name
+
+
+def as_images(pictures: np.ndarray) -> Tensor:
+    """(N, H, W, 3) -> (N, 3, H, W), as the networks take them."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+
+
+def square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(side, side, 3): resized to the short side, cropped at the centre, as the release does."""
+    return resize_crop(as_images(pixels[None]), side)[0].permute(1, 2, 0).numpy()
+
+
+def load_lpips(weights: Path, device: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The LPIPS distance of two pictures of the same size, on VGG-16."""
+    files = find_weights(weights, "vgg16-397923af.pth"), find_weights(weights, "vgg.pth")
+    network = LPIPS.load("vgg", *files, device)
+
+    @torch.inference_mode()
+    def lpips(reference: np.ndarray, image: np.ndarray) -> float:
+        check_same_shape(reference, image)
+        return float(network(*(to_image(pixels)[None].to(device) for pixels in (reference, image))))
+    return lpips
+
+
+class Extractor(NamedTuple):
+    """Inception: its file, and the function from pictures (N, H, W, 3) to features (N, 2048) float32."""
+
+    file: Path
+    features: Callable[[np.ndarray], np.ndarray]
+
+
+def load_inception(weights: Path, device: str) -> Extractor:
+    file = find_weights(weights, "weights-inception-2015-12-05-6726825d.pth")
+    network = Inception.load(file, device)
+
+    def features(pictures: np.ndarray, batch: int = 16) -> np.ndarray:
+        chunks = [network(as_images(pictures[k : k + batch]).to(device)) for k in range(0, len(pictures), batch)]
+        return torch.cat(chunks).float().cpu().numpy() if chunks else np.zeros((0, FEATURES), np.float32)
+    return Extractor(file, features)
+
+
+def set_statistics(paths: Sequence[Path], res: int, results: Results, inception: Extractor,
+                   errors: list[str]) -> dict[str, Statistics]:
+    """Feature statistics of "whole" pictures, cropped square at `res` px, and of "patches" where there are two or more.
+
+    errors  gets a line per picture that can't be read
+    raises  ValueError if there are fewer than two pictures, or NaN or Inf among the features
+    """
+    def measure(pixels: np.ndarray) -> dict:
+        pixels = square(pixels, res)
+        return {"whole": inception.features(pixels[None]), "patches": inception.features(patches_of(pixels))}
+
+    def of_part(part: str) -> dict:
+        features = [row[part] for row in rows.values()] or [np.zeros((0, FEATURES))]
+        return statistics(np.concatenate(features), f"{paths[0].parent}, {part}")._asdict()
+
+    key, rows = (1, res, identity(inception.file)), {}
+    for path in tqdm(paths, desc=f"Inception, {paths[0].parent.name}", file=sys.stderr):
+        try:
+            rows[path] = results.of_picture(("features", key), path, measure)
+        except ValueError as error:
+            errors.append(str(error))
+    sets = {}
+    for part in ("whole", "patches"):
+        if part == "whole" or sum(len(row[part]) for row in rows.values()) > 1:
+            arrays = results.get(("statistics", part, key, tuple(map(identity, rows))), partial(of_part, part))
+            sets[part] = Statistics(int(arrays["n"]), arrays["mean"], arrays["covariance"])
+    return sets
+
+
+def number_note(name: str, least: int, numbers: str = "") -> str:
+    """The note on the number of pictures or patches under a Fréchet distance."""
+    bias = "" if least > FEATURES else f"; bias dominates it below {FEATURES + 1}, compare it at equal N only"
+    return f"note: {name}: N = {numbers or least}{bias}"
+
+
+def fid_scores(generated: Sequence[Path], reference: Sequence[Path], res: int, results: Results, inception: Extractor,
+               notes: list[str], errors: list[str]) -> dict[str, float]:
+    """FID and patch-FID; `notes` gets their N, `errors` a line per picture that can't be read."""
+    ours, theirs = (set_statistics(paths, res, results, inception, errors) for paths in (generated, reference))
+    scores = {}
+    for name, part in (("fid", "whole"), ("patch_fid", "patches")):
+        if part in ours and part in theirs:
+            a, b = ours[part], theirs[part]
+            scores[name] = frechet(a, b)
+            notes.append(number_note(name, min(a.n, b.n), f"{a.n} generated, {b.n} reference, {res} px"))
+        else:
+            notes.append(f"note: {name} left out: pictures of {res} px hold no patch of {FID_PATCH}")
+    return scores
+
+
+def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: Results) -> list[float]:
+    """CLIPScore of each picture with its caption, by ViT-B/16."""
+    file, vocabulary = find_weights(weights, "ViT-B-16.pt"), weights / "tokenizer"
+    clip = CLIP.load(file, vocabulary if vocabulary.is_dir() else None, device)
+
+    def measure(caption: str, pixels: np.ndarray) -> dict:
+        return {"score": float(clip.score(as_images(pixels[None]), [caption])[0])}
+    return [float(results.of_picture(("clip", 1, identity(file), caption), path, partial(measure, caption))["score"])
+            for path, caption in tqdm(captions.items(), desc="CLIPScore", file=sys.stderr)]
+
+
+def aesthetics_scores(paths: Sequence[Path], weights: Path, device: str, results: Results) -> list[float]:
+    """Aesthetics of each picture, by ViT-L/14 and the linear head."""
+    files = [find_weights(weights, name) for name in ("ViT-L-14.pt", "sac+logos+ava1-l14-linearMSE.pth")]
+    tower, head = CLIPImage.load(files[0], device), Aesthetics.load(files[1], device)
+
+    def measure(pixels: np.ndarray) -> dict:
+        return {"score": float(head(tower.embed(as_images(pixels[None]), "openai"))[0])}
+    key = ("aesthetics", 1, *map(identity, files))
+    return [float(results.of_picture(key, path, measure)["score"])
+            for path in tqdm(paths, desc="Aesthetics", file=sys.stderr)]
+
+
+def side_step(vae: VAE, factor: int) -> int:
+    """Sides that the autoencoder takes are multiples of it, pixels."""
+    return 2 ** (len(vae.config.encoder_widths) - 1) * (factor // 8)
+
+
+@torch.inference_mode()
+def round_trip(vae: VAE, pixels: np.ndarray, factor: int, res: int) -> tuple[np.ndarray, np.ndarray]:
+    """The centre of a picture, first made a square of `res` px unless 0, and its reconstruction, without tiles."""
+    pixels, step = square(pixels, res) if res else pixels, side_step(vae, factor)
+    height, width = (side // step * step for side in pixels.shape[:2])
+    if not height * width:
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels: the autoencoder needs sides of {step} or more")
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    pixels = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    latent = vae.encode(to_image(pixels)[None].to(next(vae.parameters()).device), factor)
+    return pixels, to_pixels(vae.decode(latent, factor)[0])
