@@ -1,12 +1,12 @@
-"""Rectified flow: the straight path from latent to noise, how σ is drawn and weighed, schedules, Euler.
+"""Rectified flow: the straight path from latent to noise, how σ is drawn and weighed, schedules, guidance, Euler.
 
 Paper     Diffusion-4K section 3.2, equations 1 and 3; SD3 (arXiv 2403.03206) section 3.1 for the densities
-Mirrors   sd3-ref ModelSamplingDiscreteFlow, flux get_schedule, the released trainers' loss weights;
-          held by tests/test_flow.py
+Mirrors   sd3-ref ModelSamplingDiscreteFlow, flux get_schedule, the released trainers' loss weights; tests/test_flow.py
 Shapes    B batch, C latent channels, h w latent height and width
 Units     sigma in [0, 1]: 0 is the latent, 1 is pure noise; the models multiply it by 1000 themselves
 Names     z = (1 - sigma)·latent + sigma·noise, velocity = noise - latent, denoised = z - sigma·velocity
-          time shift s: sigma -> s·sigma / (1 + (s - 1)·sigma); Flux speaks of mu = log s
+          time shift s: sigma -> s·sigma / (1 + (s - 1)·sigma); Flux's mu is log s
+          cfg: the scale of classifier-free guidance (two passes); guidance: the number that Flux-dev is given
 Check     python -m pytest tests/test_flow.py
 """
 
@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 DENSITIES = ("uniform", "logit_normal", "mode")
 SCHEMES = ("none", "sigma_sqrt", "cosmap")
-MODE_SCALE = 1.29  # SD3 section 3.1, the best "mode" run; also what diffusers defaults to
+MODE_SCALE = 1.29  # SD3 section 3.1, the best "mode" run; also the default of diffusers
 FLUX_MU = ((256, 0.5), (4096, 1.15))  # (tokens, mu): flux sampling.py, a line through both points
 SD3_TIMESTEPS = 1000  # sd3-ref: the smallest sigma of its table is 1/1000, before the time shift
 
+
+# ---- the path
 
 def _per_image(sigma: Tensor, z: Tensor) -> Tensor:
     return sigma.reshape(-1, *[1] * (z.ndim - 1))  # (B, 1, 1, 1)
@@ -37,49 +39,43 @@ def interpolate(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def denoised(z: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """(B, C, h, w): where the path through z ends if the velocity stays as it is; sigma (B,)."""
+    """(B, C, h, w): the latent where the path through z ends at constant velocity; sigma (B,)."""
     return z - _per_image(sigma, z) * velocity
 
 
 def time_shift(sigma: Tensor, shift: float) -> Tensor:
-    """Move sigma towards noise (shift > 1) or towards the latent (shift < 1); 0 and 1 stay."""
+    """Move sigma towards noise (shift > 1) or towards the latent (shift < 1); 0 and 1 are fixed points."""
     if shift <= 0:
-        raise ValueError(f"a time shift is positive (1 leaves sigma as it is), got {shift}")
+        raise ValueError(f"the time shift must be positive (1 leaves sigma as it is), got {shift}")
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sample_sigma(
-    batch: int,
-    density: str = "uniform",
-    shift: float = 1.0,
-    mean: float = 0.0,
-    std: float = 1.0,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Draw one noise level per image for training.
+# ---- training: how σ is drawn, how its loss is weighed
 
-    density    uniform       what the release trains Flux with
-               logit_normal  sigmoid(mean + std·normal), what the release trains SD3 with (shift 3)
+def sample_sigma(batch: int, density: str = "uniform", shift: float = 1.0, mean: float = 0.0, std: float = 1.0,
+                 generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+    """Draw one noise level σ per image for training.
+
+    density    uniform       the release's for Flux
+               logit_normal  sigmoid(mean + std·normal), the release's for SD3 (shift 3)
                mode          1 - u - 1.29·(cos²(πu/2) - 1 + u), u uniform
     shift      time shift applied after the draw
-    mean, std  of the logit; a mean above 0 draws noisier levels, as in the SD3 paper. diffusers draws an
-               index into a falling table instead, so there a mean has the opposite sign
-    generator  draws happen on its device, so a CPU generator gives the same levels on every device
+    mean, std  of the logit. A mean above 0 draws noisier levels, as in the SD3 paper; in diffusers, which draws an
+               index into a falling table, it has the opposite sign
+    generator  it draws on its own device: a CPU generator gives the same levels on every device
     returns    (B,) fp32 in (0, 1], continuous (the release rounds to 1000 levels)
-    raises     ValueError for an unknown density, batch < 1, std <= 0 or shift <= 0
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     if std <= 0:
         raise ValueError(f"std must be positive, got {std}")
-    drawn_on = device if generator is None else generator.device
+    draw_device = device if generator is None else generator.device
     if density == "uniform":
-        sigma = 1 - torch.rand(batch, generator=generator, device=drawn_on)  # never 0, where sigma_sqrt is infinite
+        sigma = 1 - torch.rand(batch, generator=generator, device=draw_device)  # never 0, where sigma_sqrt is infinite
     elif density == "logit_normal":
-        sigma = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=drawn_on))
+        sigma = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=draw_device))
     elif density == "mode":
-        u = torch.rand(batch, generator=generator, device=drawn_on)
+        u = torch.rand(batch, generator=generator, device=draw_device)
         sigma = 1 - u - MODE_SCALE * (torch.cos(math.pi / 2 * u).square() - 1 + u)
     else:
         raise ValueError(f"unknown density {density!r}, choose one of {', '.join(DENSITIES)}")
@@ -88,14 +84,12 @@ def sample_sigma(
 
 
 def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
-    """The weight w_t of equation 4.
+    """The weight w_t of equation 4, (B,), for `wavelet.wlf_loss`.
 
     sigma    (B,) in (0, 1]
     scheme   none        1
-             sigma_sqrt  sigma^-2 (the release's name for it): undoes the sigma² of the denoised loss
+             sigma_sqrt  sigma^-2, the release's name: cancels the sigma² of the loss on denoised latents
              cosmap      2 / (π(1 - 2·sigma + 2·sigma²)), SD3 section 3.1
-    returns  (B,)
-    raises   ValueError for an unknown scheme
     """
     if scheme == "none":
         return torch.ones_like(sigma)
@@ -106,21 +100,18 @@ def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
     raise ValueError(f"unknown loss weight {scheme!r}, choose one of {', '.join(SCHEMES)}")
 
 
+# ---- schedules
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, got {steps}")
 
 
 def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
-    """SD3's schedule, as the reference draws it.
+    """SD3's schedule, (steps + 1,) fp32 on the CPU from 1 to 0; the shift is 3 for SD3 and SD3.5, also at 4K.
 
-    The lowest level of the reference's table is already shifted, becomes the end point of the line and is
-    then shifted again with all others: the last level before 0 is higher than one shift would make it.
-    Kept, because published images and weights were made so.
-
-    steps    sampling steps, >= 1
-    shift    time shift, 3 for SD3 and SD3.5 (4K fine-tuning included)
-    returns  (steps + 1,) fp32 on the CPU, from 1 down to 0
+    The reference shifts twice: its lowest level is already shifted when it becomes the end of the line, and then the
+    line is shifted. The last level before 0 is therefore higher than one shift makes it, as in all published results.
     """
     _check_steps(steps)
     lowest = time_shift(torch.tensor(1 / SD3_TIMESTEPS, dtype=torch.float64), shift).item()
@@ -129,80 +120,71 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
 
 
 def flux_mu(tokens: int) -> float:
-    """log of Flux's time shift for this many image tokens; the line goes on beyond its two points."""
+    """Log of Flux's time shift for a number of image tokens, on a line that extends beyond its two points."""
     (x0, y0), (x1, y1) = FLUX_MU
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
 
 def even_sigmas(steps: int, shift: float = 1.0) -> Tensor:
-    """Evenly spaced, then shifted once: Flux's schedule, whose time shift is exp(mu).
-
-    steps    sampling steps, >= 1
-    returns  (steps + 1,) fp32 on the CPU, from 1 down to 0
-    """
+    """(steps + 1,) fp32 on the CPU: even levels from 1 to 0, shifted once; Flux's schedule if the shift is exp(mu)."""
     _check_steps(steps)
     return time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
 def flux_sigmas(steps: int, tokens: int, shift: bool = True) -> Tensor:
-    """Flux's schedule for an image: the larger it is, the further it is shifted.
+    """Flux's schedule, (steps + 1,) fp32 on the CPU from 1 to 0: the more tokens, the larger the time shift.
 
-    steps    sampling steps, >= 1
     tokens   image tokens, (h/2)·(w/2): 16,384 for 4096 x 4096 at factor 16
     shift    False for schnell
-    returns  (steps + 1,) fp32 on the CPU, from 1 down to 0
     """
     return even_sigmas(steps, math.exp(flux_mu(tokens)) if shift else 1.0)
 
 
+# ---- sampling
+
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Starting noise in which image k depends on seeds[k] alone, never on the batch it is in.
-
-    seeds    one an image
-    shape    (C, h, w)
-    returns  (B, C, h, w) fp32 on the CPU, each image from a generator of its own
-    """
+    """Initial noise (B, C, h, w), fp32 on the CPU, of one generator per image: image k depends on seeds[k] alone."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor, progress: bool = False) -> Tensor:
-    """Follow the flow from noise to latent in straight steps.
-
-    velocity  (z (B, C, h, w), sigma (B,)) -> (B, C, h, w); called once a step. cfg happens inside it
-    noise     (B, C, h, w). z keeps its dtype: fp32 noise makes an fp32 path around a bf16 model
-    sigmas    (steps + 1,), falling
-    progress  a bar on stderr
-    returns   (B, C, h, w), the latent where sigmas end at 0
-    raises    ValueError if sigmas hold fewer than two levels or do not fall
-    """
-    levels = sigmas.tolist()  # the only point that waits for the device; free for a CPU schedule
-    steps = list(pairwise(levels))
-    if not steps or any(low >= high for high, low in steps):
-        raise ValueError(f"sigmas must be two or more falling levels, got {levels}")
-    z = noise
-    sigma_dtype = torch.promote_types(noise.dtype, torch.float32)
-    for sigma, next_sigma in tqdm(steps, desc="sampling", unit="step", file=sys.stderr, disable=not progress):
-        v = velocity(z, torch.full((len(z),), sigma, dtype=sigma_dtype, device=z.device))
-        z = z + (next_sigma - sigma) * v.to(z.dtype)
-    return z
 
 
 def velocity_with_cfg(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, cfg: float,
                       guidance: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity that Euler follows, with classifier-free guidance: v_negative + cfg·(v_prompt - v_negative).
+    """The velocity that `euler` integrates, with classifier-free guidance: negative + cfg·(prompt - negative).
 
-    model     an MMDiT or a Flux
-    context   (2, L, C), of the prompt and of the negative prompt; pooled (2, P)
-    cfg       1 follows the prompt alone, in one pass instead of two
-    guidance  the number that Flux-dev is given; None for models that take none
-    returns   function of z (1, 16, h, w) and sigma (1,)
+    model            an MMDiT or a Flux
+    context, pooled  (2, L, C) and (2, P), of the prompt and of the negative prompt
+    cfg              1 uses the prompt alone, in one pass with a batch of 1 instead of 2
+    guidance         the number that Flux-dev is given; None for models that take none
+    returns          function of z (1, C, h, w) and sigma (1,)
     """
-    given = None if guidance is None else torch.full((2,), guidance, device=context.device)
+    passes = 1 if cfg == 1 else 2
+    numbers = None if guidance is None else torch.full((passes,), guidance, device=context.device)
 
     def velocity(z: Tensor, sigma: Tensor) -> Tensor:
-        if cfg == 1:
-            return model(z, sigma, context[:1], pooled[:1], None if given is None else given[:1])
-        prompt, negative = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, given).chunk(2)
+        if passes == 1:
+            return model(z, sigma, context[:1], pooled[:1], numbers)
+        prompt, negative = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, numbers).chunk(2)
         return negative + cfg * (prompt - negative)
 
     return velocity
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor,
+          progress: bool = False) -> Tensor:
+    """Integrate the flow from noise to latent in Euler steps.
+
+    velocity  (z (B, C, h, w), sigma (B,)) -> (B, C, h, w), called once per step; cfg happens inside it
+    noise     (B, C, h, w). z keeps its dtype: fp32 noise makes an fp32 path around a bf16 model
+    sigmas    (steps + 1,), decreasing, else ValueError
+    progress  show a bar on stderr
+    returns   (B, C, h, w), the latent if sigmas end at 0
+    """
+    levels = sigmas.tolist()  # the only wait for the device, and free for a CPU schedule
+    steps = list(pairwise(levels))
+    if not steps or any(low >= high for high, low in steps):
+        raise ValueError(f"sigmas must be two or more decreasing levels, got {levels}")
+    z, sigma_dtype = noise, torch.promote_types(noise.dtype, torch.float32)
+    for sigma, next_sigma in tqdm(steps, desc="sampling", unit="step", file=sys.stderr, disable=not progress):
+        v = velocity(z, torch.full((len(z),), sigma, dtype=sigma_dtype, device=z.device))
+        z = z + (next_sigma - sigma) * v.to(z.dtype)
+    return z

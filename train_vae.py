@@ -1,15 +1,13 @@
 """Train an autoencoder of the official shape on a folder of pictures.
 
-Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)), both a mean per number, at factor 8.
-           Factor 16 needs no training: the partition trick uses the same weights (vae.py).
-Start      a linear network (new_vae), which on smooth photographs is most of the way; one norm group, since many let
-           neither brightness nor contrast through a narrow network.
-End        the latent channels are evened out (equalize), which changes no picture and makes the flow easier to learn.
-Crops      each step takes one of CROPS (short side, crop side): several sizes, so that attention and norms, which see the
-           whole map, meet more than one map size. The number of pixels a step is constant.
-Run        python train_vae.py --data photos --out runs/vae     12 minutes of two cores; the same command again resumes
+Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)) at factor 8, means over elements;
+           factor 16 needs no training: the partition trick uses the same weights (vae.py)
+Start      a linear network (new_vae) that already draws a blurred picture
+End        equalize() evens out the latent channels, which makes the flow easier to learn and changes no picture
+Crops      each step draws one of CROPS (short side, crop side): attention and norms see the complete map, so they must
+           meet several sizes. Pixels per step are constant
+Run        python train_vae.py --data photos --out runs/vae     12 minutes on two cores; the same command resumes
 Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official names), OUT/log.jsonl
-Units      lr per step of AdamW; PSNR in dB of a range of 255 levels, mean over held-out 256-pixel crops
 Check      python -m pytest tests/test_train_vae.py
 """
 
@@ -19,7 +17,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,30 +27,29 @@ from tqdm import tqdm
 
 from checkpoint import open_weights, save, writable
 from data import Pictures, read_folder
+from training.batches import random_crop
 from training.resume import MOMENTS, same_settings
-from vae import VAE, VAEConfig
+from training.seeds import seed_of
+from vae import VAE, VAEConfig, to_image
 
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
 LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-6
-FIRST_LOGVAR = -6.0
-PIN, RANDOM = 4.0, 0.3   # see new_vae
+FIRST_LOGVAR, PIN, RANDOM = -6.0, 4.0, 0.3  # see new_vae
 
 
 def new_vae(config: VAEConfig, seed: int) -> VAE:
-    """A VAE with fresh weights that starts as a linear network, close to a blurred thumbnail.
+    """An untrained VAE that starts as a linear network, whose pictures are blurred copies of its input.
 
-    Trunk    every convolution outside the residual branches carries each feature twice, as x and as -x, in the two halves of
-             the channels. Means over a norm group are then zero, so no norm takes the brightness away, and
-             silu(x) - silu(-x) = x makes the last activation linear too.
-    Pins     one channel of each half is held at +PIN and -PIN: they carry most of the variance, so a norm is nearly a
-             fixed scale and contrast survives as well.
-    Copies   the first channels are copied (downsampling averages them), the others are small random filters.
-    Branches residual branches and attention begin at zero.
+    Trunk     convolutions outside the residual branches carry each feature twice, as x and -x, in two halves of the
+              channels. With one norm group its mean is zero, so that no norm removes the brightness, and
+              silu(x) - silu(-x) = x makes the last activation linear too
+    Pins      one channel of each half is constant, +PIN and -PIN. They carry most of the variance: a norm is nearly a
+              fixed scale, which preserves the contrast
+    Copies    the first channels are copied (averaged in downsampling), the others are small random filters
+    Branches  residual branches and attention start at zero; the posterior at log-variance FIRST_LOGVAR
 
-    config   shapes, all widths even; with more than one norm group the halves are normed apart and the start is not linear
-    seed     of the weights
-    returns  VAE with scale_factor 1 and shift_factor 0, until latent_statistics says better
+    config    all widths even; with several norm groups, a narrow network loses brightness and contrast
     """
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config)
@@ -72,7 +70,7 @@ def new_vae(config: VAEConfig, seed: int) -> VAE:
 
 
 def start_linear(name: str, conv: nn.Conv2d) -> None:
-    """Make a trunk convolution act on (x, -x) as a copy plus small random filters, and set the pins it writes."""
+    """Make a trunk convolution act on (x, -x) as a copy plus small random filters, and set its pins."""
     outputs, inputs, side, _ = conv.weight.shape
     first, last = name.endswith("conv_in"), name.endswith("conv_out")
     outputs, inputs = outputs if last else outputs // 2, inputs if first else inputs // 2
@@ -83,7 +81,7 @@ def start_linear(name: str, conv: nn.Conv2d) -> None:
     else:
         one[copied, copied, side // 2, side // 2] += 1
     if not first:
-        one[:, -1] = 0                                       # nothing reads the pins
+        one[:, -1] = 0   # nothing reads the pins
     if not last:
         one[-1] = 0
         conv.bias[[outputs - 1, 2 * outputs - 1]] = torch.tensor([PIN, -PIN])
@@ -92,201 +90,213 @@ def start_linear(name: str, conv: nn.Conv2d) -> None:
 
 
 def batch_of(pictures: Pictures, pixels: int, generator: torch.Generator) -> Tensor:
-    """A training batch.
-
-    pixels   a step, all crops together
-    returns  (B, 3, side, side) in [-1, 1], B = pixels / side^2
-    """
+    """A training batch, (B, 3, side, side) in [-1, 1]: B = pixels / side^2 random crops of random pictures."""
     res, side = CROPS[int(torch.randint(len(CROPS), (1,), generator=generator))]
-    chosen = torch.randint(len(pictures), (max(1, pixels // side ** 2),), generator=generator).tolist()
-    return torch.stack([pictures.square(i, res, side, generator) for i in chosen])
+    indices = torch.randint(len(pictures), (max(1, pixels // side ** 2),), generator=generator).tolist()
+    return torch.stack([random_crop(pictures.resized(i, res, res), side, side, generator) for i in indices])
 
 
 def vae_loss(vae: VAE, image: Tensor, draw: Tensor) -> Tensor:
-    """Reconstruction plus KL, from one posterior sample.
-
-    image    (B, 3, H, W) in [-1, 1]
-    draw     (B, 16, h, w), standard normal
-    returns  scalar
-    """
+    """The objective, from image (B, 3, H, W) and one posterior sample by draw (B, 16, h, w), standard normal."""
     mean, logvar = vae.moments(image, factor=8)
     raw = mean + torch.exp(0.5 * logvar) * draw
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return (vae.decoder(raw, 8, 2) - image).abs().mean() + KL_WEIGHT * kl
 
 
+def central(pictures: Pictures, index: int, res: int) -> Tensor:
+    """(1, 3, res, res) in [-1, 1]: the middle of a picture at short side `res`."""
+    return to_image(pictures.central_crop(index, res, res))[None]
+
+
 @torch.no_grad()
 def reconstruction_psnr(vae: VAE, pictures: Pictures, factor: int = 8, res: int = 1024, side: int = 256) -> list[float]:
-    """PSNR of each picture's central crop after encoding and decoding.
-
-    returns  dB, one a picture
-    """
-    values = []
+    """PSNR of each picture's central crop after encoding and decoding, in dB for a range of 255 levels."""
+    values, first = [], (res - side) // 2
     for index in range(len(pictures)):
-        middle = (res - side) // 2
-        image = pictures.central_square(index, res)[None, :, middle : middle + side, middle : middle + side]
-        again = vae.decode(vae.encode(image, factor), factor).clamp(-1, 1)
-        values.append(10 * math.log10(4 / float((again - image).square().mean())))
+        image = central(pictures, index, res)[..., first:first + side, first:first + side]
+        decoded = vae.decode(vae.encode(image, factor), factor).clamp(-1, 1)
+        values.append(10 * math.log10(4 / float((decoded - image).square().mean())))
     return values
 
 
 @torch.no_grad()
 def latent_statistics(vae: VAE, pictures: Pictures, res: int = 256, factor: int = 16) -> tuple[float, float]:
-    """scale_factor and shift_factor that make the latents of these pictures zero-mean with unit deviation."""
-    raw = torch.cat([vae.moments(pictures.central_square(i, res)[None], factor)[0].flatten() for i in range(len(pictures))])
+    """scale_factor and shift_factor that give the latents of these pictures mean 0 and deviation 1."""
+    raw = torch.cat([vae.moments(central(pictures, i, res), factor)[0].flatten() for i in range(len(pictures))])
     return 1 / float(raw.std()), float(raw.mean())
 
 
 @torch.no_grad()
 def equalize(vae: VAE, pictures: Pictures, res: int = 256, factor: int = 16) -> None:
-    """Bring the deviations of the latent channels closer together; the decoded pictures stay what they are.
+    """Bring the deviations of the latent channels closer together, in place; decoded pictures stay the same.
 
-    One channel that holds nearly all the variance hides the others from a flow loss. The channels are turned to their
-    principal axes, and each is divided by the square root of its deviation: a linear map of the latent, which the encoder's
-    last convolution takes in, and its inverse the decoder's first. The posterior's log-variances, which such a map would mix,
-    become one number a channel, their mean.
+    One channel with nearly all the variance would hide the others from a flow loss. So the latent is rotated to its
+    principal axes, and each is divided by the square root of its deviation. The encoder's last convolution absorbs
+    this linear map, the decoder's first its inverse. The log-variances become one constant per channel.
     """
-    moments = [vae.moments(pictures.central_square(i, res)[None], factor) for i in range(len(pictures))]
+    moments = [vae.moments(central(pictures, i, res), factor) for i in range(len(pictures))]
     means, variances = (torch.cat([m.transpose(0, 1).flatten(1) for m in part], dim=1).double()  # (16, N)
                         for part in ([mean for mean, _ in moments], [logvar.exp() for _, logvar in moments]))
-    spread, axes = torch.linalg.eigh(means.cov())
-    there = axes.T / spread.clamp(min=1e-12 * spread.max())[:, None] ** 0.25  # (16 new, 16 old); the variances become their square roots
+    variance, axes = torch.linalg.eigh(means.cov())
+    # (16 new, 16 old): divides the variances by their square roots
+    forth = axes.T / variance.clamp(min=1e-12 * variance.max())[:, None] ** 0.25
     last, first, channels = vae.encoder.conv_out, vae.decoder.conv_in, len(axes)
-    last.weight[:channels] = torch.einsum("no,ochw->nchw", there, last.weight[:channels].double()).float()
-    last.bias[:channels] = (there @ last.bias[:channels].double()).float()
+    last.weight[:channels] = torch.einsum("no,ochw->nchw", forth, last.weight[:channels].double()).float()
+    last.bias[:channels] = (forth @ last.bias[:channels].double()).float()
     last.weight[channels:] = 0
-    last.bias[channels:] = (there.square() @ variances.mean(1)).log().float()
-    first.weight.copy_(torch.einsum("fohw,on->fnhw", first.weight.double(), there.inverse()))
+    last.bias[channels:] = (forth.square() @ variances.mean(1)).log().float()
+    first.weight.copy_(torch.einsum("fohw,on->fnhw", first.weight.double(), forth.inverse()))
 
 
-def write_vae(path: Path, vae: VAE, config: VAEConfig, pictures: Pictures, settings: dict) -> None:
-    """Save official names, with the numbers that shapes cannot say in the metadata."""
-    equalize(vae, pictures)
-    scale, shift = latent_statistics(vae, pictures)
-    save(path, vae.state_dict(), {"norm_groups": config.norm_groups, "scale_factor": scale, "shift_factor": shift,
-                                  "training": json.dumps(settings)})
-
-
-def save_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Mapping[str, object]) -> None:
-    """Save what the run needs to go on: weights, AdamW moments, the step, its settings; one file, replaced whole or not at all."""
+def save_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, step: int, decisive: Mapping) -> None:
+    """Save weights, AdamW moments, step and decisive settings in one file, replaced completely or not at all."""
     tensors = {f"model.{name}": t for name, t in vae.state_dict().items()}
-    for name, parameter in vae.named_parameters():
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save(path, tensors, {"step": step, "settings": json.dumps(dict(settings), sort_keys=True)})
+    tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in vae.named_parameters()
+                if p in optimizer.state for moment in MOMENTS}
+    save(path, tensors, {"step": step, "settings": json.dumps(dict(decisive), sort_keys=True)})
 
 
-def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]) -> int:
-    """Load what save_state wrote, in place.
-
-    returns  the step to go on from; 0 if there is no such file
-    raises   ValueError if the settings differ
-    """
+def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, decisive: Mapping) -> int:
+    """Load a file of save_state in place; returns its step, 0 without a file, ValueError if the settings differ."""
     if not path.is_file():
         return 0
-    saved = open_weights(path)
-    if "settings" not in saved.metadata:
+    state = open_weights(path)
+    if "settings" not in state.metadata:
         raise ValueError(f"{path}: not the state of a run; use another --out")
-    same_settings(path, json.loads(saved.metadata["settings"]), settings)
-    step = int(saved.metadata["step"])
-    with torch.no_grad():
-        for name, tensor in vae.state_dict().items():
-            tensor.copy_(saved[f"model.{name}"].read())
-        for name, parameter in vae.named_parameters():
-            if f"{MOMENTS[0]}.{name}" in saved:
-                optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
-                    moment: saved[f"{moment}.{name}"].read().to(parameter, copy=True) for moment in MOMENTS}
+    same_settings(path, json.loads(state.metadata["settings"]), decisive)
+    step = int(state.metadata["step"])
+    vae.load_state_dict({name: state[f"model.{name}"].read() for name in vae.state_dict()})
+    for name, p in vae.named_parameters():
+        if f"{MOMENTS[0]}.{name}" in state:
+            moments = {moment: state[f"{moment}.{name}"].read().to(p, copy=True) for moment in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
     return step
 
 
-def train(args: argparse.Namespace) -> None:
-    """The whole run, from checks to the written autoencoder; continues from OUT/state.safetensors where there is one."""
-    items = read_folder(args.data)
-    every = max(1, len(items) // args.holdout) if args.holdout else 1
-    held_out = [item.path for item in items[args.holdout // 2 :: every]][: args.holdout]
-    pictures, unseen = Pictures([item.path for item in items if item.path not in held_out]), Pictures(held_out)
-    widths = tuple(int(w) for w in args.widths.split(",") if w.strip().isdigit())
-    if len(widths) != 4 or any(width % 2 for width in widths) or widths[-1] < 2 * LATENT_CHANNELS + 2:
-        raise ValueError(f"--widths {args.widths}: four even numbers, the last at least {2 * LATENT_CHANNELS + 2}")
-    for name in ("norm_groups", "blocks", "save_every", "steps", "pixels"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a number above 0")
-    for name in ("warmup", "holdout"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
+# ---- the run
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags, as --help describes them."""
+
+    data: str
+    out: str
+    widths: str
+    blocks: int
+    norm_groups: int
+    steps: int
+    pixels: int
+    lr: float
+    warmup: int
+    clip: float
+    holdout: int
+    save_every: int
+    seed: int
+    threads: int
+
+    def decisive(self) -> dict[str, object]:
+        """What decides the numbers of the run. A run resumes only with equal values; the other settings may change."""
+        return {k: v for k, v in asdict(self).items() if k not in ("data", "out", "threads", "save_every")}
+
+
+def check_settings(s: Settings) -> None:
+    """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
+    def need(fits: bool, flag: str, value: object, accepted: str) -> None:
+        if not fits:
+            raise ValueError(f"--{flag} {value}: give {accepted}")
+
+    widths, least = s.widths.split(","), 2 * LATENT_CHANNELS + 2
+    even = len(widths) == 4 and all(w.strip().isdecimal() and int(w) % 2 == 0 < int(w) for w in widths)
+    need(even and int(widths[-1]) >= least, "widths", s.widths, f"four even numbers, the last at least {least}")
+    for flag in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads"):
+        need(getattr(s, flag.replace("-", "_")) >= 1, flag, getattr(s, flag.replace("-", "_")), "1 or more")
+    need(0 < s.lr < math.inf, "lr", s.lr, "a number above 0")
+    need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
+    need(s.warmup >= 0, "warmup", s.warmup, "0 or more")
+    need(s.holdout >= 0, "holdout", s.holdout, "0 or more")
+
+
+def train(settings: Settings) -> None:
+    """Train, then write the autoencoder; resumes from OUT/state.safetensors if there is one."""
+    paths = [item.path for item in read_folder(settings.data)]
+    every = max(1, len(paths) // max(1, settings.holdout))
+    held_out = paths[settings.holdout // 2::every][:settings.holdout]
+    pictures, unseen = Pictures([path for path in paths if path not in held_out]), Pictures(held_out)
     if not len(pictures):
-        raise ValueError(f"{args.data}: --holdout {args.holdout} leaves no picture to train on")
-    config = VAEConfig(widths, widths, args.blocks, args.blocks + 1, LATENT_CHANNELS, args.norm_groups)
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "threads", "save_every")}
-    out = Path(args.out)
+        raise ValueError(f"{settings.data}: --holdout {settings.holdout} leaves no picture to train on")
+    out, decisive, widths = Path(settings.out), settings.decisive(), tuple(map(int, settings.widths.split(",")))
     writable(out, f"--out {out}")
-
-    vae = new_vae(config, args.seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start = resume_state(out / "state.safetensors", vae, optimizer, settings)
+    config = VAEConfig(widths, widths, settings.blocks, settings.blocks + 1, LATENT_CHANNELS, settings.norm_groups)
+    vae = new_vae(config, settings.seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
-          f"held out: {', '.join(p.name for p in held_out)}; step {start} of {args.steps}")
+          f"held out: {', '.join(path.name for path in held_out)}; step {start} of {settings.steps}")
 
-    bar, began, window = tqdm(range(start, args.steps), initial=start, total=args.steps, file=sys.stderr), time.time(), []
+    bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, file=sys.stderr)
+    began, losses = time.time(), []
     for step in bar:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # every draw is a function of (seed, step)
-        image = batch_of(pictures, args.pixels, generator)
+        generator = torch.Generator().manual_seed(seed_of(settings.seed, step))  # of every draw of the step
+        image = batch_of(pictures, settings.pixels, generator)
         draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8, generator=generator)
-        lr = args.lr * min((step + 1) / max(1, args.warmup), 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
         loss = vae_loss(vae, image, draw)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), settings.clip)
         if not torch.isfinite(norm):
             raise SystemExit(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; "
                              f"{out}/state.safetensors holds the last good state")
+        warmup = (step + 1) / max(1, settings.warmup)
+        lr = settings.lr * min(warmup, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
-        window.append(loss.item())
-        bar.set_postfix_str(f"loss {sum(window[-50:]) / len(window[-50:]):.4f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(out / "state.safetensors", vae, optimizer, step + 1, settings)
-            row = {"step": step + 1, "loss": round(sum(window) / len(window), 5), "lr": lr,
-                   "s_per_step": round((time.time() - began) / len(window), 3)}
-            if held_out:
-                row |= {f"psnr_f{factor}_db": round(sum(p) / len(p), 2)
-                        for factor in (8, 16) for p in [reconstruction_psnr(vae, unseen, factor)]}
-            window, began = [], time.time()
+
+        losses.append(loss.item())
+        bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
+        done = step + 1
+        if done % settings.save_every == 0 or done == settings.steps:
+            save_state(out / "state.safetensors", vae, optimizer, done, decisive)
+            row = {"step": done, "loss": round(sum(losses) / len(losses), 5), "lr": lr,
+                   "s_per_step": round((time.time() - began) / len(losses), 3)}
+            for factor in (8, 16) if held_out else ():
+                row[f"psnr_f{factor}_db"] = round(sum(reconstruction_psnr(vae, unseen, factor)) / len(unseen), 2)
+            began, losses = time.time(), []
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
-    write_vae(out / "vae.safetensors", vae, config, pictures, settings)
+    equalize(vae, pictures)
+    scale, shift = latent_statistics(vae, pictures)
+    save(out / "vae.safetensors", vae.state_dict(), {"norm_groups": config.norm_groups, "scale_factor": scale,
+                                                     "shift_factor": shift, "training": json.dumps(decisive)})
     print(f"wrote {out / 'vae.safetensors'}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="folder with pictures and metadata.jsonl")
-    add("--out", default="runs/vae", help="folder of the run; an unfinished run there is resumed")
+    add("--out", default="runs/vae", help="folder of the run; an unfinished run there resumes")
     add("--widths", default="16,24,48,64", help="channels of the four levels, full resolution first")
-    add("--blocks", type=int, default=1, help="resnets a level in the encoder; the decoder has one more")
+    add("--blocks", type=int, default=1, help="resnets per level of the encoder; the decoder has one more")
     add("--norm-groups", type=int, default=1, help="groups of every GroupNorm; official 32")
-    add("--steps", type=int, default=5000, help="optimizer steps of the whole run")
-    add("--pixels", type=int, default=65536, help="pixels a step: 4 crops of 128 or 1 of 256")
+    add("--steps", type=int, default=5000, help="optimizer steps of the complete run")
+    add("--pixels", type=int, default=65536, help="pixels per step: 4 crops of 128 or 1 of 256")
     add("--lr", type=float, default=5e-4, help="peak learning rate; warm-up, then cosine to 0")
-    add("--warmup", type=int, default=200, help="steps")
-    add("--clip", type=float, default=1.0, help="gradient norm")
-    add("--holdout", type=int, default=6, help="pictures never trained on, for the PSNR in the log")
+    add("--warmup", type=int, default=200, help="steps of linear warm-up")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--holdout", type=int, default=6, help="pictures that are not trained on, for the PSNR in the log")
     add("--save-every", type=int, default=250, help="steps between states and log lines")
     add("--seed", type=int, default=0, help="of weights and draws")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    args = parser.parse_args()
+    settings = Settings(**vars(parser.parse_args(argv)))
     try:
-        if args.threads < 1:
-            raise ValueError(f"--threads {args.threads}: give 1 or more")
-        torch.set_num_threads(args.threads)
-        train(args)
+        check_settings(settings)
+        torch.set_num_threads(settings.threads)
+        train(settings)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seeded
+from golden import distance
 
 from flow import (
     denoised,
@@ -18,6 +20,7 @@ from flow import (
     sample_sigma,
     sd3_sigmas,
     time_shift,
+    velocity_with_cfg,
 )
 
 SCHEDULES = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
@@ -25,19 +28,14 @@ SD3_CASES = [name for name in SCHEDULES["sd3_official"] if "_steps" in name]
 FLUX_CASES = list(SCHEDULES["flux_official"])
 
 
-def distance(ours: torch.Tensor, official: list[float]) -> float:
-    assert len(ours) == len(official)
-    return (ours.double() - torch.tensor(official, dtype=torch.float64)).abs().max().item()
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def distance_to(ours: torch.Tensor, numbers: list[float]) -> float:
+    return distance(ours.double(), torch.tensor(numbers, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", SD3_CASES)
 def test_sd3_schedule_is_the_official_one(name):
     shift, steps = name.removeprefix("shift").split("_steps")
-    assert distance(sd3_sigmas(int(steps), float(shift)), SCHEDULES["sd3_official"][name]) < 1e-6
+    assert distance_to(sd3_sigmas(int(steps), float(shift)), SCHEDULES["sd3_official"][name]) < 1e-6
 
 
 @pytest.mark.parametrize("name", FLUX_CASES)
@@ -45,24 +43,22 @@ def test_flux_schedule_is_the_official_one(name):
     kind, steps, *tokens = name.split("_")
     tokens = int(tokens[0].removeprefix("seq")) if tokens else 4096
     ours = flux_sigmas(int(steps.removeprefix("steps")), tokens, shift=kind == "dev")
-    assert distance(ours, SCHEDULES["flux_official"][name]) < 1e-6
+    assert distance_to(ours, SCHEDULES["flux_official"][name]) < 1e-6
 
 
 def test_schedules_equal_those_of_diffusers():
     golden = SCHEDULES["diffusers"]
-    assert distance(sd3_sigmas(28), golden["sd3_shift3_steps28"]["sigmas"]) < 1e-6
-    assert distance(flux_sigmas(50, 16384), golden["flux_dyn_steps50_seq16384"]["sigmas"]) < 1e-6
+    assert distance_to(sd3_sigmas(28), golden["sd3_shift3_steps28"]["sigmas"]) < 1e-6
+    assert distance_to(flux_sigmas(50, 16384), golden["flux_dyn_steps50_seq16384"]["sigmas"]) < 1e-6
 
 
-def test_flux_mu_goes_on_past_its_two_points():
+def test_flux_mu_extends_beyond_its_two_points():
     for tokens, mu in SCHEDULES["flux_mu"].items():
         assert abs(flux_mu(int(tokens)) - mu) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "sigmas",
-    [sd3_sigmas(1), sd3_sigmas(28), flux_sigmas(1, 256), flux_sigmas(50, 65536), flux_sigmas(4, 256, shift=False)],
-)
+@pytest.mark.parametrize("sigmas", [sd3_sigmas(1), sd3_sigmas(28), flux_sigmas(1, 256), flux_sigmas(50, 65536),
+                                    flux_sigmas(4, 256, shift=False)])
 def test_schedules_fall_from_one_to_zero(sigmas):
     assert sigmas[0] == 1 and sigmas[-1] == 0 and sigmas.dtype == torch.float32
     assert (sigmas.diff() < 0).all()
@@ -100,7 +96,7 @@ def test_euler_approaches_the_exact_flow_of_gaussian_data():
         s = sigma.reshape(-1, 1, 1, 1)
         return z * (s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2)
 
-    errors = [(euler(velocity, noise, flux_sigmas(steps, 256)) - 0.5 * noise).abs().max().item() for steps in (50, 100, 200)]
+    errors = [distance(euler(velocity, noise, flux_sigmas(steps, 256)), 0.5 * noise) for steps in (50, 100, 200)]
     assert errors[2] < 0.01
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(2, rel=0.15)
 
@@ -117,36 +113,54 @@ def test_progress_bar_goes_to_stderr(capfd):
     assert out == "" and "2/2" in err
 
 
+@pytest.mark.parametrize("guidance", [None, 3.5])
+def test_cfg_moves_from_the_negative_prompt_past_the_prompt_and_1_is_a_pass_of_the_prompt_alone(guidance):
+    calls = []
+
+    def model(z, sigma, context, pooled, number):
+        calls.append((len(z), sigma.tolist(), None if number is None else number.tolist()))
+        return z * sigma[:, None, None, None] + (context.mean((1, 2)) + pooled.sum(1))[:, None, None, None]
+
+    z, sigma = draw_noise([0], (3, 4, 6)), torch.tensor([0.5])
+    context, pooled = torch.stack((torch.ones(5, 2), 3 * torch.ones(5, 2))), torch.tensor([[1.0, 1.0], [8.0, 8.0]])
+    prompt, negative = 0.5 * z + 1 + 2, 0.5 * z + 3 + 16
+    guided = velocity_with_cfg(model, context, pooled, 4.0, guidance)(z, sigma)
+    assert distance(guided, negative + 4 * (prompt - negative)) < 1e-5
+    assert distance(velocity_with_cfg(model, context, pooled, 1.0, guidance)(z, sigma), prompt) < 1e-6
+    numbers = None if guidance is None else [guidance]
+    assert calls == [(2, [0.5, 0.5], numbers and 2 * numbers), (1, [0.5], numbers)]
+
+
 def test_noise_of_an_image_does_not_depend_on_its_batch():
     together = draw_noise([5, 6, 7], (16, 4, 6))
     assert torch.equal(together[1:2], draw_noise([6], (16, 4, 6)))
     assert not torch.equal(together[0], together[1])
-    assert torch.equal(together[1], torch.randn(16, 4, 6, generator=generator(6)))
+    assert torch.equal(together[1], torch.randn(16, 4, 6, generator=seeded(6)))
 
 
 @pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
 def test_drawn_sigmas_repeat_and_stay_inside(density):
-    sigma = sample_sigma(20_000, density, shift=3.0, generator=generator())
-    assert torch.equal(sigma, sample_sigma(20_000, density, shift=3.0, generator=generator()))
+    sigma = sample_sigma(20_000, density, shift=3.0, generator=seeded(0))
+    assert torch.equal(sigma, sample_sigma(20_000, density, shift=3.0, generator=seeded(0)))
     assert sigma.shape == (20_000,) and sigma.dtype == torch.float32
     assert sigma.min() > 0 and sigma.max() <= 1
 
 
 def test_uniform_density_has_the_moments_of_a_uniform():
-    sigma = sample_sigma(100_000, generator=generator())
+    sigma = sample_sigma(100_000, generator=seeded(0))
     assert abs(sigma.mean() - 1 / 2) < 0.005 and abs(sigma.var() - 1 / 12) < 0.002
 
 
 @pytest.mark.parametrize(("mean", "shift"), [(0.0, 1.0), (0.0, 3.0), (-0.5, 1.0), (0.5, 3.0)])
 def test_logit_normal_median_is_the_shifted_sigmoid(mean, shift):
-    sigma = sample_sigma(100_000, "logit_normal", shift=shift, mean=mean, generator=generator())
+    sigma = sample_sigma(100_000, "logit_normal", shift=shift, mean=mean, generator=seeded(0))
     odds = shift * math.exp(mean)  # a time shift multiplies the odds: 3/4 for mean 0 and shift 3
     assert abs(sigma.median() - odds / (1 + odds)) < 0.005
     assert abs(torch.logit(sigma, eps=1e-6).std() - 1) < 0.02
 
 
 def test_mode_density_has_the_moments_of_its_formula():
-    sigma = sample_sigma(200_000, "mode", generator=generator())
+    sigma = sample_sigma(200_000, "mode", generator=seeded(0))
     # over u uniform: mean 1/2 by symmetry; second moment by quadrature of the formula
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     formula = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
@@ -157,7 +171,7 @@ def test_mode_density_equals_diffusers():
     training_utils = pytest.importorskip("diffusers.training_utils")
     torch.manual_seed(3)
     theirs = training_utils.compute_density_for_timestep_sampling("mode", 1000, mode_scale=1.29)
-    ours = sample_sigma(1000, "mode", generator=generator(3))
+    ours = sample_sigma(1000, "mode", generator=seeded(3))
     assert (ours - theirs).abs().max() < 1e-6
 
 
@@ -172,7 +186,7 @@ def test_loss_weights_by_hand():
     sigma = torch.tensor([0.5, 1.0], dtype=torch.float64)
     assert loss_weight(sigma).tolist() == [1, 1]
     assert loss_weight(sigma, "sigma_sqrt").tolist() == [4, 1]
-    assert (loss_weight(sigma, "cosmap") - torch.tensor([4 / math.pi, 2 / math.pi], dtype=torch.float64)).abs().max() < 1e-12
+    assert distance_to(loss_weight(sigma, "cosmap"), [4 / math.pi, 2 / math.pi]) < 1e-12
 
 
 def test_wrong_arguments_are_refused():
@@ -190,5 +204,5 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="loss weight"):
         loss_weight(torch.ones(1), "min_snr")
     for sigmas in (torch.tensor([1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])):
-        with pytest.raises(ValueError, match="falling"):
+        with pytest.raises(ValueError, match="decreasing"):
             euler(lambda z, sigma: z, torch.zeros(1, 1, 2, 2), sigmas)

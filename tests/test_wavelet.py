@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import distance
 from safetensors.torch import load_file
 
 from flow import denoised, interpolate, loss_weight
@@ -25,7 +26,7 @@ def step():
 
 def test_join_inverts_split():
     z, _ = pair(2, 3, 6, 10)
-    assert (haar_join(haar_split(z)) - z).abs().max() < 1e-12
+    assert distance(haar_join(haar_split(z)), z) < 1e-12
     bands, _ = pair(2, 8, 3, 5)
     assert (haar_split(haar_join(bands)) - bands).abs().max() < 1e-12
 
@@ -110,15 +111,24 @@ def test_paper_form_of_the_same_step(step):
     assert abs(wlf_loss(step["in/v_pred"], target) - step["out/wavelet_velocity_mse"]) < 1e-6
 
 
-def test_band_losses_average_to_the_mse_and_weights_pick_them():
+def test_band_losses_of_an_image_average_to_its_mse_and_weights_pick_them():
     prediction, target = pair(2, 3, 6, 10)
     losses = band_losses(prediction, target)
-    assert losses.shape == (4,)
-    assert abs(losses.mean() - (prediction - target).square().mean()) < 1e-12
+    assert losses.shape == (2, 4)
+    assert distance(losses.mean(1), (prediction - target).square().mean((1, 2, 3))) < 1e-12
     for k in range(4):
         only = [float(k == other) for other in range(4)]
-        assert abs(wlf_loss(prediction, target, bands=only) - losses[k] / 4) < 1e-12
+        assert abs(wlf_loss(prediction, target, bands=only) - losses[:, k].mean() / 4) < 1e-12
     assert wlf_loss(prediction, target, bands=(1, 2, 2, 4)) > wlf_loss(prediction, target)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32, 32), (3, 16, 8, 6), (2, 4, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_band_losses_are_the_squares_of_the_split_difference_bit_for_bit(shape, dtype):
+    prediction, target = pair(*shape, dtype=torch.float32)
+    prediction = prediction.to(dtype)  # what autocast predicts; the target is fp32
+    squares = haar_split((prediction - target).float()).unflatten(1, (4, -1)).square()
+    assert torch.equal(band_losses(prediction, target), squares.mean((2, 3, 4)))
 
 
 def test_image_weights_are_linear():
@@ -132,7 +142,7 @@ def test_huber_is_the_square_for_small_and_linear_for_large_differences():
     target = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     small, large = target + 1e-6, target + 1e6
     assert abs(wlf_loss(small, target, huber=0.1) / wlf_loss(small, target) - 1) < 1e-6
-    # a constant d has its whole energy in LL, which is 2d: 2c·|2d| over four bands
+    # a constant d has all its energy in LL, which is 2d: 2c·|2d| over four bands
     assert abs(wlf_loss(large, target, huber=0.1) / (2 * 0.1 * 2e6 / 4) - 1) < 1e-6
     prediction, target = pair(2, 3, 6, 10)
     assert wlf_loss(prediction, target, huber=0.3) < wlf_loss(prediction, target)
