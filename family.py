@@ -1,14 +1,14 @@
-"""What sampling and training must know of a transformer's family to treat SD3 and Flux alike: the one place that tells them apart.
+"""What differs between SD3 and Flux: classes and defaults. Nothing else in the code branches on the family.
 
-Source    sd3-ref and flux `sampling.py`, `util.py` for sampling; the released trainers of Diffusion-4K for sigma in training
-Told by   the names of the tensors in the file, never by the name of a file, folder or --model
+Source    sd3-ref and flux `sampling.py`, `util.py` for sampling; the released trainers of Diffusion-4K for training
+Decided   by the names of the tensors in a file, never by the name of a file, folder or --model
 
-                 sampling: steps  cfg  guidance  time shift                 training: sigma               text: tokens of T5
-SD3, SD3.5                    28  7.0      none  3                          logit-normal, shifted by 3    77, after both CLIPs
-Flux-dev                      50    1       3.5  exp(mu), by token count    uniform                       512
-Flux-schnell                   4    1      none  1                          uniform                       256
+                 sampling: steps  cfg  guidance  time shift              training: sigma               T5 tokens
+SD3, SD3.5                    28  7.0      none  3                       logit-normal, shifted by 3    77, after CLIP's
+Flux-dev                      50    1       3.5  exp(mu), by tokens      uniform                       512
+Flux-schnell                   4    1      none  1                       uniform                       256
 
-A small model's file may say others in its metadata, and the command line wins over both.
+The metadata of a file override these defaults, and the command line overrides both.
 Check     python -m pytest tests/test_family.py
 """
 
@@ -24,16 +24,16 @@ import flux
 import mmdit
 from checkpoint import Weights, locate, open_weights
 from flow import even_sigmas, sd3_sigmas
-from flux import Flux
-from mmdit import MMDiT
+from flux import Flux, FluxConfig
+from mmdit import MMDiT, MMDiTConfig
 from text import FluxText, SD3Text
 
-SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res")  # what a transformer's metadata may say of sampling
+SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res")  # what a transformer's metadata may record
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn where the command line leaves it open."""
+    """How pictures are drawn."""
 
     steps: int
     cfg: float
@@ -46,46 +46,86 @@ class Sampling:
 class Family:
     name: str
     model: type[MMDiT] | type[Flux]
-    config: Callable[[Weights], mmdit.MMDiTConfig | flux.FluxConfig]  # reads the sizes from the file
+    config: Callable[[Weights], MMDiTConfig | FluxConfig]  # reads the sizes from the file
     text: type[SD3Text] | type[FluxText]
     sigmas: Callable[[int, float], Tensor]  # steps, time shift -> schedule
     file: str                               # what train.py writes, under official tensor names
+    vae_inside: bool                        # that file holds the VAE, and prefixes tell the two
     steps: int
     cfg: float
     guidance: float | None                  # None: the model has no such input
     time_shift: float | None                # None: by the number of tokens, flow.flux_mu
     density: str                            # of sigma in training
     training_shift: float
-    t5_length: int | None = None            # None: what the T5 file says, else 77 for SD3, 512 for Flux
+    release_drops_latent_shift: bool        # the released trainer: latents are raw * scale, not (raw - shift) * scale
+    clip_tokens: int                        # of the context, before those of T5
+    t5_tokens: int
+    t5_length: int | None = None            # None: from the metadata of the T5 file, else t5_tokens
+    without_guidance: str = ""              # what there is instead of a guidance input
     res: int = 1024
 
-    def sampling(self, transformer: Weights) -> Sampling:
-        """What the metadata of a transformer records, else the defaults of the family; ValueError that names the file."""
-        steps, cfg, guidance, shift = (transformer.number(name, otherwise=getattr(self, name)) for name in SAMPLING[:4])
-        return Sampling(int(steps), cfg, guidance, shift, transformer.metadata.get("res", str(self.res)))
+    def sampling(self, transformer: Weights, steps: int | None = None, cfg: float | None = None,
+                 guidance: float | None = None, time_shift: float | None = None, res: str | None = None) -> Sampling:
+        """The arguments; None: from the metadata of the transformer, else the default of the family.
+
+        raises  ValueError that names the file if its metadata are no numbers
+        """
+        def number(name: str, value: float | None) -> float | None:
+            try:
+                return transformer.number(name, otherwise=getattr(self, name)) if value is None else value
+            except ValueError as error:
+                raise ValueError(f"{error}; give --{name.replace('_', '-')}") from None
+
+        res = transformer.metadata.get("res", str(self.res)) if res is None else res
+        return Sampling(int(number("steps", steps)), number("cfg", cfg), number("guidance", guidance),
+                        number("time_shift", time_shift), res)
 
     def check_guidance(self, guidance: float | None) -> None:
         """ValueError if --guidance is given to a model that has no such input."""
         if guidance is not None and self.guidance is None:
-            use = "SD3 is guided by a second pass, --cfg" if self.model is MMDiT else "Flux-schnell draws without"
-            raise ValueError(f"--guidance {guidance:g}: this is {self.name}, which has no guidance input; {use}")
+            raise ValueError(f"--guidance {guidance:g}: this is {self.name}, which has no guidance input; "
+                             f"{self.without_guidance}")
+
+    def text_tokens(self, t5_length: int | None) -> int:
+        """Length of the context for a T5 length; None: as published."""
+        return self.clip_tokens + (t5_length or self.t5_length or self.t5_tokens)
+
+    def records(self, transformer: Weights) -> dict[str, str]:
+        """Metadata that a written transformer needs beside its shapes."""
+        if self.model is not Flux:
+            return {}
+        return {"axes_dim": ", ".join(map(str, self.config(transformer.part("model.diffusion_model.")).axes_dim))}
 
 
-SD3 = Family("SD3", MMDiT, mmdit.read_config, SD3Text, sd3_sigmas, "sd3.safetensors", steps=28, cfg=7.0, guidance=None, time_shift=3.0,
-             density="logit_normal", training_shift=3.0)
-FLUX_DEV = Family("Flux-dev", Flux, flux.read_config, FluxText, even_sigmas, "flux.safetensors", steps=50, cfg=1.0, guidance=3.5,
-                  time_shift=None, density="uniform", training_shift=1.0)
-FLUX_SCHNELL = replace(FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256)
+SD3 = Family(
+    "SD3", MMDiT, mmdit.read_config, SD3Text, sd3_sigmas, "sd3.safetensors", vae_inside=True, steps=28, cfg=7.0,
+    guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, release_drops_latent_shift=True,
+    clip_tokens=77, t5_tokens=77, without_guidance="SD3 is guided by a second pass, --cfg")
+FLUX_DEV = Family(
+    "Flux-dev", Flux, flux.read_config, FluxText, even_sigmas, "flux.safetensors", vae_inside=False, steps=50, cfg=1.0,
+    guidance=3.5, time_shift=None, density="uniform", training_shift=1.0, release_drops_latent_shift=False,
+    clip_tokens=0, t5_tokens=512)
+FLUX_SCHNELL = replace(FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256,
+                       without_guidance="Flux-schnell draws without")
+
+
+def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tensor, latent_channels: int) -> None:
+    """ValueError if text encoders (context, pooled of any prompt) or VAE are not of the transformer's widths."""
+    def need(part: str, width: int, expected: int) -> None:
+        if width != expected:
+            raise ValueError(f"the folder's {part} of width {width}, but the transformer takes {expected}: they do not "
+                             "match; give --weights the folder that the transformer was trained from")
+
+    need("text encoders give a context", context.shape[-1], config.context_dim)
+    need("text encoders give a pooled vector", pooled.shape[-1], config.pooled_dim)
+    need("VAE has latents", latent_channels, config.in_channels)
 
 
 def family_of(weights: Weights) -> Family:
-    """The family of a transformer, by the names of its tensors.
-
-    raises  ValueError that says what the file holds instead
-    """
+    """The family of a transformer, by the names of its tensors; ValueError that lists what the file holds instead."""
     names = weights.part("model.diffusion_model.")
     if lora := next((name for name in names if re.search(r"lora(?:_|\d)|lokr_|hada_", name)), ""):
-        raise ValueError(f"{weights.source}: a LoRA ({lora} ...), not a whole transformer; merge it into its model first")
+        raise ValueError(f"{weights.source}: a LoRA ({lora} ...), not a complete transformer; merge it into its model")
     if any(name.startswith("joint_blocks.") for name in names):
         return SD3
     if any(name.startswith(("double_blocks.", "single_blocks.")) for name in names):
@@ -98,17 +138,21 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
     """Open, without reading, what a model folder holds.
 
     folder       as downloaded, see checkpoint.locate
-    transformer  another one of the same family, to be used with the folder's text encoders and VAE
+    transformer  another one of the same family, to use with the folder's text encoders and VAE
     returns      family, the transformer's weights, the path of the VAE
-    raises       ValueError if the transformer is of another family than the folder's own, or that one than its file name says
+    raises       ValueError if the transformer is of another family, or the folder's file contradicts its name
     """
     path, vae = locate(folder)
-    weights = own = open_weights(path)
-    if path.is_file() and path.name.startswith("flux") != (family_of(own).model is Flux):
-        raise ValueError(f"{path}: holds {family_of(own).name} weights, which its name denies; rename it, or put the right file there")
-    if transformer:
-        weights = open_weights(transformer)
-        if family_of(weights).model is not family_of(own).model:
-            raise ValueError(f"{transformer}: is a transformer of {family_of(weights).name}, and {folder} is a folder of "
-                             f"{family_of(own).name}, with other text encoders; give --weights a folder of {family_of(weights).name}")
-    return family_of(weights), weights, vae
+    weights = open_weights(path)
+    own = family_of(weights)
+    if path.is_file() and path.name.startswith("flux") != (own.model is Flux):
+        raise ValueError(f"{path}: is named like {'SD3' if own.model is Flux else 'Flux'} but holds {own.name} weights;"
+                         " rename it, or put the right file there")
+    if not transformer:
+        return own, weights, vae
+    weights = open_weights(transformer)
+    family = family_of(weights)
+    if family.model is not own.model:
+        raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of {own.name}, "
+                         f"with other text encoders; give --weights a folder of {family.name}")
+    return family, weights, vae

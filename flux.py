@@ -1,26 +1,23 @@
-"""Flux, the rectified-flow transformer: double blocks (two streams of weights, joint attention), then single blocks on one stream.
+"""Flux, the rectified-flow transformer: double blocks (two streams of weights, joint attention), then single blocks.
 
 Paper     Diffusion-4K section 3.2 fine-tunes it, 12B parameters, on 256x256 latents
-Mirrors   black-forest-labs/flux `model.Flux`, `modules.layers`, `math.rope`, held by tests/test_flux.py to 1e-5
-Shapes    B batch · h w latent sides · N image tokens, hw/4 · L context tokens · T = L + N, text first · D hidden_size
-          H heads of d = head_dim · M mlp_hidden · C context width · P pooled width
-Inputs    latent (B,16,h,w), sigma (B,) in [0,1], context (B,L,C), pooled (B,P), guidance (B,) about 3.5 -> velocity (B,16,h,w)
-Inside    timestep and guidance times 1000; patches of 2x2 as tokens of 64, channel slowest; rotary positions
+Mirrors   black-forest-labs/flux `model.Flux`, `modules.layers`, `math.rope`, tested to 1e-5
+Shapes    B batch · h w latent sides · N image tokens, hw/4 · L context tokens · T = L + N, text first
+          D hidden_size · H heads of d = head_dim · C context width · P pooled width
+Inputs    latent (B,16,h,w), sigma (B,) in [0,1], context (B,L,C), pooled (B,P), guidance (B,) about 3.5 -> (B,16,h,w)
+Check     python -m pytest tests/test_flux.py
 
                 hidden_size  depth  depth_single  head_dim  axes_dim    guidance
 flux1-dev              3072     19            38       128  16, 56, 56  embedded: the model is distilled on it
 flux1-schnell          3072     19            38       128  16, 56, 56  none
-Positions are (0, 0, 0) for text and (0, row, column) for a patch; there is no table, so no side is too long.
-
-Check     python -m pytest tests/test_flux.py
+Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch: no table ends, but quality falls beyond the
+sizes trained at.
 """
 
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,13 +25,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import LazyTensor, fill, open_weights
-from layers import NORM_EPS, gelu_linear, modulated_norm
-from mmdit import FREQUENCIES, FinalLayer, add_mlp, attend, shape_of, timestep_embedding, usual_size
+import layers
+from checkpoint import Weights, fill, open_weights
 
 PATCH = 2
 THETA = 10_000
-AXES = (16, 56, 56)  # of head_dim 128: text index, row, column; other widths are cut in proportion unless the file says axes_dim
+AXES = (16, 56, 56)  # of head_dim 128: text index, row, column; other widths in proportion, unless recorded in the file
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,14 @@ class FluxConfig:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by the angle of its position: a product of complex numbers, in fp32.
-
-    x        (B, T, H, d)
-    rope     (T, d/2), complex, of modulus 1
-    returns  (B, T, H, d), fp32
-    """
+    """Turn neighbouring channels of x (B, T, H, d) by rope (T, d/2), complex of modulus 1; the product is in fp32."""
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope[:, None]).flatten(-2)
 
 
 def axis_turns(length: int, dim: int, theta: float = THETA, device: str | torch.device | None = None) -> Tensor:
     """Rotations of the positions 0, 1, … along one axis: (length, dim/2), complex64.
 
-    Angles are in fp64, which costs nothing for one axis: fp32 would be 5e-6 off at position 255, bf16 wrong from 257 on.
+    Angles are in fp64, cheap for one axis: fp32 would be 5e-6 off at position 255, bf16 wrong from 257 on.
     """
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
@@ -79,18 +70,20 @@ class Scale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.rms_norm(x.float(), self.scale)
+
 
 class QKNorm(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
+        self.head_dim = head_dim
         self.query_norm, self.key_norm = Scale(head_dim), Scale(head_dim)
 
     def forward(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, 3D), thirds with the heads inside each, -> q, k, v (B, T, H, d); q and k normalised, scaled, turned."""
-        q, k, v = qkv.unflatten(-1, (3, -1, len(self.query_norm.scale))).unbind(2)
-        q, k = (rotate(F.rms_norm(t.float(), t.shape[-1:], norm.scale.float(), NORM_EPS), rope).to(v.dtype)
-                for t, norm in ((q, self.query_norm), (k, self.key_norm)))
-        return q, k, v
+        """(B, T, 3D), thirds with the heads inside each -> q, k, v (B, T, H, d); q and k normalised, scaled, turned."""
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        return rotate(self.query_norm(q), rope).to(v.dtype), rotate(self.key_norm(k), rope).to(v.dtype), v
 
 
 class SelfAttention(nn.Module):
@@ -111,16 +104,17 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale, gate (and again for the MLP), (B, 1, D) each; cond comes with its SiLU applied, once for all blocks."""
+        """Shift, scale, gate, and again for the MLP of a double block: (B, 1, D) each; cond after its SiLU."""
         return self.lin(cond)[:, None].chunk(self.chunks, dim=-1)
 
 
 class MLP(nn.Sequential):
     def __init__(self, config: FluxConfig):
-        super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.Identity(), nn.Linear(config.mlp_hidden, config.hidden_size))
+        super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.Identity(),
+                         nn.Linear(config.mlp_hidden, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_linear(self[0](x), self[2].weight, self[2].bias)
+        return layers.gelu_mlp(x, self[0], self[2])
 
 
 class DoubleBlock(nn.Module):
@@ -134,22 +128,19 @@ class DoubleBlock(nn.Module):
         length = context.shape[1]
         shift_c, scale_c, gate_c, *mlp_c = self.txt_mod(cond)
         shift_x, scale_x, gate_x, *mlp_x = self.img_mod(cond)
-        of_context = self.txt_attn.heads(modulated_norm(context, shift_c, scale_c), rope[:length])
-        of_image = self.img_attn.heads(modulated_norm(x, shift_x, scale_x), rope[length:])
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))   # (B, T, H, d)
-        del of_context, of_image                                                                # they are as large as q, k, v
-        out_c, out_x = attend(q, k, v).split((length, x.shape[1]), dim=1)                       # (B, L, D), (B, N, D)
+        of_context = self.txt_attn.heads(layers.modulated_norm(context, shift_c, scale_c), rope[:length])
+        of_image = self.img_attn.heads(layers.modulated_norm(x, shift_x, scale_x), rope[length:])
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))  # (B, T, H, d)
+        del of_context, of_image  # they are as large as q, k, v
+        out_c, out_x = layers.attend(q, k, v).split((length, x.shape[1]), dim=1)               # (B, L, D), (B, N, D)
         del q, k, v
         context = torch.addcmul(context, gate_c, self.txt_attn.proj(out_c))
         x = torch.addcmul(x, gate_x, self.img_attn.proj(out_x))
-        return add_mlp(context, self.txt_mlp, *mlp_c), add_mlp(x, self.img_mlp, *mlp_x)
+        return layers.add_mlp(context, self.txt_mlp, *mlp_c), layers.add_mlp(x, self.img_mlp, *mlp_x)
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side: linear1 is qkv over the MLP's first layer, linear2 takes cat(attention, MLP).
-
-    Both are used in their two parts, so that neither the 7D-wide nor the 5D-wide map is ever made.
-    """
+    """Attention and MLP side by side: linear1 is qkv over the MLP's first layer, linear2 takes cat(attention, MLP)."""
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -161,12 +152,21 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(cond)
-        normed = modulated_norm(x, shift, scale)                                                # (B, T, D)
-        (qkv, mlp), (qkv_bias, mlp_bias) = self.linear1.weight.split(self.parts[0]), self.linear1.bias.split(self.parts[0])
+        normed = layers.modulated_norm(x, shift, scale)                                        # (B, T, D)
+        if layers.is_plain(self.linear1, self.linear2):
+            return torch.addcmul(x, gate, self.in_parts(normed, rope))
+        qkv, mlp = self.linear1(normed).split(self.parts[0], dim=-1)
+        both = torch.cat((layers.attend(*self.norm(qkv, rope)), F.gelu(mlp, approximate="tanh")), dim=-1)
+        return torch.addcmul(x, gate, self.linear2(both))
+
+    def in_parts(self, normed: Tensor, rope: Tensor) -> Tensor:
+        """linear2(cat(attention, gelu(mlp))) by the two parts of each weight, without the maps of width 7D and 5D."""
+        (qkv, mlp), (qkv_bias, mlp_bias) = (t.split(self.parts[0]) for t in (self.linear1.weight, self.linear1.bias))
         of_attention, of_mlp = self.linear2.weight.split(self.parts[1], dim=1)
-        out = F.linear(attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope)), of_attention, self.linear2.bias)
-        out = out + gelu_linear(F.linear(normed, mlp, mlp_bias), of_mlp, None)
-        return torch.addcmul(x, gate, out)
+        attention = layers.attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope))
+        out = F.linear(attention, of_attention, self.linear2.bias)
+        del attention
+        return out + layers.gelu_linear(F.linear(normed, mlp, mlp_bias), of_mlp, None)
 
 
 class Embedder(nn.Module):
@@ -184,21 +184,21 @@ class Flux(nn.Module):
         self.config = config
         self.img_in = nn.Linear(PATCH**2 * config.in_channels, config.hidden_size)
         self.txt_in = nn.Linear(config.context_dim, config.hidden_size)
-        self.time_in = Embedder(FREQUENCIES, config.hidden_size)
+        self.time_in = Embedder(layers.FREQUENCIES, config.hidden_size)
         self.vector_in = Embedder(config.pooled_dim, config.hidden_size)
-        self.guidance_in = Embedder(FREQUENCIES, config.hidden_size) if config.guidance else None
+        self.guidance_in = Embedder(layers.FREQUENCIES, config.hidden_size) if config.guidance else None
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single))
-        self.final_layer = FinalLayer(config.hidden_size, PATCH**2 * config.out_channels)
+        self.final_layer = layers.FinalLayer(config.hidden_size, PATCH**2 * config.out_channels)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
              axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> "Flux":
-        """Read a transformer: the official file or the diffusers folder.
+        """Read a transformer from the official file or the diffusers folder.
 
         dtype     compute dtype, whatever the storage; None is float32
-        axes_dim  channels of a head for text index, row, column; None: what the metadata or config.json says, else 1/8, 7/16, 7/16
-        raises    ValueError that names the tensors which are missing, unknown or misshapen
+        axes_dim  channels of a head for text index, row, column; None: from the metadata, else 1/8, 7/16, 7/16
+        raises    ValueError that names the missing, unknown or misshapen tensors
         """
         weights = open_weights(path).part("model.diffusion_model.")
         with torch.device("meta"):
@@ -206,85 +206,82 @@ class Flux(nn.Module):
         fill(model, weights, device, dtype)
         return model
 
-    def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Predict the velocity of the flow; the arithmetic is in the dtype of the weights, the result in that of `latent`.
+    def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,
+                guidance: Tensor | None = None) -> Tensor:
+        """Predict the velocity, in the dtype of `latent`; the arithmetic is in the dtype of the weights.
 
         guidance  (B,), where the model is distilled on it (dev); None where it is not (schnell)
-        raises    ValueError on guidance too much or too little, on odd sides
+        raises    ValueError if guidance is missing or superfluous, or a side is odd
         """
         if (guidance is None) == self.config.guidance:
-            raise ValueError("this Flux is distilled on its guidance: give a number an image, about 3.5" if guidance is None else
-                             "this Flux has no guidance_in (schnell): leave guidance None")
-        dtype, length = self.img_in.weight.dtype, context.shape[1]
-        position = self.position(*latent.shape[-2:])                                            # (h/2, w/2, d/2)
-        rope = torch.cat((position.new_ones(length, position.shape[-1]), position.flatten(0, 1)))  # (T, d/2); text is not turned
-        x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))     # (B, N, D)
-        context = self.txt_in(context.to(dtype))                                                # (B, L, D)
-        cond = self.time_in(timestep_embedding(1000 * sigma.float()).to(dtype)) + self.vector_in(pooled.to(dtype))
+            raise ValueError("this Flux is distilled on its guidance: give a number per image, about 3.5"
+                             if guidance is None else "this Flux has no guidance_in (schnell): leave guidance None")
+        dtype, length = layers.dtype_of(self), context.shape[1]
+        position = self.position(*latent.shape[-2:], latent.device)                            # (h/2, w/2, d/2)
+        text = position.new_ones(length, position.shape[-1])                                   # is not turned
+        rope = torch.cat((text, position.flatten(0, 1)))                                       # (T, d/2)
+        x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))
+        context = self.txt_in(context.to(dtype))                                               # (B, L, D)
+        time = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
+        cond = time + self.vector_in(pooled.to(dtype))
         if guidance is not None:
-            cond = cond + self.guidance_in(timestep_embedding(1000 * guidance.float()).to(dtype))
-        cond = F.silu(cond)                                                                     # (B, D)
+            cond = cond + self.guidance_in(layers.timestep_embedding(1000 * guidance.float()).to(dtype))
+        cond = F.silu(cond)                                                                    # (B, D)
         for block in self.double_blocks:
             context, x = block(context, x, cond, rope)
-        x = torch.cat((context, x), dim=1)                                                      # (B, T, D)
+        x = torch.cat((context, x), dim=1)                                                     # (B, T, D)
         del context
         for block in self.single_blocks:
             x = block(x, cond, rope)
-        x = self.final_layer(x[:, length:], cond)                                               # (B, N, 4·16)
+        x = self.final_layer(x[:, length:], cond)                                              # (B, N, 4·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (c p q) -> B c (h p) (w q)", h=h, w=w, p=PATCH, q=PATCH).to(latent.dtype)
 
-    def position(self, height: int, width: int) -> Tensor:
-        """What turns the patches of a latent: (height/2, width/2, d/2), complex; the text axis stays at 0, where nothing turns."""
-        if height % PATCH or width % PATCH:
-            raise ValueError(f"latent {height}x{width}: both sides must be multiples of the patch, {PATCH}")
-        h, w = height // PATCH, width // PATCH
-        none, rows, columns = (axis_turns(n, dim, self.config.theta, self.img_in.weight.device)
+    def position(self, height: int, width: int, device: str | torch.device | None = None) -> Tensor:
+        """Rotations of the patches of a latent, (height/2, width/2, d/2), complex; the text axis stays at 0."""
+        h, w = layers.patch_grid(height, width, PATCH)
+        none, rows, columns = (axis_turns(n, dim, self.config.theta, device)
                                for n, dim in zip((1, h, w), self.config.axes_dim, strict=True))
         return torch.cat((none.expand(h, w, -1), rows[:, None].expand(-1, w, -1), columns.expand(h, -1, -1)), dim=-1)
 
 
-def read_config(weights: Mapping[str, LazyTensor], axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> FluxConfig:
-    """Read the sizes of a Flux from the shapes of its tensors, what shapes cannot say from the metadata.
-
-    raises  ValueError that names the tensor if one which carries a size is missing or cannot be
-    """
-    source = getattr(weights, "source", "weights")
-    shape, usual = partial(shape_of, weights, "Flux"), partial(usual_size, weights, "Flux")
-    hidden_size = usual(".linear1.weight", 1, "single_blocks.0.linear1.weight")
-    mlp_hidden = usual(".linear1.weight", 0, "single_blocks.0.linear1.weight") - 3 * hidden_size
-    head_dim = usual(".query_norm.scale", 0, "single_blocks.0.norm.query_norm.scale", axes=1)
-    inputs, outputs = shape("img_in.weight", 2)[1], shape("final_layer.linear.weight", 2)[0]
-    for name, size, fits, rule in (
-            ("single_blocks.0.linear1.weight", hidden_size, hidden_size % head_dim == 0, f"a multiple of {head_dim} columns"),
-            ("img_in.weight", inputs, inputs % PATCH**2 == 0, f"a multiple of {PATCH**2} columns"),
-            ("final_layer.linear.weight", outputs, outputs % PATCH**2 == 0, f"a multiple of {PATCH**2} rows")):
+def read_config(weights: Weights, axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> FluxConfig:
+    """Read the sizes of a Flux from its tensors; ValueError that names one which is missing or impossible."""
+    def need(fits: bool, name: str, size: int, rule: str) -> None:
         if not fits:
-            raise ValueError(f"{source}: {name} has {size}, expected {rule}")
+            raise ValueError(f"{weights.source}: {name} has {size}, expected {rule}")
 
-    def depth(kind: str) -> int:
-        return 1 + max((int(match[1]) for name in weights if (match := re.match(kind + r"\.(\d+)\.", name))), default=-1)
-
+    kind, linear1 = "Flux transformer", "single_blocks.0.linear1.weight"
+    hidden_size = weights.common_size(".linear1.weight", 1, linear1, kind)
+    mlp_hidden = weights.common_size(".linear1.weight", 0, linear1, kind) - 3 * hidden_size
+    head_dim = weights.common_size(".query_norm.scale", 0, "single_blocks.0.norm.query_norm.scale", kind, axes=1)
+    _, inputs = weights.shape_of("img_in.weight", 2, kind)
+    outputs, _ = weights.shape_of("final_layer.linear.weight", 2, kind)
+    need(hidden_size % head_dim == 0, linear1, hidden_size, f"a multiple of {head_dim} columns")
+    need(inputs % PATCH**2 == 0, "img_in.weight", inputs, f"a multiple of {PATCH**2} columns")
+    need(outputs % PATCH**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {PATCH**2} rows")
     return FluxConfig(
-        hidden_size=hidden_size, depth=depth("double_blocks"), depth_single=depth("single_blocks"), head_dim=head_dim,
-        in_channels=inputs // PATCH**2, out_channels=outputs // PATCH**2, context_dim=shape("txt_in.weight", 2)[1],
-        pooled_dim=shape("vector_in.in_layer.weight", 2)[1], mlp_hidden=mlp_hidden, theta=theta,
+        hidden_size=hidden_size, depth=weights.depth("double_blocks."), depth_single=weights.depth("single_blocks."),
+        head_dim=head_dim, in_channels=inputs // PATCH**2, out_channels=outputs // PATCH**2,
+        context_dim=weights.shape_of("txt_in.weight", 2, kind)[1], mlp_hidden=mlp_hidden, theta=theta,
+        pooled_dim=weights.shape_of("vector_in.in_layer.weight", 2, kind)[1],
         guidance=any(name.startswith("guidance_in.") for name in weights),
-        axes_dim=axes_dim or read_axes(getattr(weights, "metadata", {}), head_dim, source))
+        axes_dim=axes_dim or read_axes(weights, head_dim))
 
 
-def read_axes(said: Mapping[str, str], head_dim: int, source: str) -> tuple[int, ...]:
-    """Channels of a head for text index, row and column: what the file says, else AXES in proportion."""
-    text = said.get("axes_dim", said.get("axes_dims_rope", ""))  # ours, or of a diffusers config.json
-    axes = tuple(map(int, re.findall(r"\d+", text))) or tuple(axis * head_dim // sum(AXES) for axis in AXES)
+def read_axes(weights: Weights, head_dim: int) -> tuple[int, ...]:
+    """Channels of a head for text index, row and column: from the metadata, else AXES in proportion."""
+    text = weights.metadata.get("axes_dim", weights.metadata.get("axes_dims_rope"))  # ours, or diffusers' config.json
+    proportion = tuple(axis * head_dim // sum(AXES) for axis in AXES)
+    axes = proportion if text is None else tuple(map(int, re.findall(r"\d+", text)))
     if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-        raise ValueError(f"{source}: RoPE axes {axes} do not cut a head of {head_dim} into three even parts; "
-                         'its metadata should say "axes_dim", or give axes_dim=')
+        raise ValueError(f"{weights.source}: RoPE axes {axes} do not divide a head of {head_dim} into three even parts;"
+                         ' correct "axes_dim" in its metadata, or give axes_dim=')
     return axes
 
 
 def new_flux(config: FluxConfig, generator: torch.Generator) -> Flux:
-    """A model to train from the start, initialised as DiT and SD3 are: every block begins as the identity.
+    """A model to train from scratch, initialised as DiT and SD3 are: every block begins as the identity.
 
     source  DiT appendix A, `initialize_weights`
     """

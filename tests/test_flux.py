@@ -1,20 +1,20 @@
 """Flux: parity with the official code and with diffusers, every published shape, positions far out, refusals, a first training step."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from golden import distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
+from golden import diffusers_names, distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
 from bench.full_size_flux import load_block_by_block, write_random
-from checkpoint import Weights, _official_names, diffusers_names, open_weights
+from checkpoint import open_weights
 from flow import euler, flux_sigmas, interpolate
 from flux import Flux, FluxConfig, axis_turns, new_flux, read_config, rotate
-from mmdit import MMDiT, MMDiTConfig, new_mmdit, timestep_embedding
+from layers import timestep_embedding
+from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from wavelet import wlf_loss
 
 TOLERANCE = 1e-5  # absolute, fp32: see test_mmdit.py; flux_dev comes to 7e-6, by the last digit of exp() times 3500 (see below)
@@ -149,8 +149,8 @@ def test_published_names_and_shapes_are_exactly_the_models(name, config, tensors
 
 
 def test_published_diffusers_names_are_those_of_the_official_file():
-    weights = _official_names(lazy(published("flux1-dev.diffusers")), "a file")
-    assert shapes_of(weights) == published("flux1-dev") and read_config(Weights(weights, {}, "a file")) == FluxConfig()
+    weights = lazy(published("flux1-dev.diffusers")).with_official_names()
+    assert shapes_of(weights) == published("flux1-dev") and read_config(weights) == FluxConfig()
 
 
 @BOTH
@@ -196,7 +196,10 @@ def test_axes_come_from_the_keyword_then_the_file_then_the_official_proportion(t
     assert distance(Flux.load(tmp_path / "said.safetensors")(*inputs), Flux.load(tmp_path / "plain.safetensors")(*inputs)) > 1e-3
     assert Flux.load(tmp_path / "plain.safetensors", theta=100).config.theta == 100
     save_file(tensors, tmp_path / "wrong.safetensors", {"axes_dim": "16, 56, 56"})
-    with pytest.raises(ValueError, match=r"RoPE axes \(16, 56, 56\) do not cut a head of 32"):
+    with pytest.raises(ValueError, match=r"RoPE axes \(16, 56, 56\) do not divide a head of 32"):
+        Flux.load(tmp_path / "wrong.safetensors")
+    save_file(tensors, tmp_path / "wrong.safetensors", {"axes_dim": "default"})
+    with pytest.raises(ValueError, match="wrong.safetensors: RoPE axes .* do not divide a head of 32"):
         Flux.load(tmp_path / "wrong.safetensors")
 
 
@@ -245,7 +248,7 @@ def test_prefix_of_other_tools_is_accepted(tmp_path):
 
 
 def test_blocks_filled_one_at_a_time_give_the_same_velocity(tmp_path):
-    """What tests/full_size_flux.py does at full size."""
+    """What bench/full_size_flux.py does at full size."""
     path, inputs = tmp_path / "random.safetensors", random_inputs(TINY)
     write_random(path, shapes_of(random_flux(TINY).state_dict()))
     assert {t.read().dtype for t in open_weights(path).values()} == {torch.bfloat16}
@@ -307,16 +310,14 @@ def test_positions_do_not_depend_on_the_dtype_of_the_weights():
     assert torch.equal(model.to(torch.bfloat16).position(512, 600), random_flux(NARROW).position(512, 600))
 
 
-@pytest.mark.parametrize("side, seconds", [(256, 60), (512, 60)], ids=["16,384 tokens", "65,536 tokens"])
-def test_large_latents_run_and_a_distant_corner_equals_fp64(side, seconds):
+@pytest.mark.parametrize("side", [256, 512], ids=["16,384 tokens", "65,536 tokens"])
+def test_large_latents_run_and_a_distant_corner_equals_fp64(side):
     """One single block of one head: its last patch sees every token, and fp64 can compute that patch alone."""
     config = replace(NARROW, depth=0)
     model, inputs = random_flux(config), random_inputs(config, batch=1, height=side, width=side)
-    began = time.time()
     velocity = model(*inputs)
     assert velocity.shape == inputs[0].shape and velocity.isfinite().all() and velocity.std() > 0.01
     assert distance(velocity[..., -2:, -2:], last_patch_in_fp64(model, *inputs)) <= 1e-5
-    assert time.time() - began < seconds
 
 
 def last_patch_in_fp64(model: Flux, latent, sigma, context, pooled, guidance) -> torch.Tensor:
@@ -402,7 +403,7 @@ def test_gradients_equal_those_of_diffusers():
     with torch.enable_grad():
         ours(*inputs).square().sum().backward()
         run_diffusers(theirs, *inputs).square().sum().backward()
-    expected = _official_names(lazy_tensors({name: p.grad for name, p in theirs.named_parameters()}), "diffusers")
+    expected = lazy_tensors({name: p.grad for name, p in theirs.named_parameters()}).with_official_names()
     for name, parameter in ours.named_parameters():
         other = expected[name].read()
         assert (parameter.grad - other).abs().max() <= 1e-4 * other.abs().max(), name

@@ -1,37 +1,247 @@
-"""The steps that keep less for backward: values and gradients of their formulas."""
+"""What both transformers share: formulas, their derivatives, the memory they save, and that every module is called."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
-from layers import gelu_linear, modulated_norm
+import layers
+from flux import FluxConfig, new_flux
+from layers import gelu_linear, gelu_mlp, is_plain, modulated_norm
+from mmdit import MMDiTConfig, new_mmdit
 
+MODELS = {
+    "mmdit": (new_mmdit, MMDiTConfig(64, 2, context_dim=24, pooled_dim=20, table_side=4, mlp_hidden=96, qk_norm=True,
+                                     dual_attention=(0,))),
+    "flux": (new_flux, FluxConfig(64, 1, 2, 32, context_dim=24, pooled_dim=20, mlp_hidden=96, axes_dim=(4, 14, 14)))}
+LAYERS = {"mmdit": 27, "flux": 26}  # linears and convolutions
+BOTH = pytest.mark.parametrize("name", MODELS)
+
+
+def random(*shapes: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+# ---- formulas
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_modulated_norm_is_its_formula_and_so_is_its_gradient(batch):
-    generator = torch.Generator().manual_seed(0)
-    x, shift, scale = (torch.randn(batch, n, 8, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 1, 1))
+def test_modulated_norm_is_its_formula_and_so_are_its_first_and_second_derivatives(batch):
+    x, shift, scale = random((batch, 5, 8), (batch, 1, 8), (batch, 1, 8))
     expected = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
     assert (modulated_norm(x, shift, scale) - expected).abs().max() < 1e-12
     assert torch.autograd.gradcheck(modulated_norm, (x, shift, scale))
+    assert torch.autograd.gradgradcheck(modulated_norm, (x, shift, scale))
 
 
-@pytest.mark.parametrize("large", [1, 1 << 30])
-def test_gelu_linear_is_its_formula_and_so_is_its_gradient(large, monkeypatch):
-    monkeypatch.setattr("lean.LARGE_MAP", large)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                            for shape in ((2, 3, 8), (5, 8), (5,)))
+@pytest.mark.parametrize("large", [1, 1 << 30], ids=["computed again", "stored"])
+def test_gelu_linear_is_its_formula_and_so_are_its_first_and_second_derivatives(large, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE_MAP", large)
+    hidden, weight, bias = random((2, 3, 8), (5, 8), (5,))
     expected = F.linear(F.gelu(hidden, approximate="tanh"), weight, bias)
     assert (gelu_linear(hidden, weight, bias) - expected).abs().max() < 1e-12
-    assert torch.autograd.gradcheck(gelu_linear, (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h, w: gelu_linear(h, w, None), (hidden, weight))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(gelu_linear, (hidden, weight, bias))
+        assert check(lambda h, w: gelu_linear(h, w, None), (hidden, weight))
 
+
+@pytest.mark.parametrize("function, shapes", [(gelu_linear, ((2, 3, 8), (5, 8), (5,))),
+                                              (modulated_norm, ((3, 5, 8), (3, 1, 8), (3, 1, 8)))])
+def test_forward_mode_derivatives_are_refused(function, shapes):
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(function, random(*shapes), random(*shapes, seed=1))
+
+
+# ---- memory
 
 def test_without_gradients_gelu_linear_needs_no_second_map():
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 8), (5, 8), (5,)))
+    hidden, weight, bias = (t.detach() for t in random((2, 3, 8), (5, 8), (5,)))
     active = F.gelu(hidden, approximate="tanh")
     with torch.no_grad():
         assert torch.equal(gelu_linear(hidden, weight, bias), F.linear(active, weight, bias))
     assert torch.equal(hidden, active)
+
+
+@pytest.mark.parametrize("large, maps", [(1, 1), (1 << 30, 2)])
+def test_a_large_widest_map_is_stored_once(large, maps, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE_MAP", large)
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.shape) or t, lambda t: t):
+        gelu_mlp(torch.randn(2, 3, 4), nn.Linear(4, 16), nn.Linear(16, 4))
+    assert stored.count((2, 3, 16)) == maps
+
+
+# ---- modules are called
+
+class LoRA(nn.Module):
+    """base(x) + up(down(x)), rank 4."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d):
+        super().__init__()
+        self.base = base
+        if isinstance(base, nn.Linear):
+            self.down = nn.Linear(base.in_features, 4, bias=False)
+            self.up = nn.Linear(4, base.out_features, bias=False)
+        else:
+            self.down = nn.Conv2d(base.in_channels, 4, base.kernel_size, base.stride, bias=False)
+            self.up = nn.Conv2d(4, base.out_channels, 1, bias=False)
+        generator = torch.Generator().manual_seed(base.weight.numel())
+        for part in (self.down, self.up):
+            nn.init.normal_(part.weight, std=0.2, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def product(self) -> torch.Tensor:
+        return (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view_as(self.base.weight)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def double_class(linear: nn.Linear) -> None:
+    linear.__class__ = Doubled
+
+
+def double_forward(linear: nn.Linear) -> None:
+    linear.forward = lambda x: 2 * nn.Linear.forward(linear, x)
+
+
+def double_hook(linear: nn.Linear) -> None:
+    linear.register_forward_hook(lambda _, __, out: 2 * out)
+
+
+def double_pre_hook(linear: nn.Linear) -> None:
+    linear.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def shaken(name: str) -> nn.Module:
+    """All weights random, so that every layer matters."""
+    new, config = MODELS[name]
+    model, generator = new(config, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def inputs_of(name: str) -> tuple[torch.Tensor, ...]:
+    config, generator = MODELS[name][1], torch.Generator().manual_seed(2)
+    inputs = (torch.randn(2, 16, 8, 4, generator=generator), torch.rand(2, generator=generator),
+              torch.randn(2, 3, config.context_dim, generator=generator),
+              torch.randn(2, config.pooled_dim, generator=generator))
+    return (*inputs, torch.full((2,), 3.5)) if name == "flux" else inputs
+
+
+def called_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+@BOTH
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+def test_a_forward_hook_fires_on_every_layer_alone_and_sees_its_result(name, gradients):
+    model, inputs = shaken(name), inputs_of(name)
+    modules = called_layers(model)
+    assert len(modules) == LAYERS[name]
+    with torch.set_grad_enabled(gradients):
+        for path, module in modules.items():
+            seen = []
+            handle = module.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append((inputs[0], out)))
+            model(*inputs)
+            handle.remove()
+            [(x, out)] = seen
+            formula = F.linear if isinstance(module, nn.Linear) else partial(F.conv2d, stride=2)
+            expected = formula(x, module.weight, module.bias)
+            assert (out - expected).abs().max() < 1e-4, path  # nothing was written over it afterwards
+
+
+@BOTH
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_global_hooks_and_hooks_on_all_layers_leave_velocity_and_gradients_as_they_are(name, recompute):
+    model, inputs = shaken(name), inputs_of(name)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        velocity = model(*inputs)
+        velocity.square().sum().backward()
+        return [velocity.detach(), *(p.grad for p in model.parameters())]
+
+    expected = gradients()
+    for child in model.children() if recompute else ():
+        for block in child if isinstance(child, nn.ModuleList) else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    handle, fired = nn.modules.module.register_module_forward_hook(lambda *_: None), []
+    globally = gradients()
+    handle.remove()
+    for module in called_layers(model).values():
+        module.register_forward_hook(lambda *_: fired.append(1))
+    for others in (globally, gradients()):
+        assert all((a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(others, expected, strict=True))
+    assert len(fired) >= LAYERS[name]
+
+
+@BOTH
+def test_lora_on_any_layer_gives_what_merged_weights_give_and_both_of_its_parts_a_gradient(name):
+    model, inputs = shaken(name), inputs_of(name)
+    with torch.no_grad():
+        velocity = model(*inputs)
+    for path, module in called_layers(model).items():
+        lora, original = LoRA(module), module.weight.detach().clone()
+        model.set_submodule(path, lora)
+        adapted = model(*inputs)
+        adapted.square().mean().backward()
+        assert all(part.weight.grad.abs().max() > 0 for part in (lora.down, lora.up)), path
+        with torch.no_grad():
+            assert (model(*inputs) - adapted).abs().max() < 1e-4, path
+            model.set_submodule(path, module)
+            module.weight += lora.product()
+            merged = model(*inputs)
+            module.weight.copy_(original)
+        assert (adapted - velocity).abs().max() > 1e-3, path
+        assert (adapted - merged).abs().max() < 1e-3 * merged.abs().max(), path
+
+
+@BOTH
+def test_lora_on_all_layers_at_once_has_a_gradient_everywhere(name):
+    model, inputs = shaken(name), inputs_of(name)
+    velocity = model(*inputs)
+    loras = {path: LoRA(module.requires_grad_(False)) for path, module in called_layers(model).items()}
+    for path, lora in loras.items():
+        model.set_submodule(path, lora)
+    adapted = model(*inputs)
+    adapted.square().mean().backward()
+    assert (adapted - velocity).abs().max() > 0.1
+    assert all(part.weight.grad.abs().max() > 0 for lora in loras.values() for part in (lora.down, lora.up))
+    assert all(lora.base.weight.grad is None for lora in loras.values())
+
+
+@BOTH
+@pytest.mark.parametrize("double", [double_class, double_forward, double_hook, double_pre_hook])
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+def test_a_changed_linear_is_used_whatever_changes_it(name, double, gradients):
+    inputs = inputs_of(name)
+    with torch.set_grad_enabled(gradients):
+        for path in (path for path, module in called_layers(shaken(name)).items() if isinstance(module, nn.Linear)):
+            model, other = shaken(name), shaken(name)
+            double(model.get_submodule(path))
+            with torch.no_grad():
+                linear = other.get_submodule(path)
+                linear.weight *= 2
+                if double is not double_pre_hook:
+                    linear.bias *= 2
+            expected = other(*inputs)
+            assert (model(*inputs) - expected).abs().max() < 1e-4 * expected.abs().max(), path
+
+
+def test_a_weight_that_is_a_tensor_subclass_is_not_plain():
+    """Quantisation replaces the weight of an nn.Linear, and leaves the module what it is."""
+    linear = nn.Linear(4, 4)
+    assert is_plain(linear, nn.Linear(4, 2))
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach()))
+    assert not is_plain(linear) and not is_plain(nn.Linear(4, 2), linear)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from golden import distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
+from golden import diffusers_names, distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
-from checkpoint import _official_names, diffusers_names, fill, open_weights
+from checkpoint import fill, open_weights
 from flow import euler
-from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table, stretched
+from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table
 
 TOLERANCE = 1e-5  # absolute, fp32: two right implementations differ by 1e-6 to 5e-6, a wrong epsilon by 2e-5
 TINY = MMDiTConfig(hidden_size=128, depth=2, context_dim=24, pooled_dim=20, table_side=10, mlp_hidden=512)
@@ -177,7 +177,7 @@ def test_image_k_does_not_depend_on_its_batch():
 def test_any_even_shape_within_the_table_keeps_its_shape(height, width):
     inputs = random_inputs(TINY, height=height, width=width)
     theirs, ours = of_diffusers(TINY), MMDiT(TINY)
-    fill(ours, _official_names(lazy_tensors(theirs.state_dict()), "diffusers"))
+    fill(ours, lazy_tensors(theirs.state_dict()).with_official_names())
     assert distance(ours(*inputs), run_diffusers(theirs, *inputs)) <= TOLERANCE
 
 
@@ -250,11 +250,3 @@ def test_saved_names_open_again(tmp_path):
     model = random_mmdit(DUAL)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     assert shapes_of(open_weights(tmp_path)) == shapes_of(model.state_dict())
-
-
-def test_stretched_table_has_its_places_closer_together_around_the_centre():
-    table = sincos_table(64, 32)[None]
-    assert torch.allclose(stretched(table, 1), table, atol=1e-5)
-    closer = sincos_table(64, 32, base=16, offset=15.5 / 2)[None]  # places 7.75, 8.25 … 23.25
-    inner = closer.view(32, 32, 64)[2:-2, 2:-2] - stretched(table, 2).view(32, 32, 64)[2:-2, 2:-2]
-    assert inner.abs().max() < 0.05  # cubic interpolation of waves of up to one radian a place
