@@ -1,32 +1,22 @@
-"""Prompt to conditioning: CLIP-L, OpenCLIP bigG, T5-XXL, and what SD3 and Flux make of them.
+"""Prompt to conditioning: CLIP-L, OpenCLIP bigG and T5-XXL, and how SD3 and Flux combine their outputs.
 
 Paper     Diffusion-4K sections 4.1 and 9: the text encoders stay frozen; embeddings are computed once and cached
-Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel(WithProjection),
-          T5EncoderModel (held by tests/test_text.py on golden cases)
-Encoders  file                width  depth  heads  activation   length     pad     pooled
-          clip_l              768    12     12     quick GELU   77         49407   unprojected in SD3 and Flux
-          clip_g              1280   32     20     exact GELU   77         0       projected
-          t5xxl               4096   24     64     gated GELU   77 … 512   0       none
-          Widths, depths and lengths are read from the tensors; nothing below assumes these.
-Padding   is attended: CLIP has a causal mask only, T5 has none. The empty prompt is a prompt: the encoded
-          empty string is the negative.
-SD3       context is L beside G, then T5's 77 tokens; pooled is L and G
-Flux      context is T5's 512 tokens (dev) or 256 (schnell); pooled is L
-Shapes    B prompts, L tokens, W width; SD3: context (B, L_clip + L_t5, W of T5), pooled (B, W of L + W of G)
-Units     token ids are int64; dtype None computes in float32; T5 overflows in float16, use bfloat16
+Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel, T5EncoderModel.
+          Tested against their outputs in tests/test_text.py
+Encoders  file     width  depth  heads  activation   length     pad     pooled   (official; sizes come from the file)
+          clip_l   768    12     12     quick GELU   77         49407   unprojected in SD3 and Flux
+          clip_g   1280   32     20     exact GELU   77         0       projected
+          t5xxl    4096   24     64     gated GELU   77 … 512   0       none
+Padding   is attended: CLIP has a causal mask only, T5 has none. The empty prompt is encoded like any other
+SD3       context: L and G side by side, then T5 (77 tokens); pooled: L and G
+Flux      context: T5 (512 tokens, schnell 256); pooled: L
+Shapes    B prompts, L tokens, W width, P projected width; token ids are int64
 Check     python -m pytest tests/test_text.py
-
-| ours      | meaning                                            | elsewhere called       |
-| tokens    | ids with start, end and padding, (B, L)            | input_ids              |
-| last      | CLIP after its final norm                          | last_hidden_state      |
-| penultimate | CLIP before its last layer, without final norm   | hidden_states[-2]      |
-| context   | text tokens the transformer attends to             | encoder_hidden_states  |
-| pooled    | one vector a prompt, taken at the first end token  | y, pooled_projections  |
 """
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,16 +27,16 @@ from torch import Tensor, nn
 from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Weights, fill, open_weights
 from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
-EOS = 49407                     # the last id of CLIP's vocabulary
-LEGACY_EOS = 2                  # what old config.json files of CLIP say, wrongly
-CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")   # in re-exports: 0, 1, 2, … and a training temperature
-T5_LENGTH = 77                  # tokens, in training and evaluation; a small T5's file may say another "length"
-T5_MOST = 512                   # tokens: what Flux-dev takes, and the longest that T5 was trained on
-T5_MAX_DISTANCE = 128           # relative positions beyond it share the last bucket
-T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")       # preferred to fp8, which has lost digits
+EOS = 49407            # last id of CLIP's vocabulary
+LEGACY_EOS = 2         # what old config.json files of CLIP record, wrongly
+CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")  # in re-exports: 0, 1, 2, … and a temperature
+T5_LENGTH = 77         # tokens, SD3's in training and evaluation; a small T5's metadata may record another "length"
+T5_MOST = 512          # tokens: Flux-dev's length, and the longest that T5 was trained on
+T5_MAX_DISTANCE = 128  # relative positions beyond it share the last bucket
+T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")      # preferred to fp8, which has fewer digits
 
 
-# CLIP
+# ---- CLIP
 
 class CLIPAttention(nn.Module):
     def __init__(self, width: int, num_heads: int):
@@ -55,7 +45,8 @@ class CLIPAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads) for project in projections)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
 
@@ -77,10 +68,10 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower; module names are the official ones. Made by `load`."""
+    """CLIP's text tower under its official module names; created by `load`."""
 
-    def __init__(self, vocabulary: int, positions: int, width: int, mlp_width: int, depth: int, num_heads: int, activation: str,
-                 eos: int, projection: int | None):
+    def __init__(self, vocabulary: int, positions: int, width: int, mlp_width: int, depth: int, num_heads: int,
+                 activation: str, eos: int, projection: int | None):
         super().__init__()
         self.eos, self.length, self.vocabulary = eos, positions, vocabulary
         embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocabulary, width),
@@ -90,73 +81,77 @@ class CLIPText(nn.Module):
                                          "final_layer_norm": nn.LayerNorm(width, eps=1e-5)})
         self.text_projection = None if projection is None else nn.Linear(width, projection, bias=False)
 
-    @staticmethod
-    def load(path: str | os.PathLike, activation: str | None = None, num_heads: int | None = None, eos: int | None = None,
-             device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "CLIPText":
-        """Read a CLIP text encoder; a keyword wins over what the file says, and that over the official value.
+    @classmethod
+    def load(cls, path: str | os.PathLike, activation: str | None = None, num_heads: int | None = None,
+             eos: int | None = None, device: str | torch.device = "cpu",
+             dtype: torch.dtype | None = None) -> "CLIPText":
+        """Read a CLIP text encoder. None takes the value that the file records, else the official one.
 
         path        clip_l.safetensors, clip_g.safetensors, or a transformers folder
         activation  "quick_gelu" or "gelu" (exact); official: quick_gelu at width 768, gelu otherwise
         num_heads   official: width / 64
         eos         id of the end token; official: 49407, the last id of the vocabulary
-        raises      ValueError if names or shapes differ from CLIP's, or heads or activation make no sense
+        raises      ValueError if names, shapes, heads or activation are not those of a CLIP text encoder
         """
         weights = open_weights(path)
-        if "embeddings.token_embedding.weight" in weights:   # transformers 5 saves CLIPTextModel without the official prefix
-            weights = Weights({f"text_model.{name}": t for name, t in weights.items()}, weights.metadata, weights.source)
+        if "embeddings.token_embedding.weight" in weights:  # transformers 5 saves CLIPTextModel without the prefix
+            named = {f"text_model.{name}": t for name, t in weights.items()}
+            weights = Weights(named, weights.metadata, weights.source)
         for name in CLIP_UNUSED:
             weights.pop(name, None)
-        said = weights.metadata
-        vocabulary, _ = _shape(weights, "text_model.embeddings.token_embedding.weight", 2)
-        width, = _shape(weights, "text_model.final_layer_norm.weight", 1)
-        positions, _ = _shape(weights, "text_model.embeddings.position_embedding.weight", 2)
-        mlp_width, _ = _shape(weights, "text_model.encoder.layers.0.mlp.fc1.weight", 2)
-        projection = _shape(weights, "text_projection.weight", 2)[0] if "text_projection.weight" in weights else None
-        num_heads = num_heads or int(said.get("num_attention_heads", width // 64))
+        kind = "CLIP text encoder"
+        vocabulary, _ = weights.shape_of("text_model.embeddings.token_embedding.weight", 2, kind)
+        width, = weights.shape_of("text_model.final_layer_norm.weight", 1, kind)
+        positions, _ = weights.shape_of("text_model.embeddings.position_embedding.weight", 2, kind)
+        mlp_width, _ = weights.shape_of("text_model.encoder.layers.0.mlp.fc1.weight", 2, kind)
+        end = "text_projection.weight"
+        projection = weights.shape_of(end, 2, kind)[0] if end in weights else None
+        num_heads = num_heads or weights.number("num_attention_heads", otherwise=width // 64, integer=True)
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"{weights.source}: {num_heads} heads do not divide the width {width}; give num_heads")
-        activation = activation or said.get("hidden_act", "quick_gelu" if width == 768 else "gelu")
+        activation = activation or weights.metadata.get("hidden_act", "quick_gelu" if width == 768 else "gelu")
         if activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f'{weights.source}: activation {activation!r}: a CLIP text encoder has "quick_gelu" or "gelu"')
+            raise ValueError(f'{weights.source}: activation {activation!r}: a {kind} has "quick_gelu" or "gelu"')
         if eos is None:
-            eos = int(said.get("eos_token_id", LEGACY_EOS))
+            eos = weights.number("eos_token_id", otherwise=LEGACY_EOS, integer=True)
             eos = min(EOS, vocabulary - 1) if eos == LEGACY_EOS else eos
+        depth = weights.depth("text_model.encoder.layers.")
         with torch.device("meta"):
-            clip = CLIPText(vocabulary, positions, width, mlp_width, _depth(weights, "text_model.encoder.layers."), num_heads,
-                            activation, eos, projection)
+            clip = cls(vocabulary, positions, width, mlp_width, depth, num_heads, activation, eos, projection)
         fill(clip.requires_grad_(False).eval(), weights, device, dtype)
         return clip
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode token ids.
 
-        tokens   (B, L), int64, an end token in every row; L at most `self.length`
-        returns  last (B, L, W), penultimate (B, L, W), pooled (B, W), or (B, P) where the file has a text_projection
+        tokens   (B, L), an end token in every row; L at most `self.length`
+        returns  last (B, L, W), after the final norm; penultimate (B, L, W), before the last layer, not normed;
+                 pooled (B, W), from the first end token, or (B, P) if the file has a text_projection
         raises   ValueError if L is too long or a row has no end token
         """
         length = tokens.shape[1]
         if length > self.length:
             raise ValueError(f"{length} tokens: this CLIP has {self.length} positions; tokenize to {self.length}")
-        embeddings, layers = self.text_model.embeddings, self.text_model.encoder.layers
-        penultimate = x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight[:length]
-        for layer in layers:
+        embeddings, position = self.text_model.embeddings, torch.arange(length, device=tokens.device)
+        penultimate = x = embeddings.token_embedding(tokens) + embeddings.position_embedding(position)
+        for layer in self.text_model.encoder.layers:
             penultimate, x = x, layer(x)
         last = self.text_model.final_layer_norm(x)
         pooled = self.at_eos(last, tokens)
         return last, penultimate, pooled if self.text_projection is None else self.text_projection(pooled)
 
     def at_eos(self, last: Tensor, tokens: Tensor) -> Tensor:
-        """The unprojected pooled vector (B, W): `last` at the first end token of each row."""
+        """The pooled vector (B, W) before projection: `last` at the first end token of each row."""
         is_eos = tokens == self.eos
-        if not is_eos.any(dim=1).all():   # waits for the device: once a batch, and the encoders run once a prompt
-            raise ValueError(f"a row of tokens holds no end token {self.eos}; tokenize with the tokenizer of this encoder, or give eos")
+        if not is_eos.any(dim=1).all():  # waits for the device: once per batch, and every prompt is encoded once
+            raise ValueError(f"a row of tokens holds no end token {self.eos}; use its own tokenizer, or give eos")
         return last[torch.arange(len(tokens), device=last.device), is_eos.int().argmax(dim=1)]
 
 
-# T5
+# ---- T5
 
 def t5_buckets(relative: Tensor, buckets: int = 32) -> Tensor:
-    """Bucket of a relative position: exact up to buckets/4, then logarithmic up to T5_MAX_DISTANCE; half of them for keys ahead.
+    """Bucket of a relative position: exact below buckets/4, then logarithmic; half of them for keys ahead.
 
     relative  key position minus query position, integer
     returns   same shape, int64, in [0, buckets)
@@ -174,23 +169,22 @@ class T5Attention(nn.Module):
         self.num_heads = num_heads
         self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, width, bias=False)
-        if table is not None:                 # block 0 keeps the table for all
+        if table is not None:  # block 0 holds the table of all blocks
             self.relative_attention_bias = nn.Embedding(*table)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (rearrange(p(x), "b l (h d) -> b h l d", h=self.num_heads) for p in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)   # T5 trained without 1/sqrt(head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # T5 trained without 1/sqrt(head_dim)
         return self.o(rearrange(x, "b h l d -> b l (h d)"))
 
 
 class T5Block(nn.Module):
     def __init__(self, width: int, inner: int, mlp_width: int, table: tuple[int, int] | None, num_heads: int):
         super().__init__()
-        mlp = nn.ModuleDict({"wi_0": nn.Linear(width, mlp_width, bias=False), "wi_1": nn.Linear(width, mlp_width, bias=False),
-                             "wo": nn.Linear(mlp_width, width, bias=False)})
-        self.layer = nn.ModuleList((
-            nn.ModuleDict({"SelfAttention": T5Attention(width, inner, table, num_heads), "layer_norm": nn.RMSNorm(width, eps=1e-6)}),
-            nn.ModuleDict({"DenseReluDense": mlp, "layer_norm": nn.RMSNorm(width, eps=1e-6)})))
+        mlp = nn.ModuleDict({name: nn.Linear(width, mlp_width, bias=False) for name in ("wi_0", "wi_1")})
+        mlp["wo"] = nn.Linear(mlp_width, width, bias=False)
+        parts = {"SelfAttention": T5Attention(width, inner, table, num_heads)}, {"DenseReluDense": mlp}
+        self.layer = nn.ModuleList(nn.ModuleDict(part | {"layer_norm": nn.RMSNorm(width, eps=1e-6)}) for part in parts)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, feed_forward = self.layer
@@ -200,125 +194,125 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5 v1.1's encoder; module names are the official ones. Made by `load`."""
+    """T5 v1.1's encoder under its official module names; created by `load`."""
 
     def __init__(self, vocabulary: int, width: int, inner: int, mlp_width: int, depth: int, table: tuple[int, int],
                  length: int | None = None):
         super().__init__()
         self.width, self.length, self.vocabulary = width, length, vocabulary
-        block = nn.ModuleList(T5Block(width, inner, mlp_width, table if i == 0 else None, table[1]) for i in range(depth))
+        block = nn.ModuleList(T5Block(width, inner, mlp_width, None if i else table, table[1]) for i in range(depth))
         self.encoder = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, width), "block": block,
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
-    @staticmethod
-    def load(path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "T5Encoder":
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu",
+             dtype: torch.dtype | None = None) -> "T5Encoder":
         """Read a T5 v1.1 encoder.
 
         path    t5xxl_*.safetensors, or a transformers folder, sharded or not
-        dtype   None is float32; float16 overflows in T5 and is refused
-        raises  ValueError if names or shapes differ from T5's, or dtype is float16
+        raises  ValueError if names or shapes are not those of T5, or dtype is float16, in which it overflows
         """
         if dtype is torch.float16:
-            raise ValueError("T5 overflows in float16; compute in bfloat16 or float32 (a float16 file is read as either)")
-        weights = open_weights(path)
-        if shared := weights.pop("shared.weight", None):   # files hold the embedding under one name, the other, or both
+            raise ValueError("T5 overflows in float16; compute in bfloat16 or float32 (either reads a float16 file)")
+        weights, kind = open_weights(path), "T5 encoder"
+        if shared := weights.pop("shared.weight", None):  # files hold the embedding under one name, the other, or both
             embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
             if shared.shape != embedding.shape:
-                raise ValueError(f"{weights.source}: shared.weight {shared.shape} is not encoder.embed_tokens.weight {embedding.shape}")
+                shapes = f"shared.weight {shared.shape} is not encoder.embed_tokens.weight {embedding.shape}"
+                raise ValueError(f"{weights.source}: {shapes}")
         first = "encoder.block.0.layer."
-        vocabulary, _ = _shape(weights, "encoder.embed_tokens.weight", 2)
-        width, = _shape(weights, "encoder.final_layer_norm.weight", 1)
-        inner, _ = _shape(weights, first + "0.SelfAttention.q.weight", 2)
-        mlp_width, _ = _shape(weights, first + "1.DenseReluDense.wi_0.weight", 2)
-        table = _shape(weights, first + "0.SelfAttention.relative_attention_bias.weight", 2)
+        vocabulary, _ = weights.shape_of("encoder.embed_tokens.weight", 2, kind)
+        width, = weights.shape_of("encoder.final_layer_norm.weight", 1, kind)
+        inner, _ = weights.shape_of(first + "0.SelfAttention.q.weight", 2, kind)
+        mlp_width, _ = weights.shape_of(first + "1.DenseReluDense.wi_0.weight", 2, kind)
+        table = weights.shape_of(first + "0.SelfAttention.relative_attention_bias.weight", 2, kind)
         if inner % table[1]:
-            raise ValueError(f"{weights.source}: {first}0: {table[1]} heads of the bias table do not divide {inner} rows of q")
+            raise ValueError(f"{weights.source}: the {table[1]} heads of {first}0 do not divide its {inner} rows of q")
+        length = weights.number("length", integer=True) or None
+        check_t5_length(length)
         with torch.device("meta"):
-            t5 = T5Encoder(vocabulary, width, inner, mlp_width, _depth(weights, "encoder.block."), table,
-                           int(weights.metadata.get("length", 0)) or None)
+            t5 = cls(vocabulary, width, inner, mlp_width, weights.depth("encoder.block."), table, length)
         fill(t5.requires_grad_(False).eval(), weights, device, dtype)
         return t5
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L), int64, of any L -> hidden (B, L, W), final-normed. Padding is attended like any token."""
+        """Token ids (B, L), of any L -> hidden (B, L, W) after the final norm. Padding is attended like any token."""
         x, bias = self.encoder.embed_tokens(tokens), self.position_bias(tokens.shape[1])
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 
     def position_bias(self, length: int) -> Tensor:
-        """What every block adds to its attention logits: (1, heads, L queries, L keys)."""
+        """Relative position bias of the attention logits of every block: (1, heads, L queries, L keys)."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        position = torch.arange(length)       # on the CPU: a logarithm rounded otherwise would move a bucket's edge
+        position = torch.arange(length)  # on the CPU: a GPU's rounding of the logarithm could move a bucket's edge
         buckets = t5_buckets(position[None, :] - position[:, None], table.num_embeddings)
         return rearrange(table(buckets.to(table.weight.device)), "q k h -> 1 h q k")
 
 
-def _shape(weights: Weights, name: str, dims: int) -> tuple[int, ...]:
-    if name not in weights:
-        raise ValueError(f"{weights.source}: {name} is missing: not this kind of text encoder, or a damaged file")
-    if len(weights[name].shape) != dims:
-        raise ValueError(f"{weights.source}: {name} has shape {weights[name].shape}, expected {dims} dimensions")
-    return tuple(weights[name].shape)
+# ---- what SD3 and Flux share
+
+def _load_encoders(paths: Sequence[Path], tokenizers: Sequence[CLIPTokenizer | T5Tokenizer], device: str | torch.device,
+                   dtype: torch.dtype | None) -> list[CLIPText | T5Encoder]:
+    """CLIPs and, last, T5; ValueError if one has fewer embeddings than its tokenizer has words."""
+    encoders: list[CLIPText | T5Encoder] = []
+    for path, tokenizer in zip(paths, tokenizers, strict=True):
+        if isinstance(tokenizer, CLIPTokenizer):
+            encoders.append(CLIPText.load(path, eos=tokenizer.eos, device=device, dtype=dtype))
+        else:
+            encoders.append(T5Encoder.load(path, device, dtype))
+        if tokenizer.size > encoders[-1].vocabulary:
+            raise ValueError(f"{path}: has {encoders[-1].vocabulary} embeddings, its tokenizer {tokenizer.size} words")
+    return encoders
 
 
-def _depth(weights: Weights, prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
+def check_t5_length(t5_length: int | None) -> None:
+    """ValueError if a T5 length, from the command line or a file's metadata, is not 1 to 512 tokens; None passes."""
+    if t5_length is not None and not 1 <= t5_length <= T5_MOST:
+        official = f"SD3 {T5_LENGTH}, Flux-dev {T5_MOST}, Flux-schnell 256"
+        raise ValueError(f"T5 length {t5_length}: give 1 to {T5_MOST} tokens ({official})")
 
 
-def _check_words(folder: Path, tokenizer: CLIPTokenizer | T5Tokenizer, encoder: CLIPText | T5Encoder) -> None:
-    if tokenizer.size > encoder.vocabulary:
-        raise ValueError(f"{folder}: {tokenizer.size} words, and its encoder knows {encoder.vocabulary}: they do not belong together")
-
-
-# SD3
+# ---- SD3
 
 def sd3_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """Join the three encoders' tokens: L and G side by side on channels, zeros up to T5's width, T5's tokens after them.
+    """Join the tokens of the three encoders: channels of L and G, zero-padded to T5's width, then T5's tokens.
 
     clip_l   (B, L_clip, W_l), penultimate
     clip_g   (B, L_clip, W_g), penultimate
     t5       (B, L_t5, W), W at least W_l + W_g
     returns  (B, L_clip + L_t5, W)
-    raises   ValueError if T5 is narrower than both CLIPs together
     """
     clip = torch.cat((clip_l, clip_g), dim=-1)
     if clip.shape[-1] > t5.shape[-1]:
-        raise ValueError(f"T5 is {t5.shape[-1]} wide, less than both CLIPs together ({clip.shape[-1]}): these encoders are not a set")
+        raise ValueError(f"T5 is {t5.shape[-1]} wide, less than both CLIPs together ({clip.shape[-1]}): no SD3 set")
     return torch.cat((F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5), dim=1)
 
 
 class SD3Text:
-    """The three encoders and tokenizers of SD3. Made by `load`."""
+    """The three encoders and tokenizers of SD3; created by `load`."""
 
-    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer, T5Tokenizer],
-                 device: str | torch.device, t5_length: int):
+    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder, device: str | torch.device, t5_length: int,
+                 tokenizers: tuple[CLIPTokenizer, CLIPTokenizer, T5Tokenizer]):
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.device, self.t5_length = device, t5_length
 
-    @staticmethod
-    def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
              t5_length: int | None = None) -> "SD3Text":
         """Read the encoders of a model folder in either layout.
 
-        folder     with text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or with text_encoder/, text_encoder_2/, text_encoder_3/;
+        folder     text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
-        t5_length  T5 tokens, up to 512; None takes what the T5 file's metadata says ("length"), else 77
-        raises     FileNotFoundError that names what is missing and which download has it; ValueError if t5_length is not 1 to 512
+        t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 77
+        raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
         """
         folder = Path(folder)
         check_t5_length(t5_length)
-        pair = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
-        t5_tokenizer = T5Tokenizer.load(folder / "tokenizer_3")
-        path_l, path_g, path_t5 = _sd3_encoders(folder)
-        clip_l = CLIPText.load(path_l, eos=pair[0].eos, device=device, dtype=dtype)
-        clip_g = CLIPText.load(path_g, eos=pair[1].eos, device=device, dtype=dtype)
-        t5 = T5Encoder.load(path_t5, device, dtype)
-        _check_words(folder / "tokenizer", pair[0], clip_l)
-        _check_words(folder / "tokenizer_2", pair[1], clip_g)
-        _check_words(folder / "tokenizer_3", t5_tokenizer, t5)
-        check_t5_length(t5.length)
-        return SD3Text(clip_l, clip_g, t5, (*pair, t5_tokenizer), device, t5_length or t5.length or T5_LENGTH)
+        to_l, to_g = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
+        tokenizers = to_l, to_g, T5Tokenizer.load(folder / "tokenizer_3")
+        clip_l, clip_g, t5 = _load_encoders(_sd3_encoders(folder), tokenizers, device, dtype)
+        return cls(clip_l, clip_g, t5, device, t5_length or t5.length or T5_LENGTH, tokenizers)
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -327,7 +321,7 @@ class SD3Text:
         to_l, to_g, to_t5 = self.tokenizers
         tokens_l = to_l(prompts, self.clip_l.length).to(self.device)
         last, context_l, _ = self.clip_l(tokens_l)
-        pooled_l = self.clip_l.at_eos(last, tokens_l)       # SD3 takes L's vector unprojected, whether or not its file has a projection
+        pooled_l = self.clip_l.at_eos(last, tokens_l)  # SD3 takes it unprojected, even if the file has a projection
         _, context_g, pooled_g = self.clip_g(to_g(prompts, self.clip_g.length).to(self.device))
         context_t5 = self.t5(to_t5(prompts, self.t5_length).to(self.device))
         return sd3_context(context_l, context_g, context_t5), torch.cat((pooled_l, pooled_g), dim=-1)
@@ -336,8 +330,9 @@ class SD3Text:
 def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
     official = folder / "text_encoders"
     if official.is_dir():
-        found = [official / name for name in T5_FILES if (official / name).is_file()] + sorted(official.glob("t5xxl*.safetensors"))
-        paths = official / "clip_l.safetensors", official / "clip_g.safetensors", found[0] if found else official / T5_FILES[0]
+        preferred = [official / name for name in T5_FILES if (official / name).is_file()]
+        t5 = [*preferred, *sorted(official.glob("t5xxl*.safetensors")), official / T5_FILES[0]][0]
+        paths = official / "clip_l.safetensors", official / "clip_g.safetensors", t5
         where = f"{SD3_DOWNLOAD} has it under text_encoders/"
     else:
         paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"
@@ -348,37 +343,34 @@ def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
     return paths
 
 
-# Flux
+# ---- Flux
 
 class FluxText:
-    """CLIP-L for the pooled vector, T5 for the tokens. Made by `load`."""
+    """CLIP-L for the pooled vector, T5 for the tokens; created by `load`."""
 
-    def __init__(self, clip: CLIPText, t5: T5Encoder, tokenizers: tuple[CLIPTokenizer, T5Tokenizer], device: str | torch.device,
-                 t5_length: int):
+    def __init__(self, clip: CLIPText, t5: T5Encoder, device: str | torch.device, t5_length: int,
+                 tokenizers: tuple[CLIPTokenizer, T5Tokenizer]):
         self.clip, self.t5, self.tokenizers = clip, t5, tokenizers
         self.device, self.t5_length = device, t5_length
 
-    @staticmethod
-    def load(folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
              t5_length: int | None = None) -> "FluxText":
         """Read the encoders of a model folder, as downloaded.
 
         folder     with text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/, tokenizer_2/
-        t5_length  T5 tokens, up to 512; None takes what the T5 file's metadata says ("length"), else 512, dev's; schnell has 256
-        raises     FileNotFoundError that names what is missing and which download has it; ValueError if t5_length is over 512
+        t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 512; schnell has 256
+        raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
         """
         folder = Path(folder)
         check_t5_length(t5_length)
-        for path in (folder / "text_encoder", folder / "text_encoder_2"):
+        paths = folder / "text_encoder", folder / "text_encoder_2"
+        for path in paths:
             if not path.is_dir():
-                raise FileNotFoundError(f"{path}: not found, and a Flux transformer wants it; {FLUX_DOWNLOAD} has it")
-        to_clip, to_t5 = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
-        clip = CLIPText.load(folder / "text_encoder", eos=to_clip.eos, device=device, dtype=dtype)
-        t5 = T5Encoder.load(folder / "text_encoder_2", device, dtype)
-        _check_words(folder / "tokenizer", to_clip, clip)
-        _check_words(folder / "tokenizer_2", to_t5, t5)
-        check_t5_length(t5.length)
-        return FluxText(clip, t5, (to_clip, to_t5), device, t5_length or t5.length or T5_MOST)
+                raise FileNotFoundError(f"{path}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
+        tokenizers = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
+        clip, t5 = _load_encoders(paths, tokenizers, device, dtype)
+        return cls(clip, t5, device, t5_length or t5.length or T5_MOST, tokenizers)
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -388,9 +380,3 @@ class FluxText:
         tokens = to_clip(prompts, self.clip.length).to(self.device)
         last, _, _ = self.clip(tokens)
         return self.t5(to_t5(prompts, self.t5_length).to(self.device)), self.clip.at_eos(last, tokens)
-
-
-def check_t5_length(t5_length: int | None) -> None:
-    """ValueError if a T5 length, of the command line or of a file's metadata, is none."""
-    if t5_length is not None and not 1 <= t5_length <= T5_MOST:
-        raise ValueError(f"T5 length {t5_length}: give 1 to {T5_MOST} tokens (SD3 {T5_LENGTH}, Flux-dev {T5_MOST}, Flux-schnell 256)")

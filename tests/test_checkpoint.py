@@ -1,68 +1,27 @@
-"""Weights: names of every published file, layouts, storage dtypes, refusals in one line, files written whole or not at all."""
+"""Weights: layouts, storage dtypes, stacked tensors, metadata, refusals in one line, files written atomically."""
 
 import json
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from golden import published, published_map
+from golden import diffusers_names, lazy, lazy_tensors, shapes_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import LazyTensor, Weights, _official_names, diffusers_names, fill, open_weights, save
-
-FAMILIES = {  # names in diffusers: official file, prefix in it
-    "sd3_medium": ("sd3_medium", "model.diffusion_model."), "sd3.5_medium": ("sd3.5_medium", "model.diffusion_model."),
-    "sd3.5_large": ("sd3.5_large", "model.diffusion_model."), "flux1-dev": ("flux1-dev", ""),
-    "vae_sd3": ("sd3_medium", "first_stage_model."), "vae_flux": ("ae", "")}
-
-
-def lazy(tensors: dict) -> Weights:
-    return Weights({name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}, {}, "a file")
-
-
-def on_meta(shapes: dict) -> dict:
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def shapes_of(tensors) -> dict:
-    return {name: tuple(t.shape) for name, t in tensors.items()}
+from checkpoint import LazyTensor, Weights, fill, open_weights, save
 
 
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(32, 64, 96, 96), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
-                         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_names_and_shapes_become_exactly_the_official_ones_and_go_back(family):
-    theirs, ours = published(f"{family}.diffusers"), published(*FAMILIES[family])
-    assert shapes_of(_official_names(lazy(on_meta(theirs)), "a file")) == ours
-    assert shapes_of(diffusers_names(on_meta(ours))) == theirs
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_lands_where_the_published_map_says(family):
-    entries = published_map(family)
-    rows = {name: torch.tensor([[2 * i], [2 * i + 1]]) for i, name in enumerate(entries)}  # two rows stand for a tensor
-    expected = {}
-    for name, (official, _, op) in sorted(entries.items(), key=lambda item: item[1][1] or [0]):
-        piece = rows[name].flip(0) if op == "swap_halves" else rows[name]
-        expected.setdefault(official.removeprefix(FAMILIES[family][1]), []).extend(piece.flatten().tolist())
-    assert {name: t.read().flatten().tolist() for name, t in _official_names(lazy(rows), "a file").items()} == expected
-
-
-def test_transformer_without_guidance_goes_to_diffusers_and_back():
-    ours = published("flux1-schnell")
-    theirs = diffusers_names(on_meta(ours))
-    guidance = {name for name in published("flux1-dev.diffusers") if "guidance" in name}
-    assert guidance and theirs.keys() == published("flux1-dev.diffusers").keys() - guidance
-    assert shapes_of(_official_names(lazy(theirs), "a file")) == ours
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96, 96), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def test_random_vae_of_diffusers_has_official_names_and_goes_back(tmp_path):
@@ -71,7 +30,8 @@ def test_random_vae_of_diffusers_has_official_names_and_goes_back(tmp_path):
     weights, state = open_weights(tmp_path), theirs.state_dict()
     assert weights.metadata["scaling_factor"] == "0.18215"
     assert len(weights) == len(state) == 244
-    for ours, name in (("encoder.down.2.block.0.nin_shortcut.weight", "encoder.down_blocks.2.resnets.0.conv_shortcut.weight"),
+    shortcut = "encoder.down_blocks.2.resnets.0.conv_shortcut.weight"
+    for ours, name in (("encoder.down.2.block.0.nin_shortcut.weight", shortcut),
                        ("encoder.mid.block_2.conv1.bias", "encoder.mid_block.resnets.1.conv1.bias"),
                        ("decoder.up.0.block.2.norm2.weight", "decoder.up_blocks.3.resnets.2.norm2.weight"),
                        ("decoder.up.3.upsample.conv.weight", "decoder.up_blocks.0.upsamplers.0.conv.weight"),
@@ -84,42 +44,35 @@ def test_random_vae_of_diffusers_has_official_names_and_goes_back(tmp_path):
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_vae_attention_names_of_before_2023_are_read():
-    modern = tiny_vae().state_dict()
-    old = modern.copy()
-    for now, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-        old = {name.replace(f"attentions.0.{now}.", f"attentions.0.{then}."): t for name, t in old.items()}
-    assert old.keys() != modern.keys()
-    assert shapes_of(_official_names(lazy(old), "a file")) == shapes_of(_official_names(lazy(modern), "a file"))
+@pytest.mark.parametrize("first, last", [(0, 7), (2, 3), (3, 6), (0, 0), (6, 6)])
+def test_rows_of_a_stacked_tensor_are_those_of_all_and_other_parts_are_not_read(first, last):
+    thirds, read = {f"transformer_blocks.0.attn.to_{x}.weight": torch.randn(2, 2) for x in "qkv"}, []
+    tensors = {name: LazyTensor((2, 2), lambda name=name: read.append(name) or thirds[name]) for name in thirds}
+    tensors |= lazy_tensors({"pos_embed.pos_embed": torch.ones(1)})
+    stacked = Weights(tensors, {}, "a file").with_official_names()["joint_blocks.0.x_block.attn.qkv.weight"]
+    assert torch.equal(stacked.rows(first, last), torch.cat(list(thirds.values()))[first:last])
+    needed = [name for k, name in enumerate(thirds) if first < 2 * k + 2 and last > 2 * k]
+    assert read == (needed if first < last else list(thirds)[:1])
 
 
-def test_names_are_translated_without_reading():
-    def never():
-        raise AssertionError("a tensor was read")
-
-    names = ["pos_embed.pos_embed", *(f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"), "norm_out.linear.weight"]
-    ours = _official_names({name: LazyTensor((4, 2), never) for name in names}, "a file")
-    assert shapes_of(ours) == {"pos_embed": (4, 2), "joint_blocks.0.x_block.attn.qkv.weight": (12, 2),
-                               "final_layer.adaLN_modulation.1.weight": (4, 2)}
-
-
-def test_official_transformers_and_unknown_names_stay():
-    official = lazy(on_meta({"joint_blocks.0.x_block.attn.qkv.weight": (3, 1), "context_embedder.weight": (1, 1), "pos_embed": (1, 4, 1)}))
-    assert _official_names(official, "a file") == official
-    text = lazy(on_meta({"text_model.encoder.layers.0.mlp.fc1.weight": (1, 1), "encoder.block.0.layer.0.SelfAttention.q.weight": (1, 1)}))
-    assert _official_names(text, "a file") == text
-    unknown = lazy(on_meta({"pos_embed.pos_embed": (1, 4, 1), "transformer_blocks.0.attn.to_q.lora_A.weight": (1, 1)}))
-    assert _official_names(unknown, "a file").keys() == {"pos_embed", "transformer_blocks.0.attn.to_q.lora_A.weight"}
-    with pytest.raises(ValueError, match="joint_blocks.0.novel.weight has no name in diffusers"):
-        diffusers_names(on_meta({"joint_blocks.0.novel.weight": (1, 1)}))
+@pytest.mark.parametrize("first, last", [(0, 6), (1, 2), (2, 4), (0, 0)])
+def test_rows_of_exchanged_halves_are_those_of_the_official_order(first, last):
+    tensor = torch.randn(6, 2)
+    weights = lazy_tensors({"pos_embed.pos_embed": torch.ones(1), "norm_out.linear.weight": tensor})
+    exchanged = weights.with_official_names()["final_layer.adaLN_modulation.1.weight"]
+    assert torch.equal(exchanged.read(), torch.cat(tensor.chunk(2)[::-1]))
+    assert torch.equal(exchanged.rows(first, last), torch.cat(tensor.chunk(2)[::-1])[first:last])
 
 
-def test_incomplete_and_unequal_qkv_are_refused_by_name():
+def test_parts_that_do_not_fit_are_refused_by_name_and_shape():
     shapes = {"pos_embed.pos_embed": (1, 4, 2)} | {f"transformer_blocks.7.attn.to_{x}.weight": (2, 2) for x in "qkv"}
-    with pytest.raises(ValueError, match="transformer_blocks.7.attn.to_k.weight;"):
-        _official_names(lazy(on_meta({name: s for name, s in shapes.items() if "to_k" not in name})), "a file")
-    with pytest.raises(ValueError, match=r"shapes do not fit: .*7.attn.to_v.weight \(2, 3\)"):
-        _official_names(lazy(on_meta(shapes | {"transformer_blocks.7.attn.to_v.weight": (2, 3)})), "a file")
+    with pytest.raises(ValueError, match=r"^a file: shapes do not fit: .*7.attn.to_v.weight \(2, 3\)$"):
+        lazy(shapes | {"transformer_blocks.7.attn.to_v.weight": (2, 3)}).with_official_names()
+
+
+def test_tensors_without_axes_keep_their_place():
+    weights = lazy({"logit_scale": (), "pos_embed.pos_embed": (1, 4, 2)}).with_official_names()
+    assert shapes_of(weights) == {"logit_scale": (), "pos_embed": (1, 4, 2)}
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -134,8 +87,8 @@ def test_storage_and_compute_dtypes_are_apart(storage, compute, tmp_path):
 
 
 def test_fp8_shards_of_diffusers_are_joined(tmp_path):
-    tensors = {"pos_embed.pos_embed": torch.randn(1, 4, 2)} | {f"transformer_blocks.0.attn.to_{x}.weight": torch.randn(2, 2) for x in "qkv"}
-    tensors = {name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()} | {"norm_out.linear.bias": torch.arange(4.0)}
+    tensors = {f"transformer_blocks.0.attn.to_{x}.weight": torch.randn(2, 2).to(torch.float8_e4m3fn) for x in "qkv"}
+    tensors |= {"pos_embed.pos_embed": torch.ones(1, 4, 2), "norm_out.linear.bias": torch.arange(4.0)}
     save_file(tensors, tmp_path / "model.safetensors")
     weights = open_weights(tmp_path)
     thirds = [tensors[f"transformer_blocks.0.attn.to_{x}.weight"].float() for x in "qkv"]
@@ -151,11 +104,12 @@ def test_fp32_weights_are_the_mapped_file_not_a_copy(tmp_path):
 
 
 def test_part_cuts_the_prefix_and_takes_all_where_there_is_none():
-    both = lazy(on_meta({"model.diffusion_model.a": (1,), "first_stage_model.b": (2,), "text_encoders.clip_l.transformer.c": (3,)}))
+    clip = "text_encoders.clip_l.transformer."
+    both = lazy({"model.diffusion_model.a": (1,), "first_stage_model.b": (2,), f"{clip}c": (3,)})
     assert shapes_of(both.part("model.diffusion_model.")) == {"a": (1,)}
     assert shapes_of(both.part("first_stage_model.")) == {"b": (2,)}
-    assert shapes_of(both.part("text_encoders.clip_l.transformer.")) == {"c": (3,)}
-    plain = lazy(on_meta({"a": (1,)}))
+    assert shapes_of(both.part(clip)) == {"c": (3,)}
+    plain = lazy({"a": (1,)})
     assert plain.part("model.diffusion_model.") is plain
 
 
@@ -164,7 +118,8 @@ def test_part_cuts_the_prefix_and_takes_all_where_there_is_none():
     (lambda t: {"weight": t["weight"]}, "1 missing: bias"),
     (lambda t: t | {"bias": torch.ones(4)}, r"bias: file \(4,\), model \(3,\)"),
     (lambda t: t | {"weight": t["weight"] * torch.nan}, "weight holds NaN"),
-    (lambda t: t | {"bias": t["bias"] / 0}, "bias holds NaN or Inf")], ids=["extra", "missing", "misshapen", "NaN", "Inf"])
+    (lambda t: t | {"bias": t["bias"] / 0}, "bias holds NaN or Inf")],
+    ids=["extra", "missing", "misshapen", "NaN", "Inf"])
 def test_fill_refuses_by_name_in_one_line(change, message, tmp_path):
     save_file(change({"weight": torch.randn(3, 5), "bias": torch.ones(3)}), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as refusal:
@@ -172,7 +127,7 @@ def test_fill_refuses_by_name_in_one_line(change, message, tmp_path):
     assert "\n" not in str(refusal.value) and str(tmp_path) in str(refusal.value)
 
 
-def whole_file(path: Path) -> bytes:
+def complete_file(path: Path) -> bytes:
     save(path, {"weight": torch.randn(50, 50)}, {})
     return path.read_bytes()
 
@@ -191,7 +146,7 @@ def test_what_is_no_safetensors_is_refused_in_one_line(content, message, where, 
     elif "pickle" in content:
         torch.save({"weight": torch.ones(3)}, path, _use_new_zipfile_serialization=content.startswith("zip"))
     else:
-        path.write_bytes(whole_file(path)[:-100 if content == "truncated" else 20])
+        path.write_bytes(complete_file(path)[:-100 if content == "truncated" else 20])
     with pytest.raises(ValueError, match=message) as refusal:
         open_weights(path if where == "file" else tmp_path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -229,7 +184,8 @@ def write_shards(folder: Path, shards: dict) -> None:
 
 
 def test_shards_are_one_and_a_missing_one_is_named(tmp_path):
-    write_shards(tmp_path, {"1-of-2.safetensors": {"weight": torch.ones(3, 5)}, "2-of-2.safetensors": {"bias": torch.ones(3)}})
+    first, second = {"weight": torch.ones(3, 5)}, {"bias": torch.ones(3)}
+    write_shards(tmp_path, {"1-of-2.safetensors": first, "2-of-2.safetensors": second})
     fill(nn.Linear(5, 3, device="meta"), open_weights(tmp_path))
     (tmp_path / "2-of-2.safetensors").unlink()
     with pytest.raises(ValueError, match="1 of 2 shards are missing, the first is 2-of-2.safetensors"):
@@ -237,21 +193,45 @@ def test_shards_are_one_and_a_missing_one_is_named(tmp_path):
 
 
 def test_name_in_two_shards_is_refused(tmp_path):
-    twice = {"weight": torch.ones(3)}
-    write_shards(tmp_path, {"1.safetensors": twice | {"scale": torch.ones(3)}, "2.safetensors": twice | {"bias": torch.ones(3)}})
-    with pytest.raises(ValueError, match="weight stands in another shard too"):
+    first, second = ({"weight": torch.ones(3), other: torch.ones(3)} for other in ("scale", "bias"))
+    write_shards(tmp_path, {"1.safetensors": first, "2.safetensors": second})
+    with pytest.raises(ValueError, match="weight is in another shard too"):
         open_weights(tmp_path)
 
 
 def test_metadata_comes_from_the_file_and_from_config_json(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 1.5, "norm": None, "said_twice": "folder"}))
-    save(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {"steps": 7, "said_twice": "file"})
-    assert open_weights(tmp_path).metadata == {"scaling_factor": "1.5", "steps": "7", "said_twice": "file"}
+    (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 1.5, "norm": None, "in_both": "folder"}))
+    save(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {"steps": 7, "in_both": "file"})
+    assert open_weights(tmp_path).metadata == {"scaling_factor": "1.5", "steps": "7", "in_both": "file"}
+
+
+def test_numbers_of_the_metadata_are_read_or_named_with_their_file():
+    weights = Weights({}, {"heads": "12", "scale": "1.5", "word": "x", "bound": "inf"}, "a file")
+    assert weights.number("heads", integer=True) == 12 and weights.number("none", "scale") == 1.5
+    assert weights.number("none") is None and weights.number("none", otherwise=3) == 3
+    for key in ("word", "bound"):
+        with pytest.raises(ValueError, match=f"^a file: its metadata records {key} '.*', which is no number"):
+            weights.number(key)
+    with pytest.raises(ValueError, match="records scale '1.5', which is no integer"):
+        weights.number("scale", integer=True)
+
+
+def test_shapes_and_depths_are_read_or_named_with_their_file():
+    weights = lazy({"blocks.0.a": (2, 3), "blocks.10.a": (2, 3), "blocks.10.b": (5, 7), "blocks.x.a": (1,)})
+    assert weights.shape_of("blocks.0.a", 2, "model") == (2, 3)
+    assert weights.depth("blocks.") == 11 and weights.depth("none.") == 0
+    assert weights.common_size(".a", 1, "blocks.0.a", "model") == 3
+    with pytest.raises(ValueError, match="a file: 1 missing: none; without it this is no model .*4 tensors: blocks.0"):
+        weights.shape_of("none", 2, "model")
+    with pytest.raises(ValueError, match=r"a file: blocks.0.a has the shape \(2, 3\), expected 4 axes"):
+        weights.shape_of("blocks.0.a", 4, "model")
+    with pytest.raises(ValueError, match="1 missing: none"):
+        weights.common_size(".none", 0, "none", "model")
 
 
 def test_save_to_a_full_disk_leaves_the_previous_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    before = whole_file(path)
+    before = complete_file(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond 4 KiB fails, as on a full disk
     try:
@@ -264,7 +244,7 @@ def test_save_to_a_full_disk_leaves_the_previous_file(tmp_path):
 
 def test_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    before = whole_file(path)
+    before = complete_file(path)
 
     def interrupted(tensors, file, metadata):
         Path(file).write_bytes(before[:100])
@@ -279,7 +259,8 @@ def test_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("listing", ['{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{}'])
 def test_what_is_no_index_is_refused(tmp_path, listing):
     (tmp_path / "model.safetensors.index.json").write_text(listing)
-    with pytest.raises(ValueError, match="model.safetensors.index.json: no index" if "3" not in listing else "1 of 1 shards are missing"):
+    message = "1 of 1 shards are missing" if "3" in listing else "model.safetensors.index.json: has no .weight_map"
+    with pytest.raises(ValueError, match=message):
         open_weights(tmp_path)
 
 
@@ -294,7 +275,7 @@ def test_a_file_is_no_model_folder_and_a_gguf_is_named(tmp_path):
 def test_a_mapped_tensor_stays_untouched_by_its_check():
     """It is checked through another mapping; a converted one is a copy already and is checked itself."""
     good, damaged = torch.ones(3, 5), torch.full((3, 5), torch.nan)
-    weights = {"weight": LazyTensor((3, 5), lambda: good, again=lambda: damaged)}
+    weights = Weights({"weight": LazyTensor((3, 5), lambda: good, again=lambda: damaged)}, {}, "a file")
     with torch.device("meta"):
         linear, other = nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False)
     with pytest.raises(ValueError, match="weight holds NaN"):
@@ -315,3 +296,24 @@ def test_save_takes_views_gradients_and_numbers(tmp_path):
     save(tmp_path / "model.safetensors", {"turned": matrix.T, "slice": matrix[:2]}, {"steps": 3})
     read = load_file(tmp_path / "model.safetensors")
     assert torch.equal(read["turned"], matrix.T) and torch.equal(read["slice"], matrix[:2])
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_replacing_renames_on_success_and_leaves_the_old_file_on_failure(tmp_path, succeeds):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    try:
+        with checkpoint.replacing(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old" and temporary.suffix == ".csv"
+            if not succeeds:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert path.read_text() == ("new" if succeeds else "old") and os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_peak_memory_is_above_zero_here_and_zero_on_windows(monkeypatch):
+    assert 0.01 < checkpoint.peak_memory_gib("cpu") < 1000
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert checkpoint.peak_memory_gib("cpu") == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAPTIONS, seeded
-from golden import published
+from golden import diffusers_names, published
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import data
 import sample
 import train
-from checkpoint import LazyTensor, Weights, diffusers_names, locate, open_weights, save
+from checkpoint import LazyTensor, Weights, locate, open_weights, save
 from data import Embeddings, read_folder
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, family_of, find
 from flow import flux_mu, flux_sigmas

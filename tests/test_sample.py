@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import diffusers_names
 from PIL import Image
 from safetensors.torch import load, load_file
 from torch import nn
 
 import sample
-from checkpoint import diffusers_names, open_weights, save
+from checkpoint import open_weights, save
 from flux import Flux
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from models.make_tiny import seeded, write_clip_vocabulary, write_t5_vocabulary
@@ -429,7 +430,7 @@ def damaged(how: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("how, says", [
-    ("truncated", "not a whole safetensors file"), ("empty", "not a whole safetensors file"), ("web page", "looks like a web page"),
+    ("truncated", "not a complete safetensors file"), ("empty", "not a complete safetensors file"), ("web page", "looks like a web page"),
     ("pickle", "looks like a zip archive or pickle"), ("foreign", "neither an SD3 nor a Flux transformer"),
     ("NaN", "qkv.weight holds NaN or Inf"), ("one missing", "t_embedder.mlp.2.bias"), ("one unknown", "1 unknown: lora"),
     ("one misshapen", "1 shapes differ: x_embedder.proj.bias"), ("no VAE", "no autoencoder in it"),
@@ -444,7 +445,7 @@ def test_a_damaged_model_file_is_refused_by_name(refusal, broken, how, says):
 def test_a_damaged_text_encoder_is_refused_by_name(refusal, broken, part):
     file = broken / "text_encoders" / f"{part}.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    assert f"{part}.safetensors: not a whole safetensors file" in refusal("--prompt", "a hill", weights=broken)
+    assert f"{part}.safetensors: not a complete safetensors file" in refusal("--prompt", "a hill", weights=broken)
 
 
 def test_a_pickle_is_never_opened_as_transformer(refusal, folder, tmp_path):
