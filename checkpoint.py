@@ -340,12 +340,14 @@ def writable(folder: Path, given: str) -> None:
 
 # ---- the machine
 
-def check_device(name: str) -> None:
-    """ValueError if this machine lacks the --device; it lists those the machine has."""
+def check_device(name: str | None) -> str:
+    """The name of a --device, None being cuda where there is one; ValueError lists what the machine has if it lacks it."""
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    name = (cuda or ["cpu"])[0] if name is None else name
     if name not in ("cpu", *cuda):
         raise ValueError(f"--device {name}: this machine has {', '.join(['cpu', *cuda])}; "
                          "cuda needs an NVIDIA GPU and a torch built for it")
+    return name
 
 
 def peak_memory_gib(device: str | torch.device) -> float:

@@ -7,7 +7,7 @@ Crop      a picture is scaled until it covers the crop (Lanczos); training/batch
 Aspect    the pictures of a batch share one size: res x res, or the nearest of ASPECTS with about res x res pixels
 Caches    DIR/.embeddings of captions, DIR/.latents of central crops: training/cache.py
 Run       python data.py check DIR                     stops at a broken line, then lists every broken picture
-          python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents --res 1024: latents too
+          python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents: latents too
           torchrun --nproc-per-node 8 data.py encode DIR --weights flux    each rank its share; run it again to resume
 Check     python -m pytest tests/test_data.py
 """
@@ -31,7 +31,7 @@ from tqdm import tqdm
 MOST_PIXELS = 400_000_000        # 20,000 x 20,000: a larger picture is refused before it is decoded
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)  # what Pillow raises on broken files
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)  # Pillow's on broken files
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def read_folder(folder: str | os.PathLike) -> list[Item]:
 
     folder   see Layout above
     returns  one Item per line, in the file's order
-    raises   FileNotFoundError without metadata.jsonl; ValueError that names the line: broken JSON, no file_name, no text,
-             an empty caption, "alt" that is no list, a path outside the folder, a picture that is missing or listed twice
+    raises   FileNotFoundError without metadata.jsonl; ValueError that names the line: broken JSON, no file_name or
+             text, an empty caption, "alt" that is no list, a path outside the folder, a picture missing or listed twice
     """
     folder = Path(folder)
     listing = folder / "metadata.jsonl"
@@ -92,7 +92,7 @@ def _read_line(folder: Path, line: str, where: str, before: Container[Path]) -> 
 
 @contextmanager
 def _errors_name(path: str | os.PathLike) -> Iterator[None]:
-    """Turn Pillow's errors into one ValueError with the file's name, and lift Pillow's own size limit, a global, meanwhile."""
+    """Turn Pillow's errors into one ValueError with the file's name; meanwhile lift its own size limit, a global."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -207,8 +207,9 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
         width, height = upright_size(item.path)
         size = nearest_size(choice, width, height)
         if height < size[0] or width < size[1]:
-            small = (f"{width}x{height} px do not cover {size[1]}x{size[0]}, the nearest aspect at --res {res}" if aspect
-                     else f"its short side is {min(width, height)} px, below --res {res}")
+            small = f"its short side is {min(width, height)} px, below --res {res}"
+            if aspect:
+                small = f"{width}x{height} px do not cover {size[1]}x{size[0]}, the nearest aspect at --res {res}"
             raise ValueError(f"{item.path}: {small}: enlarging adds no detail; leave it out")
         sizes.append(size)
     return sizes
@@ -227,9 +228,9 @@ def check(folder: str) -> int:
     for error in errors:
         print(f"error: {error}")
     if sides:
-        widths, heights = zip(*sides, strict=True)
+        width, height = (int(np.median(side)) for side in zip(*sides, strict=True))
         print(f"{len(sides)} pictures, {sum(len(item.captions) for item in items)} captions; "
-              f"median {int(np.median(widths))}x{int(np.median(heights))} px, short sides from {min(map(min, sides))} px")
+              f"median {width}x{height} px, short sides from {min(map(min, sides))} px")
     return 1 if errors else 0
 
 
@@ -269,7 +270,8 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check and encode folders of captioned pictures.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("check", help="open every picture and line, list what is wrong", allow_abbrev=False).add_argument
+    about = "open every picture and line, list what is wrong"
+    add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
     add = commands.add_parser("encode", help="compute the text embeddings of all captions once", allow_abbrev=False,
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
@@ -282,7 +284,7 @@ def main() -> None:
     add("--res", type=int, default=1024, help="latents: side of the squares, pixels")
     add("--aspect", action="store_true", help="latents: aspect buckets instead of squares")
     add("--factor", type=int, default=16, choices=(8, 16), help="latents: down-sampling of the VAE")
-    add("--dilation", type=int, default=2, choices=(1, 2), help="latents: dilation of the first convolution at factor 16")
+    add("--dilation", type=int, default=2, choices=(1, 2), help="latents: of the first convolution at factor 16")
     add("--device", help="cpu or cuda; cuda where there is one")
     options = vars(parser.parse_args())
     try:

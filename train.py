@@ -1,13 +1,10 @@
 """Fine-tune the transformer of a model folder on a folder of captioned pictures, on one process or many.
 
 Paper      Diffusion-4K sections 3.2 and 9: AdamW, constant lr 1e-6, weight decay 1e-4; VAE and text encoders are frozen
-Objective  z = (1 - sigma)·latent + sigma·noise;  v = noise - latent;  haar() gives the bands LL, LH, HL, HH
-             paper     w(sigma)·|haar(v_hat) - haar(v)|²                             equation 4
-             release   w(sigma)·|haar(z - sigma·v_hat) - haar(latent)|²              the released trainer
-             velocity  w(sigma)·|v_hat - v|²                                         plain flow matching
-             noise     w(sigma)·|haar(z + (1 - sigma)·v_hat) - haar(noise)|²         noise prediction
+Objective  z = (1 - sigma)·latent + sigma·noise;  v = noise - latent;  loss = w(sigma)·|haar(model(z)) - haar(v)|²: equation 4.
+           wavelet.objective has it and its alternatives
 Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1e-4      CPU, half a minute
-           torchrun --standalone --nproc-per-node 8 train.py --weights flux --data aesthetic-4k --res 4096 --shard zero2 --offload
+           torchrun --nproc-per-node 8 train.py --weights flux --data DIR --res 4096 --shard zero2 --offload
            python train.py ... --plan 8x80      the memory it takes, without weights or a GPU
 Check      python -m pytest tests/test_train.py tests/test_ranks.py
 """
@@ -35,24 +32,23 @@ from tqdm import tqdm
 from checkpoint import DTYPES, Weights, check_device, model_folder, writable
 from data import Item, Pictures, read_folder, sizes_of
 from family import Family, check_widths, find
-from flow import denoised, flux_mu, interpolate, loss_weight
+from flow import flux_mu, interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training.batches import Part, batches, read_batch
 from training.cache import Embeddings, Latents
 from training.logs import Drawing, Tally
-from training.model import EMA, autocast, build, encode, make, new_optimizer
-from training.plan import blocks_of, describe, peak_bytes, this_machine, verdict
+from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer
+from training.plan import check_memory, plan_of, this_machine
 from training.ranks import Agreed, device_of, join, on_all, rank, world
 from training.resume import identity_of
 from training.run import Run, export_newest
 from training.settings import Settings, check, parse, settle
 from vae import VAE
-from wavelet import wlf_loss
+from wavelet import objective
 
 BUCKET_BYTES = 25 << 20
 ALIGNMENT = 64             # elements: gradients begin at multiples of it in their bucket
-SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
 SHOWN = 4                  # captions that sample pictures are drawn from
 
 
@@ -71,9 +67,9 @@ class DDP:
     """Gradients averaged over the ranks while backward is still running.
 
     Buckets  parameters in reverse order, as backward reaches them, about BUCKET_BYTES each
-    Launch   a bucket is reduced once its last gradient is ready, in bucket order, so that all ranks issue the same sequence
-    Unused   a parameter without a gradient on this rank counts as 0; unused on every rank, it keeps grad None, as on one process.
-             The usage flags travel at the end of each bucket
+    Launch   a bucket is reduced once its last gradient is ready, in bucket order: all ranks issue the same sequence
+    Unused   a parameter without a gradient on this rank counts as 0; one unused on every rank keeps grad None, as on
+             one process. The usage flags travel at the end of each bucket
     """
 
     def __init__(self, model: nn.Module):
@@ -172,73 +168,6 @@ def shard(model: nn.Module, settings: Settings, device: torch.device) -> None:
     fully_shard(model, reshard_after_forward=False, **policy)
 
 
-# ---- the objective
-
-def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor,
-              bands: tuple[float, ...], huber: float) -> Tensor:
-    """Equation 4 of the paper, or one of its alternatives. To add a loss, add a branch here and its name to settings.OBJECTIVES.
-
-    name      "paper", "release", "velocity" or "noise", see the header
-    velocity  predicted, (B, 16, h, w), as are latent and noise
-    sigma     (B,), as is weight
-    bands     weights of LL, LH, HL, HH
-    huber     0: squared; above: see wavelet.wlf_loss
-    returns   scalar
-    """
-    if name == "velocity":
-        return (weight * (velocity - (noise - latent)).float().square().mean((1, 2, 3))).mean()
-    if name == "paper":
-        return wlf_loss(velocity, noise - latent, weight, bands, huber)
-    z = interpolate(latent, noise, sigma)
-    if name == "release":
-        return wlf_loss(denoised(z, velocity, sigma), latent, weight, bands, huber)
-    return wlf_loss(denoised(z, velocity, sigma - 1), noise, weight, bands, huber)  # z + (1 - sigma)·velocity
-
-
-# ---- memory
-
-def rehearse(settings: Settings, ranks: int, family: Family, config: MMDiTConfig | FluxConfig) -> int:
-    """Peak activation bytes of one forward and backward pass on one rank, measured on fake tensors."""
-    batch, side = settings.batch // (ranks * settings.accumulate), settings.res // settings.factor
-    in_bf16 = settings.dtype == "bf16" and not settings.sharded
-
-    def run(model: MMDiT | Flux) -> None:
-        latent, noise = torch.empty(2, batch, config.in_channels, side, side)
-        sigma, pooled = torch.empty(batch), torch.empty(batch, config.pooled_dim)
-        context = torch.empty(batch, family.text_tokens(settings.t5_length), config.context_dim)
-        guidance = None if settings.guidance is None else torch.full_like(sigma, settings.guidance)
-        z, weight = interpolate(latent, noise, sigma), loss_weight(sigma, settings.weighting)
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            velocity = model(z, sigma, context, pooled, guidance)
-        objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands, settings.huber).backward()
-
-    stored = torch.bfloat16 if settings.sharded and settings.dtype == "bf16" else settings.state_dtype
-    return peak_bytes(lambda: make(family, config, settings.activations), run, stored)
-
-
-def check_memory(settings: Settings, device: torch.device) -> None:
-    """ValueError, after the table is printed, for a run that cannot fit; it names the smallest change that helps."""
-    family, config, vae_config = describe(settings.model, settings.weights, settings.transformer)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in family.model(config).parameters())
-    if rank() or (device.type == "cpu" and parameters < SMALL_MODEL):
-        return
-    activations = partial(rehearse, family=family, config=config)
-    table, advice = verdict(settings, family, config, vae_config, this_machine(device, world()), activations)
-    if advice:
-        print(table, flush=True)
-        raise ValueError(f"this run does not fit into memory: {advice}")
-
-
-def plan(settings: Settings) -> str:
-    """train.py --plan RANKSxGB: the table alone."""
-    family, config, vae_config = describe(settings.model, settings.weights, settings.transformer)
-    settings = settle(settings, family)
-    check(settings, settings.plan.ranks)
-    activations = partial(rehearse, family=family, config=config)
-    return verdict(settings, family, config, vae_config, settings.plan, activations)[0]
-
-
 # ---- the run
 
 @dataclass(frozen=True)
@@ -268,12 +197,13 @@ def look(settings: Settings) -> Job:
     device, folder = device_of(settings.device), model_folder(settings.model, settings.weights)
     family, transformer, vae_path = find(folder, settings.transformer)
     if settings.offload and device.type == "cpu" and not rank():
-        print("--offload: on a machine without a GPU everything is in host memory already; nothing is moved", flush=True)
+        print("--offload: without a GPU everything is in host memory already; nothing is moved", flush=True)
     settings = settle(settings, family)
     items, step = read_folder(settings.data), 2 * settings.factor
     config = family.config(transformer.part("model.diffusion_model."))
     sizes = sizes_of(items, settings.res, step, config.table_side * step, settings.aspect)
-    check_memory(settings, device)
+    if not rank():
+        check_memory(settings, this_machine(device, world()))
     if not settings.dry_run:
         writable(Path(settings.out), f"--out {settings.out}")
     pictures = Pictures([item.path for item in items])
@@ -294,7 +224,7 @@ def load(job: Job) -> tuple[MMDiT | Flux, VAE]:
 
 
 def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings, Latents | None]:
-    """Text embeddings, and latents with --cache-latents; each rank encodes its share. The text encoders are gone afterwards."""
+    """Text embeddings, and latents with --cache-latents; each rank encodes its share, then frees the text encoders."""
     settings, data = job.settings, Path(job.settings.data)
     texts = Embeddings(data / ".embeddings", job.folder, job.device, job.family, settings.t5_length)
     captions = ["", *(caption for item in job.items for caption in item.captions)]
@@ -318,7 +248,10 @@ def drawing_of(job: Job, channels: int) -> Drawing:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Event]:
-    """An event that SIGTERM and Ctrl-C set while the block runs: the step is finished and saved. Before it, they end the process."""
+    """An event that SIGTERM and Ctrl-C set while the block runs, so that the step is finished and saved.
+
+    Before the block they end the process at once: there is nothing to save.
+    """
     stop = Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -373,7 +306,8 @@ def train(settings: Settings) -> None:
                     velocity = model(z, sigma, context, pooled, guidance)       # (B, 16, h, w)
                 # loss: equation 4
                 weight = loss_weight(sigma, settings.weighting)
-                loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands, settings.huber)
+                loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
+                                 settings.huber)
                 # backward; gradients travel with the last pass only
                 sync.last_is(k + 1 == len(parts))
                 (loss / len(parts)).backward()
@@ -381,7 +315,7 @@ def train(settings: Settings) -> None:
             sync.wait()                                    # from here every p.grad is the average over the ranks
 
             norm = clip(model, settings.clip)
-            if not norm.isfinite():                        # the same on all ranks; the one wait for the device in a step
+            if not norm.isfinite():                        # the same on all ranks; a step's one wait for the device
                 raise Agreed(what_diverged(step, norm, parts, losses, job))
             lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
             for group in optimizer.param_groups:
@@ -421,7 +355,7 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
 
 
 def return_freed_memory() -> None:
-    """Make glibc return freed blocks of 1 MiB and more to the system at once: it would keep a tenth of a CPU run's memory."""
+    """Make glibc return freed blocks from 1 MiB on to the system: it would keep a tenth of a CPU run's memory."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
@@ -432,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.export:
             return print(export_newest(settings))
         if settings.plan:
-            return print(plan(settings))
+            return print(plan_of(settings))
         if not settings.data:
             raise ValueError("--data DIR: a folder of pictures and metadata.jsonl is needed")
         check_device(settings.device)

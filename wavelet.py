@@ -9,7 +9,7 @@ Bands     of a 2x2 block [[a, b], [c, d]], in this order on the channel axis:
           The paper's high-pass filter [-1, 1] gives LH and HL the other sign: no loss here depends on it.
 Meaning   The transform is orthonormal: with equal bands, equation 4 is plain flow matching, w·|v̂ - v|² on velocities,
           σ²·w·|v̂ - v|² on denoised latents (the release). The wavelet changes training only through bands or huber.
-New loss  write a function of (prediction, target) here and call it in train.objective, which chooses these two
+New loss  add a branch to `objective` below and its name to OBJECTIVES: train.py offers it as --objective NAME
 Check     python -m pytest tests/test_wavelet.py
 """
 
@@ -19,7 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flow import denoised, interpolate
+
 BANDS = ("ll", "lh", "hl", "hh")
+OBJECTIVES = ("paper", "release", "velocity", "noise")
 
 
 def haar_split(z: Tensor) -> Tensor:
@@ -89,3 +92,27 @@ def _band_differences(prediction: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: shapes must agree")
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return haar_split(prediction.to(wide) - target.to(wide)).unflatten(1, (len(BANDS), -1))
+
+
+def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor,
+              bands: tuple[float, ...], huber: float) -> Tensor:
+    """The training loss: equation 4 of the paper, or one of its alternatives.
+
+    name      one of OBJECTIVES; with v = noise - latent, z = (1 - sigma)·latent + sigma·noise and w the weight
+                paper     w·|haar(velocity) - haar(v)|²                               equation 4
+                release   w·|haar(z - sigma·velocity) - haar(latent)|²                the released trainer
+                velocity  w·|velocity - v|²                                           plain flow matching
+                noise     w·|haar(z + (1 - sigma)·velocity) - haar(noise)|²           noise prediction
+    velocity  predicted, (B, 16, h, w), as are latent and noise
+    sigma     (B,), as is weight, from flow.loss_weight
+    bands     weights of LL, LH, HL, HH, and huber: see wlf_loss
+    returns   scalar
+    """
+    if name == "velocity":
+        return (weight * (velocity - (noise - latent)).float().square().mean((1, 2, 3))).mean()
+    if name == "paper":
+        return wlf_loss(velocity, noise - latent, weight, bands, huber)
+    z = interpolate(latent, noise, sigma)
+    if name == "release":
+        return wlf_loss(denoised(z, velocity, sigma), latent, weight, bands, huber)
+    return wlf_loss(denoised(z, velocity, sigma - 1), noise, weight, bands, huber)  # z + (1 - sigma)·velocity

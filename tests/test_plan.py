@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ import train
 from checkpoint import open_weights
 from family import find
 from flow import interpolate, loss_weight
+from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
-from train import rehearse
 from training import plan
 from training.model import autocast, build
 from training.plan import describe, flop_of_image, memory, total, verdict
@@ -47,7 +46,7 @@ def settled(s: Settings) -> tuple:
                                            ("tiny-flux", {"res": 128})])
 def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, changed):
     s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
-    card, _ = memory(s, family, config, vae_config, 1, partial(rehearse, family=family, config=config))
+    card, _ = memory(s, family, config, vae_config, 1)
 
     model = build(s, family, find(s.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
     side, generator = s.res // 16, torch.Generator().manual_seed(0)
@@ -133,8 +132,7 @@ def test_sharding_divides_and_accumulation_shrinks(settings, folders):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", batch=8))
 
     def card(ranks: int, **changed: object) -> dict[str, int]:
-        forward = partial(rehearse, family=family, config=config)
-        return memory(replace(s, **changed), family, config, vae_config, ranks, forward)[0]
+        return memory(replace(s, **changed), family, config, vae_config, ranks)[0]
 
     alone, halved, sharded = card(1), card(1, accumulate=2), card(4, shard="zero3")
     assert halved["activations"] < 0.7 * alone["activations"] and halved["parameters"] == alone["parameters"]
@@ -147,16 +145,15 @@ def test_sharding_divides_and_accumulation_shrinks(settings, folders):
                                         (0.001, "no flag makes it fit")])
 def test_smallest_change_is_proposed(settings, folders, room, says):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", res=512, batch=4))
-    forward = partial(rehearse, family=family, config=config)
-    size = total(memory(s, family, config, vae_config, 1, forward)[0])
-    table, advice = verdict(s, family, config, vae_config, Machine(1, size), forward)
+    size = total(memory(s, family, config, vae_config, 1)[0])
+    table, advice = verdict(s, family, config, vae_config, Machine(1, size))
     assert table.endswith("it fits") and not advice
-    table, advice = verdict(s, family, config, vae_config, Machine(1, int(room * size)), forward)
+    table, advice = verdict(s, family, config, vae_config, Machine(1, int(room * size)))
     assert says in advice and table.endswith(f"it does not fit: {advice}")
 
 
 def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SMALL_MODEL", 0)
+    monkeypatch.setattr(plan, "SMALL_MODEL", 0)
     monkeypatch.setattr(train, "this_machine", lambda device, ranks: Machine(ranks, 1 << 27))
     monkeypatch.setattr(train, "build", None)
     with pytest.raises(ValueError, match="this run does not fit into memory: .*--state bf16"):
@@ -164,13 +161,25 @@ def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_flop_are_three_times_those_of_the_forward_products(folders):
-    from bench.speed import MMDiTCase
-
-    case = MMDiTCase(depth=2, width=128, side=8, context_tokens=3, context_width=32, pooled_width=16, table_side=6)
+def test_flop_of_sd3_by_hand():
+    """A multiply and an add are two. Per block and token: qkv 3D², projection D², MLP 8D²; attention N²D, twice."""
     config = MMDiTConfig(hidden_size=128, depth=2, context_dim=32, pooled_dim=16, table_side=6, mlp_hidden=512)
-    vectors = 2 * (256 * 128 + 128 * 128 + 16 * 128 + 128 * 128 + 128 * 128 * (2 * 6 + 6 + 2 + 2))  # the case leaves them out
-    assert flop_of_image(MMDiT, config, 8, 3) == pytest.approx(3 * (case.flop + vectors), rel=0.01)
+    d, image, context = 128, 16, 3
+    blocks = (12 * 2 * image + (12 + 3) * context) * d**2        # the last block's context has only its qkv
+    attention = 2 * 2 * (image + context) ** 2 * d
+    ends = 2 * image * 64 * d + context * 32 * d                 # a patch is 2·2·16 numbers, in and out
+    vectors = 256 * d + d**2 + 16 * d + d**2 + (2 * 6 + 6 + 2 + 2) * d**2
+    assert flop_of_image(MMDiT, config, 8, 3) == 3 * 2 * (blocks + attention + ends + vectors)
+
+
+def test_flop_of_flux_by_hand():
+    config = FluxConfig(hidden_size=128, depth=1, depth_single=2, head_dim=64, context_dim=32, pooled_dim=16, mlp_hidden=512,
+                        axes_dim=(8, 28, 28))
+    d, image, context = 128, 16, 3
+    blocks, attention = 3 * 12 * (image + context) * d**2, 2 * 3 * (image + context) ** 2 * d
+    ends = 2 * image * 64 * d + context * 32 * d
+    vectors = 2 * (256 * d + d**2) + 16 * d + d**2 + (2 * 6 + 2 * 3 + 2) * d**2
+    assert flop_of_image(Flux, config, 8, 3) == 3 * 2 * (blocks + attention + ends + vectors)
 
 
 def test_pictures_in_memory_are_what_a_rank_keeps():

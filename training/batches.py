@@ -1,9 +1,9 @@
 """What a training step sees: which pictures, which crop, caption, noise and sigma; read one step ahead.
 
 Paper     Diffusion-4K section 9 "Training Details": short side resized, random crop, values in [-1, 1]
-Order     every epoch shuffles the pictures of each size, cuts them into batches and shuffles these: a function of (seed, step)
-Sample k  of step s has its own generator, so every split of the batch over ranks and --accumulate draws the same numbers:
-          caption, crop, noise, sigma and then the posterior, in this order
+Order     every epoch shuffles the pictures of each size, cuts them into batches and shuffles these
+Sample k  of step s has its own generator, which draws caption, crop, noise, sigma and then the posterior: every split of
+          the batch over ranks and --accumulate draws the same numbers
 Shapes    B samples of one backward pass on one rank, H and W pixels, h and w latent sides
 Check     python -m pytest tests/test_batches.py
 """
@@ -38,7 +38,7 @@ class Part:
 
 
 def random_crop(pixels: np.ndarray, height: int, width: int, generator: torch.Generator, flip: bool = True) -> Tensor:
-    """A crop at a random place, mirrored with probability 1/2 if `flip`: (H, W, 3) uint8 -> (3, height, width) in [-1, 1]."""
+    """(H, W, 3) uint8 -> (3, height, width) in [-1, 1]: a random place, mirrored with probability 1/2 if `flip`."""
     places = pixels.shape[0] - height + 1, pixels.shape[1] - width + 1, 2
     top, left, mirror = (int(torch.randint(n, (1,), generator=generator)) for n in places)
     crop = pixels[top:top + height, left:left + width]
@@ -46,7 +46,7 @@ def random_crop(pixels: np.ndarray, height: int, width: int, generator: torch.Ge
 
 
 def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_caption: float) -> str:
-    """One of a picture's captions, all equally likely, or with probability `drop_caption` the empty one, which cfg needs."""
+    """One of a picture's captions, or with probability `drop_caption` the empty one, which cfg needs."""
     caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
     empty, _ = torch.rand(2, generator=generator).tolist()  # the second number keeps the draws of earlier runs
     return "" if empty < drop_caption else caption
@@ -55,8 +55,8 @@ def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_capti
 def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> list[int]:
     """Which pictures a training step sees, a function of its arguments alone.
 
-    sizes    of every picture; all of a batch are equal. Where `batch` does not divide a size's pictures, the last batch of
-             that size repeats its first pictures
+    sizes    of every picture; all of a batch are equal. Where `batch` does not divide the number of pictures of a size,
+             the last batch of that size repeats its first pictures
     batch    pictures per step, over all ranks
     returns  `batch` indices; epoch = step // (batches per epoch), in which every picture comes at least once
     """
@@ -68,7 +68,8 @@ def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> 
     batches = []
     for each in members.values():
         shuffled = [each[k] for k in torch.randperm(len(each), generator=generator).tolist()]
-        batches += [[shuffled[k % len(each)] for k in range(start, start + batch)] for start in range(0, len(each), batch)]
+        for start in range(0, len(each), batch):
+            batches.append([shuffled[k % len(each)] for k in range(start, start + batch)])
     return batches[int(torch.randperm(count, generator=generator)[step % count])]
 
 
@@ -91,7 +92,8 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
             generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
             texts.append(draw_caption(captions[chosen[place]], generator, settings.drop_caption))
             if not settings.cache_latents:
-                images.append(random_crop(resized(chosen[place], height, width), height, width, generator, settings.flip))
+                pixels = resized(chosen[place], height, width)
+                images.append(random_crop(pixels, height, width, generator, settings.flip))
             latent_shape = channels, height // settings.factor, width // settings.factor
             noises.append(torch.randn(latent_shape, generator=generator))
             sigmas.append(sample_sigma(1, settings.density, settings.time_shift, generator=generator))
@@ -103,9 +105,10 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
 
 def batches(read: Callable[[int], list[Part]], start: int, steps: int, stop: Event,
             on_error: Callable[[int], None]) -> Iterator[tuple[int, list[Part]]]:
-    """Yield (step, parts) from `start` up to `steps`, reading one step ahead in a thread; ends early when any rank has `stop` set.
+    """Yield (step, parts) from `start` up to `steps`, reading one step ahead in a thread.
 
-    on_error  called with the number of completed steps before an unreadable picture ends the run, so that its state is saved
+    stop      set on any rank, it ends the batches
+    on_error  saves the run: called with the number of complete steps before an unreadable picture ends it
     """
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read, start)

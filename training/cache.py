@@ -27,7 +27,7 @@ from vae import VAE, to_image
 class Embeddings:
     """Text embeddings of captions.
 
-    The key: the caption, the encoders' files (name, size, first and last bytes; their metadata may give a T5 length), the T5
+    The key: the caption, the encoders' files (name, size, first and last bytes; metadata may give a T5 length), the T5
     length asked for, the dtype (fp32 on CPU, bf16 on a GPU).
     """
 
@@ -39,7 +39,8 @@ class Embeddings:
         family     whose text conditioning it is
         t5_length  tokens of T5; None: the family's
         """
-        self.model, self.device, self.family, self.t5_length = Path(model), device, family, t5_length or family.t5_length
+        self.model, self.device, self.family = Path(model), device, family
+        self.t5_length = t5_length or family.t5_length
         self.dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         length, dtype = self.t5_length or "usual", str(self.dtype).removeprefix("torch.")
         self.cache = Path(folder) / f"{_encoders_key(self.model)}-{length}-{dtype}"
@@ -81,7 +82,10 @@ class Crops(Protocol):
 
 
 class Latents:
-    """Moments of central crops, which never change. The key: the picture (size, first and last bytes), the crop, the VAE."""
+    """Moments of central crops, which never change.
+
+    The key: the picture (size, first and last bytes), the crop, the encoder's weights, factor and dilation.
+    """
 
     def __init__(self, pictures: Crops, vae: VAE, factor: int, dilation: int, folder: Path):
         self.pictures, self.vae, self.factor, self.dilation = pictures, vae, factor, dilation
@@ -91,7 +95,7 @@ class Latents:
         self.folder = Path(folder) / digest.hexdigest()[:16]
 
     def fill(self, sizes: Sequence[tuple[int, int]], rank: int = 0, world: int = 1) -> int:
-        """Encode the crops that the cache lacks, every world-th picture from the rank-th; returns how many this process has."""
+        """Encode the crops that the cache lacks, every world-th picture from the rank-th; returns this share's size."""
         mine = range(rank, len(sizes), world)
         lacking = [index for index in mine if not self._file(index, *sizes[index]).is_file()]
         for index in tqdm(lacking, desc="latents", file=sys.stderr, disable=not lacking):

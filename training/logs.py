@@ -1,9 +1,9 @@
 """Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed, grids of sample pictures.
 
-Units     loss and bands are mean squares of latents, averaged since the previous line; images/s over all ranks, drawing and saving
-          included; peak memory in GiB, of the first rank; eta_s in seconds
-          matmul_share: the model's matrix products (backward counted as twice forward, recomputation not counted) over what one
-          large product reaches on this machine, measured as the run begins
+Units     loss and bands are mean squares of latents, averaged since the previous line; images/s over all ranks, without
+          the time of saving and drawing; peak memory in GiB, of the first rank; eta_s in seconds
+          matmul_share: the model's matrix products (backward counted as twice forward, recomputation not counted) over
+          what one large product reaches on this machine, measured as the run begins
 Check     python -m pytest tests/test_logs.py
 """
 
@@ -36,7 +36,8 @@ class Tally:
     """Losses summed since the last log line. The sums stay on the device: adding to them never waits for it."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)  # loss, bands, loss per bin, samples per bin
+        # loss, bands, loss per sigma bin, samples per sigma bin
+        self.sums = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)
         self.passes = 0
 
     @torch.no_grad()
@@ -51,11 +52,12 @@ class Tally:
         return of_sample
 
     def row(self) -> dict[str, object]:
-        """The means over all ranks, for the log, after which the sums begin anew; a sigma bin without a sample is null."""
+        """The means over all ranks, after which the sums begin anew; a sigma bin without a sample is None."""
         if dist.is_initialized():
             dist.all_reduce(self.sums)
         sums, passes = self.sums.to("cpu", copy=True), self.passes * world()
-        loss, bands, (in_bins, counts) = sums[0], sums[1:1 + len(BANDS)] / passes, sums[1 + len(BANDS):].view(2, -1).tolist()
+        loss, bands = sums[0], sums[1:1 + len(BANDS)] / passes
+        in_bins, counts = sums[1 + len(BANDS):].view(2, -1).tolist()
         self.sums.zero_()
         self.passes = 0
         return {"loss": loss.item() / passes,
@@ -64,7 +66,7 @@ class Tally:
 
 
 class Log:
-    """OUT/log.jsonl, one line per row, and the same numbers for TensorBoard. On resume, lines past the checkpoint are dropped."""
+    """OUT/log.jsonl, one line per row, and TensorBoard. On resume, lines past the checkpoint are dropped."""
 
     def __init__(self, out: Path, start: int):
         self.file = out / "log.jsonl"
@@ -84,10 +86,9 @@ class Log:
             f.write(json.dumps(row) + "\n")
         if self.board:
             for key, value in row.items():
-                curves = {f"{key}/{k}": number for k, number in enumerate(value)} if isinstance(value, list) else {key: value}
-                for name, number in curves.items():
+                for k, number in enumerate(value if isinstance(value, list) else [value]):
                     if number is not None:
-                        self.board.add_scalar(name, number, row["step"])
+                        self.board.add_scalar(f"{key}/{k}" if isinstance(value, list) else key, number, row["step"])
             self.board.flush()
 
     def plot(self) -> None:

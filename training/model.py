@@ -21,12 +21,16 @@ from mmdit import MMDiT, MMDiTConfig
 from training.adamw import RoundedAdamW
 from training.batches import Part
 from training.cache import Latents
-from training.plan import blocks_of
 from training.ranks import rank, world
 from training.settings import Settings
 from vae import VAE
 
 BETAS = (0.9, 0.999)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def recomputed(forward: Callable[..., Tensor], on_host: bool, *inputs: Tensor) -> Tensor:
@@ -63,7 +67,8 @@ def new_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer
     if settings.state == "bf16":
         seed = settings.seed + (rank() if settings.sharded else 0)
         return RoundedAdamW(model.parameters(), settings.lr, BETAS, settings.weight_decay, seed)
-    return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
+    decay = settings.weight_decay
+    return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=BETAS, weight_decay=decay, fused=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step`, from 0; the decay rises from 0.1 to its value, so that the start is forgotten."""
+        """After optimizer step `step`, from 0; the decay rises from 0.1 to its value: the start is forgotten."""
         decay = min(self.decay, (step + 1) / (step + 10))
         if self.copies:
             for copy, p in zip(self.copies.values(), self.model.parameters(), strict=True):  # never a second fp32 model
@@ -104,7 +109,7 @@ def autocast(settings: Settings) -> torch.autocast:
 
 @torch.no_grad()
 def encode(vae: VAE, part: Part, settings: Settings, latents: Latents | None) -> Tensor:
-    """(B, 16, h, w), drawn from the posterior; one picture at a time, so that no latent depends on how the batch is split."""
+    """(B, 16, h, w), drawn from the posterior; one picture at a time: no latent depends on the split of the batch."""
     weight, drawn = next(vae.parameters()), []
     for k, generator in enumerate(part.generators):
         if latents:

@@ -1,10 +1,10 @@
 """How much memory a training run takes, before there is a weight or a GPU: train.py --plan RANKSxGB.
 
 Exact      parameters, gradients, optimizer: from shapes and how they are split over the ranks
-Measured   activations and VAE encoding: the training code runs once on tensors without storage (torch's FakeTensorMode) while
-           live bytes are counted; an operator's internal workspace is not seen
-Counted    gathered weights and reduction buffers, as FSDP2 holds them: weights of the current block, of the next one and of its
-           gathering; gradients of two blocks in flight
+Measured   activations and VAE encoding: the training code runs once on tensors without storage (torch's FakeTensorMode)
+           while live bytes are counted; an operator's internal workspace is not seen
+Counted    gathered weights and reduction buffers, as FSDP2 holds them: weights of the current block, of the next one
+           and of its gathering; gradients of two blocks in flight
 Assumed    RESERVE for the CUDA context, NCCL and fragmentation; PROCESS for Python and torch on the host
 Units      bytes inside, GiB printed; a card of 80 GB is taken as 80 GiB less RESERVE
 Check      python -m pytest tests/test_plan.py
@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,15 +26,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import LazyTensor, Weights, model_folder, open_weights, read_json
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
+from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
+from training.model import blocks_of, make
 from training.resume import FILE_BYTES
-from training.settings import GIB, Machine, Settings
+from training.settings import GIB, Machine, Settings, check, settle
 from vae import VAE, VAEConfig, read_config
+from wavelet import objective
 
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
 PICTURES = GIB  # resized pictures that a rank keeps: data.CACHE_BYTES
 RANKS_PER_HOST = 8
+SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
 OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
 PUBLISHED = {  # --model NAME without its folder: family and configuration
     "sd3": (SD3, MMDiTConfig()),
@@ -79,7 +83,8 @@ class LiveBytes(TorchDispatchMode):
         self.sizes[key] = 0
 
 
-def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object], dtype: torch.dtype = torch.float32) -> int:
+def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object],
+               dtype: torch.dtype = torch.float32) -> int:
     """Most live bytes, beside parameters and gradients, while run(build()) works on tensors without storage.
 
     dtype   of the parameters
@@ -146,11 +151,8 @@ def describe(model: str | None, weights: str | None, transformer: str | None) ->
 
 # ---- the sum
 
-Rehearsal = Callable[[Settings, int], int]  # (settings, ranks) -> bytes of activations; train.py's
-
-
-def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, ranks: int,
-           rehearse: Rehearsal) -> tuple[dict[str, int], dict[str, int]]:
+def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig,
+           ranks: int) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each kind on one card, and on one host with its ranks."""
     with torch.device("meta"):
         model = family.model(config)
@@ -171,7 +173,7 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
 
     card = {"parameters": own * size, "gradients": own * size, "optimizer": 2 * own * size,
             "averaged weights": 4 * own if s.ema else 0,
-            "activations": rehearse(s, ranks) - (inputs if s.activations == "host" else 0),
+            "activations": activation_bytes(s, family, config, ranks) - (inputs if s.activations == "host" else 0),
             "gathered weights": gathered * compute if s.sharded else 0,
             "buffers": (size * sum(b.numel() for b in model.buffers()) + (reduced if s.sharded else 0)
                         + (rounded if s.state == "bf16" else 0)),
@@ -194,8 +196,28 @@ def total(card: dict[str, int]) -> int:
     return sum(card.values()) - min(card["activations"], card["VAE encoding"])
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, ranks: int) -> int:
+    """Peak activation bytes of one forward and backward pass on one rank, measured on fake tensors."""
+    batch, side, tokens = s.batch // (ranks * s.accumulate), s.res // s.factor, family.text_tokens(s.t5_length)
+    loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
+    stored = torch.bfloat16 if s.sharded and in_bf16 else s.state_dtype
+    return _rehearse(family, config, batch, side, tokens, s.guidance, loss, s.activations, stored, in_bf16 and not s.sharded)
+
+
+@cache  # most changes that smallest_change() tries leave the activations as they are
+def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side: int, tokens: int,
+              guidance: float | None, loss: tuple, activations: str, stored: torch.dtype, autocast: bool) -> int:
+    def run(model: MMDiT | Flux) -> None:
+        name, weighting, bands, huber = loss
+        latent, noise = torch.empty(2, batch, config.in_channels, side, side)
+        sigma, pooled = torch.empty(batch), torch.empty(batch, config.pooled_dim)
+        guidances = None if guidance is None else torch.full_like(sigma, guidance)
+        z, context = interpolate(latent, noise, sigma), torch.empty(batch, tokens, config.context_dim)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            velocity = model(z, sigma, context, pooled, guidances)
+        objective(name, velocity, latent, noise, sigma, loss_weight(sigma, weighting), bands, huber).backward()
+
+    return peak_bytes(lambda: make(family, config, activations), run, stored)
 
 
 def vae_parameters(config: VAEConfig) -> int:
@@ -203,7 +225,7 @@ def vae_parameters(config: VAEConfig) -> int:
         return sum(p.numel() for p in VAE(config).parameters())
 
 
-@lru_cache
+@cache
 def encoding_bytes(config: VAEConfig, res: int, factor: int, dilation: int) -> int:
     """Of one picture, in fp32 and without gradients, as training encodes."""
     def run(vae: VAE) -> None:
@@ -253,20 +275,11 @@ def smallest_change(s: Settings, ranks: int, size: Callable[[Settings], int], ro
     return "no flag makes it fit: a smaller --res, or more or larger cards"
 
 
-def verdict(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig, machine: Machine,
-            rehearse: Rehearsal) -> tuple[str, str]:
+def verdict(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig,
+            machine: Machine) -> tuple[str, str]:
     """The table of a run's memory on a machine, and the smallest change that makes it fit: empty if it fits."""
-    @cache
-    def activations(accumulate: int, kind: str, state: str, shard: str) -> int:
-        changed = replace(s, accumulate=accumulate, activations=kind, state=state, shard=shard)
-        return rehearse(changed, machine.ranks)
-
-    def rehearsed(changed: Settings, _: int) -> int:
-        shard = "zero2" if changed.sharded else "none"  # activations are the same in both kinds
-        return activations(changed.accumulate, changed.activations, changed.state, shard)
-
     def sums(changed: Settings) -> tuple[dict[str, int], dict[str, int]]:
-        return memory(changed, family, config, vae_config, machine.ranks, rehearsed)
+        return memory(changed, family, config, vae_config, machine.ranks)
 
     def lines(parts: dict[str, int], title: str, last: str) -> list[str]:
         rows = [f"{name:28}{value / GIB:10.2f} GiB" for name, value in parts.items() if value]
@@ -279,3 +292,24 @@ def verdict(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_c
     table += lines(host, on_host, f"{sum(host.values()) / GIB:10.2f} GiB")
     advice = "" if fits else smallest_change(s, machine.ranks, lambda changed: total(sums(changed)[0]), machine.card)
     return "\n".join([*table, f"it does not fit: {advice}" if advice else "it fits"]), advice
+
+
+def plan_of(settings: Settings) -> str:
+    """train.py --plan RANKSxGB: the table."""
+    family, config, vae_config = describe(settings.model, settings.weights, settings.transformer)
+    settings = settle(settings, family)
+    check(settings, settings.plan.ranks)
+    return verdict(settings, family, config, vae_config, settings.plan)[0]
+
+
+def check_memory(settings: Settings, machine: Machine) -> None:
+    """ValueError, after the table is printed, for a run that cannot fit; it names the smallest change that helps."""
+    family, config, vae_config = describe(settings.model, settings.weights, settings.transformer)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in family.model(config).parameters())
+    if settings.device == "cpu" and parameters < SMALL_MODEL:
+        return
+    table, advice = verdict(settings, family, config, vae_config, machine)
+    if advice:
+        print(table, flush=True)
+        raise ValueError(f"this run does not fit into memory: {advice}")

@@ -33,9 +33,12 @@ def device_of(name: str) -> torch.device:
     """
     device = torch.device(name)
     if device.type == "cuda":
-        index, cards = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index, torch.cuda.device_count()
+        index, cards = device.index, torch.cuda.device_count()
+        if index is None:
+            index = int(os.environ.get("LOCAL_RANK", 0))
         if index >= cards:
-            raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; give torchrun a smaller --nproc-per-node")
+            raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; "
+                             "give torchrun a smaller --nproc-per-node")
         device = torch.device("cuda", index)
     return device
 
@@ -51,7 +54,8 @@ def join(device: torch.device, sharded: bool) -> None:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
-            raise ValueError(f"ranks meet at {address}: {why}; give torchrun --standalone, or another --master-port") from None
+            raise ValueError(f"ranks meet at {address}: {why}; give torchrun --standalone, or another "
+                             "--master-port") from None
     elif sharded:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

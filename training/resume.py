@@ -1,12 +1,12 @@
 """Checkpoints of a training run: sharded, complete or absent, found again by the same command.
 
-Layout    OUT/checkpoints/step-00000500/   shard-*.safetensors, one or more per rank, and run.json: step, settings, data, model, files
-Format    torch.distributed.checkpoint with its safetensors storage. Tensors are split by rows over the ranks; any number of ranks,
-          with any --shard, reads what any other wrote
-Trust     nothing on disk is a pickle: names, shapes and offsets are JSON in each file's header (torch's default storage pickles its
-          metadata and loads it unchecked)
-Commit    everything is written and synced under .step-00000500.tmp, which is then renamed: a folder named step-... is complete.
-          On several nodes, OUT must be on a shared file system
+Layout    OUT/checkpoints/step-00000500/   shard-*.safetensors, one or more per rank; run.json: step, identity, files
+Format    torch.distributed.checkpoint with its safetensors storage. Tensors are split by rows over the ranks; any
+          number of ranks, with any --shard, reads what any other wrote
+Trust     nothing on disk is a pickle: names, shapes and offsets are JSON in each file's header (torch's default storage
+          pickles its metadata and loads it unchecked)
+Commit    everything is written and synced under .step-00000500.tmp, which is then renamed: a folder named step-... is
+          complete. On several nodes, OUT must be on a shared file system
 Names     model.<official name>, ema.<...>, exp_avg.<...>, exp_avg_sq.<...>
 Memory    host: one file of FILE_BYTES per rank at a time
 Check     python -m pytest tests/test_resume.py
@@ -33,12 +33,11 @@ from checkpoint import read_json
 from family import Family
 from flux import FluxConfig
 from mmdit import MMDiTConfig
-from training.adamw import RoundedAdamW
+from training.adamw import MOMENTS, RoundedAdamW
 from training.ranks import Agreed, rank, world
 from training.settings import IDENTITY, Settings
 
 FILE_BYTES = 1 << 31
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 ABOUT = "run.json"
 
 
@@ -65,13 +64,15 @@ def _fault_of(folder: Path) -> str:
         files = read_json(folder / ABOUT)["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"no complete {ABOUT} ({error})"
-    wrong = [name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    wrong = [name for name, size in files.items()
+             if not (folder / name).is_file() or (folder / name).stat().st_size != size]
     return f"{len(wrong)} of {len(files)} files are missing or truncated, the first is {wrong[0]}" if wrong else ""
 
 
 # ---- writing
 
-def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, object], keep: int) -> None:
+def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, object],
+                    keep: int) -> None:
     """Write a checkpoint, all ranks together, and remove the oldest ones.
 
     tensors  name -> tensor, a DTensor where it is sharded
@@ -113,7 +114,7 @@ def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _commit(temporary: Path, folder: Path, about: Mapping[str, object]) -> str:
-    """Write run.json, sync, rename: from here on the checkpoint is complete. Returns the error's text, empty if there is none."""
+    """Write run.json, sync, rename: now the checkpoint is complete. Returns an error's text, or an empty one."""
     try:
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         with open(temporary / ABOUT, "w", encoding="utf-8") as f:
@@ -137,9 +138,9 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_old(out: Path, step: int, keep: int) -> None:
-    remaining = [f for f in _committed(out) if step_of(f) <= step][-keep:]  # a later one is damaged: newest() skipped it
+    remaining = [f for f in _committed(out) if step_of(f) <= step][-keep:]  # newest() skipped a later, damaged one
     for old in set(_committed(out)).difference(remaining):
-        os.rename(old, old.with_name(f".{old.name}.old"))  # a folder named step-... is complete, also while it is removed
+        os.rename(old, old.with_name(f".{old.name}.old"))  # a folder named step-... is complete until it is gone
     for left in (out / "checkpoints").glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -159,7 +160,8 @@ def load_checkpoint(folder: Path, tensors: Mapping[str, Tensor], alone: bool = F
         raise ValueError(f"{folder}: {len(differ)} tensors are missing or of another shape, the first is {differ[0]}: "
                          f"saved {saved.get(differ[0])}, here {tuple(tensors[differ[0]].shape)}; use another --out")
     with warnings.catch_warnings(action="ignore"):
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or not dist.is_initialized())
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)),
+                 no_dist=alone or not dist.is_initialized())
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -180,14 +182,15 @@ def weights_of(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 # ---- what a checkpoint holds
 
-def tensors_of(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+               steps: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name there; moments that do not exist yet are created as zeros."""
     tensors = {f"model.{name}": t.detach() for name, t in model.state_dict().items()}
     tensors |= {f"ema.{name}": t for name, t in ema.items()}
     for name, p in model.named_parameters():
         if not optimizer.state[p]:
             zeros = {moment: torch.zeros_like(p, memory_format=torch.preserve_format) for moment in MOMENTS}
-            count_on = "cpu" if isinstance(optimizer, RoundedAdamW) else p.device  # fused AdamW counts steps on the device
+            count_on = "cpu" if isinstance(optimizer, RoundedAdamW) else p.device  # fused AdamW counts on the device
             optimizer.state[p] = {"step": torch.tensor(float(steps), device=count_on)} | zeros
         tensors |= {f"{moment}.{name}": optimizer.state[p][moment].detach() for moment in MOMENTS}
     return tensors
@@ -197,7 +200,7 @@ def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxCo
                 listing: Sequence[tuple[str, Sequence[str], tuple[int, int]]]) -> dict[str, object]:
     """Identity of the run, recorded in run.json. Resuming with different values is refused.
 
-    listing  file name, captions and crop size of every picture: what the order of pictures depends on; a picture may be repaired
+    listing  file name, captions and crop size of every picture: these decide the order; a picture may be repaired
     """
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     return {"settings": {name: getattr(settings, name) for name in IDENTITY},
@@ -205,10 +208,10 @@ def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxCo
 
 
 def same_settings(source: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """ValueError that lists what differs between the recorded settings of a run, read from JSON, and the present ones."""
+    """ValueError that lists what differs between a run's recorded settings, read from JSON, and the present ones."""
     now = json.loads(json.dumps(dict(now)))
-    differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    if differ:
+    names = sorted(then.keys() | now.keys())
+    if differ := [f"{name} {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]:
         raise ValueError(f"{source}: that run had other settings ({', '.join(differ)}); use them, or another --out")
 
 
@@ -216,11 +219,13 @@ def load_run(folder: Path, identity: Mapping[str, object], tensors: Mapping[str,
     """Load a checkpoint in place; returns its step. ValueError if it belongs to another run."""
     then, now = read_json(folder / ABOUT), json.loads(json.dumps(dict(identity)))
     if then["model"] != now["model"]:
-        raise ValueError(f"{folder}: is of another model, {then['model']}; here it is {identity['model']}; use another --out")
+        raise ValueError(f"{folder}: is of another model, {then['model']}; here it is {identity['model']}; "
+                         "use another --out")
     same_settings(folder, then["settings"], now["settings"])
     if then["data"] != now["data"]:
         counts = f"{then['data']['pictures']} pictures, now {now['data']['pictures']}; names, shapes or captions differ"
-        raise ValueError(f"{settings.data} has changed since that run began ({counts}), and with it the order of the pictures: "
-                         f"restore it, or use another --out, starting from what train.py --export --out {settings.out} writes")
+        raise ValueError(f"{settings.data} has changed since that run began ({counts}), and with it the order of the "
+                         "pictures: restore it, or use another --out, starting from what train.py --export "
+                         f"--out {settings.out} writes")
     load_checkpoint(folder, tensors)
     return step_of(folder)

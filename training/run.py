@@ -41,10 +41,10 @@ class Run:
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.saved = self.logged = 0
         self.began, self.elsewhere = 0.0, 0.0  # seconds: start of this log interval; of it, spent saving and drawing
-        self.flop_share = 0.0                  # of this machine's matrix product rate that one image per second and rank takes
+        self.flop_share = 0.0                  # share of the machine's matmul rate per image, second and rank
 
     def resume(self) -> int:
-        """Load the newest complete checkpoint; returns its step, 0 without any. ValueError if it belongs to another run."""
+        """Load the newest complete checkpoint; returns its step, 0 without any. ValueError if it is of another run."""
         newest_here = [None if rank() else newest(self.out)]
         if dist.is_initialized():
             dist.broadcast_object_list(newest_here, 0)
@@ -66,7 +66,7 @@ class Run:
         self.device, self.logged, self.began, self.elsewhere = device, step, time.time(), 0.0
 
     def due(self, every: int, done: int) -> bool:
-        """Whether something that happens every so many steps happens after `done` of them; 0: never, else also at the end."""
+        """Whether what happens every so many steps, and at the end, happens after `done` of them; every 0: never."""
         return every > 0 and (done % every == 0 or done == self.settings.steps)
 
     def log(self, done: int, tally: Tally, norm: Tensor, lr: float) -> str:
@@ -132,7 +132,8 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
     records = {name: value for name, value in transformer.metadata.items() if name in SAMPLING}
     if family.vae_inside:
         vae = VAE.load(vae_path)
-        records |= {"norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor, "shift_factor": vae.shift_factor}
+        records |= {"norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
+                    "shift_factor": vae.shift_factor}
         tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
         tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
     else:

@@ -1,10 +1,10 @@
 """Seeds: every random draw of training is a function of the run's seed and of a place, never of what was drawn before.
 
-Places    batches.py: the epoch; the number of the sample in the run · train_vae.py: the step · adamw.py: step and parameter
+Places    batches.py: the epoch; the sample's number in the run · train_vae.py: the step · adamw.py: step and parameter
 Why       a resumed run, and any division of the batch over ranks, draws the same numbers
 """
 
-RUNS, SAMPLES = 1_000_003, 2_654_435_761  # distances between the seeds of two runs; a run has far more samples than steps
+RUNS, SAMPLES = 1_000_003, 2_654_435_761  # distances between the seeds of two runs; samples outnumber steps
 
 
 def seed_of(seed: int, place: int, distance: int = RUNS) -> int:

@@ -1,7 +1,7 @@
 """The settings of a training run: the command line of train.py, resolved once into a frozen Settings.
 
-Order     parse() reads the flags; settle() resolves what the recipe and the model family decide; check() refuses what is out of range
-Recipes   "paper" and "release" set everything that the two do differently; single flags override them (docs/differences.md)
+Order     parse() reads the flags, settle() resolves what recipe and family decide, check() refuses values out of range
+Recipes   "paper" and "release" set everything in which the two differ; single flags override them (docs/differences.md)
 Resume    a run resumes only with equal IDENTITY; all other settings may change
 Check     python -m pytest tests/test_settings.py ; python train.py --help
 """
@@ -9,7 +9,7 @@ Check     python -m pytest tests/test_settings.py ; python train.py --help
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +18,15 @@ from checkpoint import DTYPES
 from family import Family
 from flow import DENSITIES, SCHEMES, flux_mu
 from text import check_t5_length
+from wavelet import OBJECTIVES
 
-OBJECTIVES = ("paper", "release", "velocity", "noise")
 GIB = 1 << 30
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 RECIPES = {  # settings in which paper and release differ; None = family default
-    "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None, "flip": False},
-    "release": {"objective": "release", "dilation": 1, "latent_shift": False, "weighting": "none", "t5_length": 77, "flip": False}}
+    "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None,
+              "flip": False},
+    "release": {"objective": "release", "dilation": 1, "latent_shift": False, "weighting": "none", "t5_length": 77,
+                "flip": False}}
 OURS = RECIPES["paper"] | {"flip": True}
 
 
@@ -105,13 +107,13 @@ class Settings:
 
 # What decides the numbers of a run. A run resumes only with equal values of these; the other settings may change.
 IDENTITY = (
-    "model", "weights", "transformer", "res", "aspect", "factor", "dilation", "latent_shift", "flip", "cache_latents", "drop_caption",
-    "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting", "batch", "lr", "warmup",
-    "weight_decay", "clip", "ema", "state", "dtype", "seed")
+    "model", "weights", "transformer", "res", "aspect", "factor", "dilation", "latent_shift", "flip", "cache_latents",
+    "drop_caption", "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting",
+    "batch", "lr", "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
 
 
 def settle(settings: Settings, family: Family) -> Settings:
-    """Resolve unset settings from the recipe, then from the model family; ValueError if two settings contradict each other."""
+    """Resolve unset settings from the recipe, then the model family; ValueError if two settings contradict."""
     family.check_guidance(settings.guidance)
     recipe = RECIPES[settings.recipe] if settings.recipe else OURS
     if not family.release_drops_latent_shift:
@@ -142,7 +144,8 @@ def check(s: Settings, ranks: int) -> None:
     for flag in ("lr", "huber", "warmup", "weight-decay", "seed", "sample-every"):
         need(getattr(s, flag.replace("-", "_")) >= 0, flag, getattr(s, flag.replace("-", "_")), "0 or more")
     need(0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
-    need(s.batch % share == 0, "batch", s.batch, f"a multiple of {share}, {ranks} ranks times --accumulate {s.accumulate}")
+    need(s.batch % share == 0, "batch", s.batch,
+         f"a multiple of {share}, {ranks} ranks times --accumulate {s.accumulate}")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
     need(s.time_shift in (None, "tokens") or 0 < s.time_shift < math.inf, "time-shift", s.time_shift,
          'a number above 0, or "tokens"')
@@ -156,7 +159,7 @@ def check(s: Settings, ranks: int) -> None:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags; what the model family decides is still open."""
     options = vars(_parser().parse_args(argv))
-    on_gpu = torch.cuda.is_available() or options["plan"] is not None  # plans are made for cards, wherever they are made
+    on_gpu = torch.cuda.is_available() or options["plan"] is not None  # plans are made for cards, wherever we are
     options["device"] = options["device"] or ("cuda" if on_gpu else "cpu")
     options["dtype"] = options["dtype"] or ("bf16" if on_gpu else "fp32")
     if not (options["model"] or options["weights"] or options["export"]):
@@ -182,57 +185,89 @@ def ranks_and_gigabytes(text: str) -> Machine:
     return Machine(int(ranks), round(float(gib) * GIB))
 
 
+Add = Callable[..., argparse.Action]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Fine-tune the transformer of a model folder on a folder of captioned pictures.",
-                                     allow_abbrev=False)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add = parser.add_argument_group("what").add_argument
+    parser = argparse.ArgumentParser(
+        description="Fine-tune the transformer of a model folder on a folder of captioned pictures.", allow_abbrev=False)
+    for title, flags in (("what", _what), ("pictures", _pictures), ("objective", _objective),
+                         ("optimizer", _optimizer), ("memory", _memory), ("machine", _machine)):
+        flags(parser.add_argument_group(title).add_argument)
+    return parser
+
+
+def _what(add: Add) -> None:
     add("--model", help="name of a folder in models/ (default: tiny-sd3)")
     add("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="FILE", help="start from this transformer instead of the folder's")
     add("--data", metavar="DIR", help="pictures and metadata.jsonl")
-    add("--out", metavar="DIR", default="runs/train", help="folder of the run; an unfinished run there resumes (default: %(default)s)")
+    add("--out", metavar="DIR", default="runs/train",
+        help="folder of the run; an unfinished run there resumes (default: %(default)s)")
     add("--export", action="store_true", help="write the newest checkpoint of --out as one official file, then exit")
-    add = parser.add_argument_group("pictures").add_argument
+    add("--plan", type=ranks_and_gigabytes, metavar="RANKSxGB",
+        help="print the memory the run takes on such cards, 8x80 for example, then exit; needs no weights and no GPU")
+    add("--dry-run", action="store_true",
+        help="check settings, listing and the headers of all files, print the settings, then exit")
+
+
+def _pictures(add: Add) -> None:
     add("--res", type=int, default=1024, help="side of the training squares, pixels (default: %(default)s)")
-    add("--aspect", action="store_true", help="instead of squares: the nearest of eleven aspects, about RES x RES pixels")
+    add("--aspect", action="store_true", help="not squares: the nearest of eleven aspects, about RES x RES pixels")
     add("--factor", type=int, default=16, choices=(8, 16), help="down-sampling of the VAE (default: %(default)s)")
-    add("--dilation", type=int, choices=(1, 2), help="of the VAE's first convolution at factor 16; the release has 1 (default: 2)")
-    add("--latent-shift", action=argparse.BooleanOptionalAction, help="latent = (raw - shift) * scale; without: raw * scale (default: with)")
+    add("--dilation", type=int, choices=(1, 2),
+        help="of the VAE's first convolution at factor 16; the release has 1 (default: 2)")
+    add("--latent-shift", action=argparse.BooleanOptionalAction,
+        help="latent = (raw - shift) * scale; without it raw * scale (default: with)")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror each crop with probability 1/2 (default: yes)")
-    add("--cache-latents", action="store_true", help="train on central crops, encoded once into DATA/.latents; nothing is mirrored")
-    add("--drop-caption", type=float, default=0.1, help="probability of the empty caption, which cfg needs (default: %(default)s)")
+    add("--cache-latents", action="store_true",
+        help="train on central crops, encoded once into DATA/.latents; nothing is mirrored")
+    add("--drop-caption", type=float, default=0.1,
+        help="probability of the empty caption, which cfg needs (default: %(default)s)")
     add("--t5-length", type=int, help="tokens of T5 (default: SD3 77, Flux-dev 512, Flux-schnell 256)")
-    add = parser.add_argument_group("objective").add_argument
-    add("--recipe", choices=tuple(RECIPES), help="everything in which paper and released trainer differ; single flags override it")
-    add("--objective", choices=OBJECTIVES, help="paper: bands of the velocity; release: of the denoised latent; velocity: no bands; "
-                                                "noise: bands of the noise (default: paper)")
+
+
+def _objective(add: Add) -> None:
+    add("--recipe", choices=tuple(RECIPES),
+        help="everything in which paper and released trainer differ; single flags override it")
+    add("--objective", choices=OBJECTIVES, help="paper: bands of the velocity; release: bands of the denoised latent; "
+        "velocity: no bands; noise: bands of the noise (default: paper)")
     add("--bands", type=four_numbers, default=(1.0, 1.0, 1.0, 1.0), help="weights of LL,LH,HL,HH (default: 1,1,1,1)")
-    add("--huber", type=float, default=0.0, help="0: squared error; above: width of the pseudo-Huber penalty, in latent units (default: 0)")
+    add("--huber", type=float, default=0.0,
+        help="width of the pseudo-Huber penalty in latent units; 0: squared error (default: 0)")
     add("--density", choices=DENSITIES, help="distribution of sigma (default: SD3 logit_normal, Flux uniform)")
     add("--time-shift", type=shift_or_tokens, metavar="S",
         help='shift of sigma; above 1 is noisier; "tokens": as Flux-dev samples at --res (default: SD3 3, Flux 1)')
-    add("--guidance", type=float, help="guidance fed to Flux-dev (default: 3.5); other models have no such input")
+    add("--guidance", type=float, help="guidance fed to Flux-dev; other models have no such input (default: 3.5)")
     add("--weighting", choices=SCHEMES, help="w(sigma) of the loss (default: none)")
-    add = parser.add_argument_group("optimizer").add_argument
+
+
+def _optimizer(add: Add) -> None:
     add("--steps", type=int, default=20_000, help="optimizer steps of the complete run (default: %(default)s)")
     add("--batch", type=int, default=32, help="pictures per step, over all ranks (default: %(default)s)")
     add("--lr", type=float, default=1e-6, help="learning rate, constant after the warm-up (default: %(default)s)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (default: %(default)s)")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--ema", type=float, default=0.0, help="decay per step of averaged weights, which are then exported; 0: none (default: 0)")
+    add("--ema", type=float, default=0.0,
+        help="decay per step of averaged weights, which are then exported; 0: none (default: 0)")
     add("--state", default="fp32", choices=("fp32", "bf16"),
-        help="storage of weights and Adam moments: fp32, 12 bytes per parameter, or bf16 with stochastic rounding, 6 (default: fp32)")
-    add = parser.add_argument_group("memory").add_argument
+        help="weights and Adam moments: fp32, 12 bytes per parameter, or bf16, 6, stochastically rounded (default: fp32)")
+
+
+def _memory(add: Add) -> None:
     add("--shard", default="none", choices=("none", "zero2", "zero3"),
-        help="split weights, gradients and moments over the ranks; zero2 keeps gathered weights until backward (default: none)")
+        help="split weights, gradients, moments over ranks; zero2 keeps gathered weights until backward (default: none)")
     add("--offload", action="store_true", help="with --shard on GPUs: weights, gradients, moments and AdamW on the host")
-    add("--accumulate", type=int, default=1, metavar="N", help="backward passes per step, of batch / N / ranks pictures (default: 1)")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="backward passes per step, each of batch / N / ranks pictures (default: 1)")
     add("--activations", choices=("keep", "recompute", "host"),
-        help="recompute each block in backward; host: its inputs wait in host memory (default: keep, recompute from 16,384 tokens)")
+        help="recompute each block in backward; host: its inputs wait on the host (default: recompute from 16,384 tokens)")
     add("--ema-on-host", action="store_true", help="averaged weights in host memory")
-    add = parser.add_argument_group("machine").add_argument
+
+
+def _machine(add: Add) -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
     add("--save-dtype", default="fp16", choices=tuple(DTYPES), help="of the exported file (default: %(default)s)")
@@ -241,8 +276,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)")
     add("--sample-every", type=int, default=0, help="steps between sample pictures; 0: never (default: %(default)s)")
     add("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
-    add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // local_ranks), help="CPU threads per rank (default: %(default)s)")
-    add("--plan", type=ranks_and_gigabytes, metavar="RANKSxGB",
-        help="print the memory this run takes on such cards, 8x80 for example, then exit; needs neither weights nor a GPU")
-    add("--dry-run", action="store_true", help="check settings, listing and the headers of all files, print the settings, then exit")
-    return parser
+    add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // local_ranks),
+        help="CPU threads per rank (default: %(default)s)")
