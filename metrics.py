@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import read_picture
 from scores.compare import bootstrap, frechet_distance, nmse, plcc, psnr, srcc, ssim
-from scores.glcm import cores, glcm_score
+from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size
 from scores.results import Results, identity
 from scores.sheet import detail_sheet
@@ -92,8 +92,7 @@ def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> 
     def measure(pixels: np.ndarray) -> dict:
         jpeg_bytes = jpeg_size(pixels)
         return {"width": pixels.shape[1], "height": pixels.shape[0],
-                "glcm_release": glcm_score(pixels, threads=threads),
-                "glcm_entropy": glcm_score(pixels, "entropy", threads=threads),
+                **{f"glcm_{name}": glcm_score(pixels, name, threads=threads) for name in DEFINITIONS},
                 "jpeg_bytes": jpeg_bytes, "raw_bytes": pixels.nbytes, "ratio": pixels.nbytes / jpeg_bytes}
 
     try:
@@ -279,6 +278,13 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
 
 # ---- correlate
 
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
 def read_ratings(path: str) -> dict[str, list[float]]:
     """The numeric columns of a CSV, "rating" among them; text columns are skipped, a gap in a column is an error."""
     try:
@@ -290,21 +296,15 @@ def read_ratings(path: str) -> dict[str, list[float]]:
         raise ValueError(f'{path}: needs a first line of column names, among them "rating", and lines below it')
     columns = {}
     for name in rows[0]:
-        gaps = [line for line, row in enumerate(rows, 2) if name is None or not _is_number(row[name])]
+        values = [math.nan if name is None else _number(row[name]) for row in rows]
+        gaps = [line for line, value in enumerate(values, 2) if not math.isfinite(value)]
         if not gaps:
-            columns[name] = [float(row[name]) for row in rows]
+            columns[name] = values
         elif name is None or name == "rating" or len(gaps) < len(rows):
             raise ValueError(f"{path}:{gaps[0]}: column {name or 'without a name'} holds no number there")
     if len(columns) == 1:
         raise ValueError(f"{path}: no column of numbers beside rating")
     return columns
-
-
-def _is_number(text: str | None) -> bool:
-    try:
-        return math.isfinite(float(text or ""))
-    except ValueError:
-        return False
 
 
 def run_correlate(ratings: str, as_json: bool) -> None:
@@ -362,13 +362,13 @@ def new_parser() -> argparse.ArgumentParser:
     add("folder", metavar="DIR", help="pictures; sides are cut to the multiple that the factor needs")
     add("--model", default="tiny-sd3", help="folder in models/, another model folder, or a file (default: %(default)s)")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the autoencoder (default: %(default)s)")
-    add("--res", type=int, default=0, metavar="PX", help="resize and crop to a square first (default: as they are)")
+    add("--res", type=int, default=0, metavar="PX", help="resize and crop to a square first (default: 0, no)")
     about = "FID, patch-FID, CLIPScore, Aesthetics, GLCM Scores and compression ratio of a set"
     add = command(run_set, about, "cache", "workers", "networks")
     add("generated", metavar="GENERATED", help="folder of pictures")
     add("--reference", metavar="DIR", help="folder of real pictures, for FID")
     add("--prompts", metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
-    add("--res", type=int, default=0, metavar="PX", help="side of the squares for FID (default: the smallest side)")
+    add("--res", type=int, default=0, metavar="PX", help="squares for FID (default: the smallest generated side)")
     add = command(run_correlate, "SRCC and PLCC of every column of a CSV with its column rating")
     add("ratings", metavar="RATINGS.csv", help="of ratio and compression_ratio the reciprocal is used, as in the paper")
     return parser

@@ -68,11 +68,7 @@ class CLIPImage(nn.Module):
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "CLIPImage":
-        """Read the image tower of a CLIP.
-
-        path    OpenAI's ViT-B-16.pt or ViT-L-14.pt, or a folder or file of Hugging Face such as clip-vit-base-patch16/
-        raises  ValueError if names or shapes differ from CLIP's
-        """
+        """Read OpenAI's ViT-B-16.pt or ViT-L-14.pt, or a folder or file of Hugging Face's clip-vit-base-patch16."""
         return image_tower(read_towers(path), device)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -199,11 +195,9 @@ class CLIP:
     @staticmethod
     def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
              device: str | torch.device = "cpu") -> "CLIP":
-        """Read a complete CLIP.
+        """Read a complete CLIP; `path` as in CLIPImage.load.
 
-        path       as in CLIPImage.load
-        tokenizer  folder with CLIP's vocabulary; None is the folder of `path`. OpenAI's archives have none: the
-                   tokenizer/ of SD3 or Flux has the same
+        tokenizer  folder of CLIP's vocabulary, by default that of `path`; tokenizer/ of SD3 or Flux has the same
         """
         path, towers = Path(path), read_towers(path)
         tokenizer = CLIPTokenizer.load(tokenizer or (path if path.is_dir() else path.parent))

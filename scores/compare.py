@@ -55,7 +55,6 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
 
     reference, image  (H, W, 3) or (H, W), uint8, sides of at least 11 pixels
     returns           mean over the pixels whose window lies inside the picture
-    source            Wang et al. 2004; skimage's structural_similarity with the same window
     """
     check_same_shape(reference, image)
     size = 2 * SSIM_RADIUS + 1
@@ -120,8 +119,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 def frechet(a: Statistics, b: Statistics) -> float:
     """|difference of means|² + tr(A) + tr(B) - 2 tr (A B)^½.
 
-    The last trace is the sum of the singular values of Aroot.T @ Broot: never complex, unlike a root of the asymmetric
-    product A B, and exact for small eigenvalues.
+    The last trace is the sum of the singular values of Aroot.T @ Broot, which unlike a root of A B is never complex.
     """
     shared = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
@@ -171,12 +169,11 @@ def srcc(x: Sequence[float], y: Sequence[float]) -> float:
     return plcc(*(_ranks(side) if np.isfinite(side).all() and side.ndim == 1 else side for side in (x, y)))
 
 
-def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws: int = 2000, share: float = 0.95,
-              seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of a correlation over resampled pairs; samples of equal numbers have none and are skipped."""
+def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile interval of a correlation over resampled pairs; samples of equal numbers are skipped."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     statistic(x, y)  # raises on invalid lists
-    samples = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
+    samples = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     values = [statistic(x[sample], y[sample]) for sample in samples if np.ptp(x[sample]) and np.ptp(y[sample])]
-    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)

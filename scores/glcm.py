@@ -3,12 +3,12 @@
 Paper     Diffusion-4K section 3.1: patches of 64 pixels, 64 gray levels, radii 1 to 4, angles 0°, 45°, 90°, 135°
 Mirrors   the released eval.py: OpenCV's gray, skimage's graycomatrix (not symmetric, normalised) and shannon_entropy;
           tested against both by tests/test_glcm.py
-Scores    release  0 to 16 bits, higher is better: entropy of the histogram of the distinct values in all 16 matrices of
-                   a patch, mean over patches. The release computes it and the paper's tables print it
-          entropy  0 to 12 bits, higher is better: mean of -Σ p log2 p over matrices and patches. The paper's formula
-                   but for its sign, with which higher would be worse
-Method    no matrix is made: pairs of levels are 16-bit codes, and after sorting, the runs of equal codes have the
-          lengths of the nonzero entries, on which alone both scores depend
+Scores    release  0 to 16 bits, higher is better: entropy of the histogram of the values in all 16 matrices of a patch,
+                   mean over patches; what the release computes and the paper's tables print
+          entropy  0 to 12 bits, higher is better: mean of -Σ p log2 p over matrices and patches; the paper's formula
+                   but for its sign
+Method    no matrix is made: pairs of levels are 16-bit codes, and the runs of equal codes, once sorted, are the nonzero
+          entries, on which alone both scores depend
 Shapes    H and W pixels, R and C patch rows and columns; a border that fills no patch is left out
 Run       python bench/speed.py glcm
 """
@@ -43,8 +43,7 @@ def gray_levels(pixels: np.ndarray, levels: int = 256) -> np.ndarray:
 def _offsets(radii: Sequence[int]) -> Counter:
     """(down, across) -> how many radii and angles round to it: on the diagonals, radii 1 and 2 share an offset."""
     angles = [k * np.pi / 4 for k in range(4)]
-    return Counter((round(radius * np.sin(angle)), round(radius * np.cos(angle)))
-                   for radius in radii for angle in angles)
+    return Counter((round(r * np.sin(angle)), round(r * np.cos(angle))) for r in radii for angle in angles)
 
 
 def _check_glcm(pixels: np.ndarray, patch: int, levels: int, radii: Sequence[int]) -> None:
@@ -95,10 +94,7 @@ def _sort_kind() -> str:
 
 
 def _counts(a: np.ndarray, down: int, across: int, levels: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The nonzero entries of the matrices of all patches at one offset.
-
-    returns  counts of all patches in a row, (M,); number of entries per patch, (C,); number of pairs per patch
-    """
+    """Nonzero matrix entries at an offset: counts by patch (M,); entries per patch (C,); pairs per patch."""
     first, second = _pairs(a, down, across)
     total = first[0].size
     codes = (first * np.uint16(levels) + second).reshape(len(a), total)
@@ -112,10 +108,7 @@ def _counts(a: np.ndarray, down: int, across: int, levels: int) -> tuple[np.ndar
 
 @lru_cache(8)
 def _value_ids(totals: tuple[int, ...]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """All floats count / total in increasing order, and for each total the ids of its counts, (total + 1,).
-
-    The id of a float is its position in that order; equal floats share it, as in the release's histogram.
-    """
+    """All floats count / total in order, and the ids of each total's counts: positions; equal floats share one."""
     values, ids = np.unique(np.concatenate([np.arange(total + 1) / total for total in totals]), return_inverse=True)
     return values, dict(zip(totals, np.split(ids, np.cumsum([total + 1 for total in totals])[:-1]), strict=True))
 

@@ -27,8 +27,8 @@ CHROMINANCE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47
 
 # Huffman tables (K.3 to K.6): number of codes of 1 to 16 bits, then the symbols in order of their codes.
 # An AC symbol is run << 4 | size; end of block is 0x00, sixteen zeros are 0xF0.
-DC_LUMA = (bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), bytes(range(12)))
-DC_CHROMA = (bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]), bytes(range(12)))
+DC_LUMA = bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), bytes(range(12))
+DC_CHROMA = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]), bytes(range(12))
 AC_LUMA = (bytes([0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125]), bytes.fromhex(
     "01020300041105122131410613516107227114328191a1082342b1c11552d1f02433627282090a161718191a25262728292a34353637"
     "38393a434445464748494a535455565758595a636465666768696a737475767778797a838485868788898a92939495969798999aa2a3"
@@ -237,12 +237,11 @@ def _header(pixels: np.ndarray, quality: int, subsampling: str) -> bytes:
 
 
 def jpeg_encode(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:2:0") -> bytes:
-    """The file that Pillow's save(…, "JPEG", quality=…, subsampling=…) writes.
+    """The file that Pillow's save(…, "JPEG", quality=…, subsampling=…) writes; ValueError on other arguments.
 
     pixels       (H, W, 3) or gray (H, W), uint8; sides of 1 to 65,500
     quality      1 to 100
     subsampling  of chroma, one of SUBSAMPLING
-    raises       ValueError on other arguments
     """
     _check(pixels, quality, subsampling)
     out, rest, over = [_header(pixels, quality, subsampling)], 0, 0
@@ -266,10 +265,7 @@ def compression_ratio(rgb: np.ndarray, quality: int = 95) -> float:
 
 
 def jpeg_bits(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:2:0") -> np.ndarray:
-    """Bits of every 8x8 block of Y, with an even share of its MCU's chroma; arguments as for `jpeg_encode`.
-
-    returns  (R, C) float, all blocks of complete MCUs; the sum is the scan's length in bits before padding and stuffing
-    """
+    """Bits of every 8x8 block of Y with an even share of its MCU's chroma, (R, C) float; sums to the scan's length."""
     _check(pixels, quality, subsampling)
     across, down = (1, 1) if pixels.ndim == 2 else SUBSAMPLING[subsampling]
     strips = []

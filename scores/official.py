@@ -1,7 +1,7 @@
 """Official files that are not safetensors: their list, and reading them without running code in them.
 
-Mirrors   torch.load of pickled state dicts; torch.jit.load(path).state_dict() of TorchScript archives, of which only the
-          tensors are read (tested by tests/test_official.py)
+Mirrors   torch.load of pickled state dicts; torch.jit.load(path).state_dict() of TorchScript archives, of which only
+          the tensors are read; tested against both by tests/test_official.py
 Trust     a pickle is a program: it can name any function and call it. torch.load(weights_only=True) and the reader of
           archives below accept a few harmless names each and refuse all others before anything is called
 """
@@ -53,11 +53,9 @@ WEIGHTS = {name: Download(use, f"{folder}/{name}", sha256, tuple(also)) for name
 
 
 def find_weights(folder: str | os.PathLike, name: str, check: bool = False) -> Path:
-    """The path of one of WEIGHTS in a folder, under its name or another name of the same weights.
+    """The path of one of WEIGHTS in a folder, under any of its names; a FileNotFoundError has address and SHA-256.
 
-    name    a key of WEIGHTS
-    check   compare the file's SHA-256 with the published one; Hugging Face's folders have none
-    raises  FileNotFoundError with the metric, the address and the SHA-256; ValueError if the SHA-256 differs
+    check  compare the SHA-256 with the published one, ValueError if it differs; Hugging Face's folders have none
     """
     download, folder = WEIGHTS[name], Path(folder)
     paths = [folder / other for other in (name, *download.also) if (folder / other).exists()]
@@ -66,23 +64,20 @@ def find_weights(folder: str | os.PathLike, name: str, check: bool = False) -> P
         begins = "is" if len(download.sha256) == 64 else "begins with"
         raise FileNotFoundError(f"{folder}: no {name}{other}, which {download.use} needs: get it from {download.url}; "
                                 f"its sha256 {begins} {download.sha256}")
-    if check and paths[0].is_file() and not (actual := sha256(paths[0])).startswith(download.sha256):
-        raise ValueError(f"{paths[0]}: its sha256 is {actual}, the published one begins with {download.sha256}: "
-                         f"download it again from {download.url}")
+    if check and paths[0].is_file():
+        with open(paths[0], "rb") as f:
+            actual = hashlib.file_digest(f, "sha256").hexdigest()
+        if not actual.startswith(download.sha256):
+            raise ValueError(f"{paths[0]}: its sha256 is {actual}, the published one begins with {download.sha256}: "
+                             f"download it again from {download.url}")
     return paths[0]
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def open_official(path: str | os.PathLike) -> Weights:
     """Open any of the official files without running code in it.
 
-    path     safetensors or a folder of them (see checkpoint.open_weights), a pickled state dict, a TorchScript archive
-    returns  Weights under the file's names
-    raises   FileNotFoundError; ValueError if the file is none of these or holds anything but tensors
+    path    safetensors or a folder of them (see checkpoint.open_weights), a pickled state dict, a TorchScript archive
+    raises  FileNotFoundError; ValueError if the file is none of these or holds anything but tensors
     """
     path = Path(path)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "pytorch_model.bin").is_file():
@@ -105,14 +100,15 @@ def open_official(path: str | os.PathLike) -> Weights:
 
 STORAGES = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
             "BFloat16Storage": torch.bfloat16, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
-            "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64, "BoolStorage": torch.bool}
+            "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64,
+            "BoolStorage": torch.bool}
 
 
 def _torchscript_tensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a TorchScript archive by their dotted names, as state_dict would name them.
 
-    The classes and functions in it are made anew per call, for safety: what a pickle does to them ends with the call.
-    torch.jit.load compiles code/ and can run it. Here only data.pkl, the tree of modules, is parsed, and the bytes under
+    Its classes and functions are made anew per call, for safety: what a pickle does to them ends with the call.
+    torch.jit.load compiles code/ and can run it. Here only data.pkl, the tree of modules, is parsed, and bytes under
     data/ are read. A pickle acts only through the globals it names, and those resolve to four things: tensors known by
     shape, storage types as dtypes, an empty class for modules (`__torch__.…`), the identity for typed lists. Any other
     name ends the parse. A module that saves a custom state keeps it: only plain attributes are read.

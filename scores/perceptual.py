@@ -50,10 +50,7 @@ def _checked(images: Images) -> Images:
 
 
 def resize_crop(images: Images, size: int) -> Tensor:
-    """uint8 pictures -> uint8 (B, 3, size, size): short side to `size`, centre crop, as the release does before FID.
-
-    source  torchvision.transforms.functional: resize (bilinear, antialias) and center_crop of uint8 tensors
-    """
+    """uint8 pictures -> uint8 (B, 3, size, size): torchvision's antialiased resize of the short side, center_crop."""
     crops = []
     for image in _checked(images):
         shape = _covering(image, size)
@@ -88,12 +85,9 @@ def tf1_resize(image: Tensor, size: int = INCEPTION_SIDE) -> Tensor:
 
 
 def clip_pixels(images: Images, size: int = 224, crop: str = "transformers") -> Tensor:
-    """CLIP's preprocessing: Pillow's bicubic on uint8, short side to `size`, centre crop, CLIP's mean and deviation.
+    """CLIP's preprocessing: uint8 pictures -> float (B, 3, size, size) on the CPU, by Pillow's bicubic, centre crop.
 
-    images   uint8 pictures
-    crop     half of an odd margin is rounded down by "transformers", and torchmetrics' CLIPScore; to even by "openai",
-             and the aesthetics predictor
-    returns  float (B, 3, size, size), on the CPU
+    crop  half of an odd margin is rounded down by "transformers" (and torchmetrics), to even by "openai" (Aesthetics)
     """
     if crop not in ("transformers", "openai"):
         raise ValueError(f'crop {crop!r}: give "transformers" or "openai"')
@@ -258,30 +252,22 @@ class LPIPS(nn.Module):
     def __init__(self, net: str):
         super().__init__()
         rows, self.taps = LPIPS_NETS[net]
-        self.net, layers, channels, widths = net, [], 3, []
+        self.net, layers, channels = net, [], 3
         for row in rows:
             if isinstance(row, int):
                 layers.append(nn.MaxPool2d(row, 2))
-                continue
-            width, kernel, stride, padding = row
-            layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU(inplace=True)]
-            if len(layers) - 1 in self.taps:
-                widths.append(width)
-            channels = width
+            else:
+                layers += [nn.Conv2d(channels, *row), nn.ReLU(inplace=True)]
+                channels = row[0]
         self.features = nn.Sequential(*layers)
-        for i, width in enumerate(widths):          # official name lin0.model.1.weight; model.0 is dropout
-            lin = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
+        for i, tap in enumerate(self.taps):         # official name lin0.model.1.weight; model.0 is dropout
+            lin = nn.Sequential(nn.Identity(), nn.Conv2d(layers[tap - 1].out_channels, 1, 1, bias=False))
             self.add_module(f"lin{i}", nn.ModuleDict({"model": lin}))
 
     @staticmethod
     def load(net: str, backbone_path: str | os.PathLike, lin_path: str | os.PathLike,
              device: str | torch.device = "cpu") -> "LPIPS":
-        """Read torchvision's backbone and lpips' weights for it.
-
-        net            "vgg" or "alex"
-        backbone_path  vgg16-397923af.pth or alexnet-owt-7be5be79.pth; its classifier is not used
-        lin_path       lpips' vgg.pth or alex.pth, v0.1
-        """
+        """Read torchvision's backbone, such as vgg16-397923af.pth for net "vgg", and lpips' weights, here vgg.pth."""
         if net not in LPIPS_NETS:
             raise ValueError(f"LPIPS on {net!r}: give one of {', '.join(LPIPS_NETS)}")
         backbone, lin = open_official(backbone_path), open_official(lin_path)

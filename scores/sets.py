@@ -79,8 +79,7 @@ def set_statistics(paths: Sequence[Path], res: int, results: Results, inception:
                    errors: list[str]) -> dict[str, Statistics]:
     """Feature statistics of "whole" pictures, cropped square at `res` px, and of "patches" where there are two or more.
 
-    errors  gets a line per picture that can't be read
-    raises  ValueError if there are fewer than two pictures, or NaN or Inf among the features
+    errors  gets a line per picture that can't be read; fewer than two, NaN or Inf raise a ValueError
     """
     def measure(pixels: np.ndarray) -> dict:
         pixels = square(pixels, res)
@@ -155,7 +154,10 @@ def side_step(vae: VAE, factor: int) -> int:
 
 @torch.inference_mode()
 def round_trip(vae: VAE, pixels: np.ndarray, factor: int, res: int) -> tuple[np.ndarray, np.ndarray]:
-    """The centre of a picture, first made a square of `res` px unless 0, and its reconstruction, without tiles."""
+    """A picture, its centre cut to sides the autoencoder takes, and its reconstruction, without tiles.
+
+    res  a square to resize and crop to first, pixels; 0 for none
+    """
     pixels, step = square(pixels, res) if res else pixels, side_step(vae, factor)
     height, width = (side // step * step for side in pixels.shape[:2])
     if not height * width:
