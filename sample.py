@@ -19,6 +19,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Settings:
     time_shift: float | None
     mu: float | None
     factor: int
-    device: str
+    device: str | None
     dtype: str | None
 
     @property
@@ -161,8 +162,9 @@ def settle(settings: Settings, family: Family, transformer: Weights) -> Settings
             raise ValueError(f"--mu {mu:g} --time-shift {shift:g}: mu is the logarithm of the time shift; give one")
         shift = math.exp(mu)
     sampling = family.sampling(transformer, settings.steps, settings.cfg, settings.guidance, shift, settings.res)
-    dtype = settings.dtype or ("fp32" if settings.device == "cpu" else "bf16")
-    settings = replace(settings, dtype=dtype, **asdict(sampling))
+    device = check_device(settings.device)
+    dtype = settings.dtype or ("fp32" if device == "cpu" else "bf16")
+    settings = replace(settings, device=device, dtype=dtype, **asdict(sampling))
     if settings.time_shift is None:
         tokens = math.prod(settings.size) // (2 * settings.factor) ** 2
         settings = replace(settings, time_shift=math.exp(flux_mu(tokens)))
@@ -180,7 +182,6 @@ def check_ranges(s: Settings) -> None:
         if not fits:
             raise ValueError(f"--{flag} {value}: give {accepted}")
 
-    check_device(s.device)
     need(s.steps >= 1, "steps", s.steps, "1 or more")
     need(s.count >= 1, "count", s.count, "1 or more")
     need(0 <= s.seed <= 2**63 - s.count, "seed", s.seed, "0 to 2^63 - count")
@@ -241,7 +242,7 @@ def name_pictures(prompts: list[str], settings: Settings) -> list[Picture]:
     return pictures
 
 
-def parse(argv: list[str] | None = None) -> Settings:
+def parse(argv: Sequence[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
@@ -265,14 +266,13 @@ def parse(argv: list[str] | None = None) -> Settings:
     add("--mu", type=float, help="logarithm of the time shift, Flux's name for it")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the VAE: 8 published, 16 partitioned (default: 16)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     add("--dtype", choices=tuple(DTYPES), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def main() -> None:
-    settings = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(argv)
     try:
         run(settings)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -17,8 +18,10 @@ from safetensors.torch import load, load_file
 from torch import nn
 
 import sample
-from checkpoint import open_weights, save
-from flux import Flux
+from checkpoint import locate, open_weights, save
+from family import find
+from flow import flux_mu, flux_sigmas
+from flux import Flux, FluxConfig, new_flux
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from models.make_tiny import seeded, write_clip_vocabulary, write_t5_vocabulary
 from text import CLIPText, FluxText, SD3Text, T5Encoder
@@ -30,8 +33,13 @@ ROOT = Path(__file__).parents[1]
 CLIP_WIDTH, T5_WIDTH, HEADS, GROUPS = 16, 32, 2, 4
 TABLE_SIDE = 32  # 1024 px at factor 16
 TRANSFORMER = MMDiTConfig(hidden_size=64, depth=1, context_dim=T5_WIDTH, pooled_dim=2 * CLIP_WIDTH, table_side=TABLE_SIDE, mlp_hidden=64)
+FLUX = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_dim=T5_WIDTH, pooled_dim=CLIP_WIDTH, mlp_hidden=64,
+                  axes_dim=(4, 14, 14))
 AUTOENCODER = VAEConfig((8, 8, 16, 16), (8, 8, 16, 16), 1, 2, 16, GROUPS)
-SAID = {"steps": 2, "cfg": 3.0, "time_shift": 2.0, "res": 64}
+RECORDED = {"steps": 2, "cfg": 3.0, "time_shift": 2.0, "res": 64}  # in the metadata of the SD3 transformer
+FLUX_RECORDED = {"steps": 2, "res": 64}
+T5_TOKENS = 40  # that the T5 file of the Flux folder records
+BOTH = pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
 CAPTIONS = ["a red panda on a branch", "a blue bay seen from a hill", "snow on a small house", "a dandelion at sunset"] * 4
 
 
@@ -47,8 +55,20 @@ def transformer_tensors(config: MMDiTConfig, seed: int = 0) -> dict[str, torch.T
     return model.state_dict()
 
 
+def flux_tensors(config: FluxConfig = FLUX) -> dict[str, torch.Tensor]:
+    """As above."""
+    generator = torch.Generator().manual_seed(1)
+    model = new_flux(config, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "_mod." in name or ".modulation." in name or name.startswith("final_layer"):
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+        elif name.startswith(("time_in", "vector_in", "guidance_in")):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.state_dict()
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def sd3(tmp_path_factory) -> Path:
     """A model folder as the official download, a few hundred KiB."""
     folder, generator = tmp_path_factory.mktemp("model"), torch.Generator().manual_seed(0)
     vocabulary = [write_clip_vocabulary(folder / name, CAPTIONS, pad) for name, pad in (("tokenizer", CLIP_END), ("tokenizer_2", "!"))][0]
@@ -63,21 +83,63 @@ def folder(tmp_path_factory) -> Path:
     tensors = {f"model.diffusion_model.{name}": t for name, t in transformer_tensors(TRANSFORMER).items()}
     tensors |= {f"first_stage_model.{name}": t for name, t in new_vae(AUTOENCODER, seed=0).state_dict().items()}
     tensors["first_stage_model.decoder.conv_out.weight"] *= 0.3  # an untrained decoder saturates
-    save(folder / "sd3.safetensors", tensors, SAID | {"norm_groups": GROUPS})
+    save(folder / "sd3.safetensors", tensors, RECORDED | {"norm_groups": GROUPS})
     return folder
 
 
 @pytest.fixture(scope="module")
-def diffusers_folder(folder, tmp_path_factory) -> Path:
+def flux(sd3, tmp_path_factory) -> Path:
+    """A Flux folder as the official download, with the encoders and the VAE of the SD3 folder."""
+    folder = tmp_path_factory.mktemp("flux")
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part).mkdir()
+    shutil.copy(sd3 / "text_encoders" / "clip_l.safetensors", folder / "text_encoder" / "model.safetensors")
+    t5 = load_file(sd3 / "text_encoders" / "t5xxl_fp16.safetensors")
+    save(folder / "text_encoder_2" / "model.safetensors", t5, {"length": T5_TOKENS})
+    shutil.copytree(sd3 / "tokenizer", folder / "tokenizer")
+    shutil.copytree(sd3 / "tokenizer_3", folder / "tokenizer_2")
+    vae = open_weights(sd3 / "sd3.safetensors").part("first_stage_model.")
+    save(folder / "ae.safetensors", {name: t.read() for name, t in vae.items()},
+         {"norm_groups": GROUPS, "scale_factor": 1.5305, "shift_factor": 0.0609})
+    save(folder / "flux.safetensors", flux_tensors(), FLUX_RECORDED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory) -> Path:
+    """A transformer without guidance_in, for the Flux folder."""
+    file = tmp_path_factory.mktemp("schnell") / "flux1-schnell.safetensors"
+    save(file, {name: t for name, t in flux_tensors().items() if not name.startswith("guidance_in")}, {})
+    return file
+
+
+@pytest.fixture
+def name() -> str:
+    return "tiny-sd3"  # where a test is not for both
+
+
+@pytest.fixture
+def folder(name, sd3, flux) -> Path:
+    return {"tiny-sd3": sd3, "tiny-flux": flux}[name]
+
+
+@pytest.fixture
+def diffusers_folder(name, folder, tmp_path_factory) -> Path:
     """The same weights in the layout of diffusers."""
-    other, whole = tmp_path_factory.mktemp("diffusers"), open_weights(folder / "sd3.safetensors")
-    for part, prefix, config in (
-            ("transformer", "model.diffusion_model.", {"_class_name": "SD3Transformer2DModel", "sample_size": 128}),
-            ("vae", "first_stage_model.", {"norm_num_groups": GROUPS, "scaling_factor": 1.5305, "shift_factor": 0.0609})):
+    other, transformer, vae = tmp_path_factory.mktemp("diffusers"), *(open_weights(file) for file in locate(folder))
+    config = {"axes_dims_rope": [4, 14, 14]} if name == "tiny-flux" else {"sample_size": 128}
+    for part, weights, config in (
+            ("transformer", transformer.part("model.diffusion_model."), config),
+            ("vae", vae.part("first_stage_model."), {"norm_num_groups": GROUPS, "scaling_factor": 1.5305, "shift_factor": 0.0609})):
         (other / part).mkdir()
         (other / part / "config.json").write_text(json.dumps(config))
-        tensors = diffusers_names({name: t.read() for name, t in whole.part(prefix).items()})
+        tensors = diffusers_names({name: t.read() for name, t in weights.items()})
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
         save(other / part / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    if name == "tiny-flux":
+        for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            shutil.copytree(folder / part, other / part)
+        return other
     config = {"num_attention_heads": HEADS, "hidden_act": "gelu", "eos_token_id": 2}
     for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl_fp16")):
         (other / part).mkdir()
@@ -95,12 +157,11 @@ def broken(folder, tmp_path) -> Path:
 
 
 @pytest.fixture
-def draw(folder, tmp_path, monkeypatch):
+def draw(folder, tmp_path):
     """Call sample.py's main; the pictures in --out, by name."""
     def draw(*arguments, out="out", weights=None) -> list[Path]:
-        told = ["--weights", weights or folder, "--device", "cpu", "--out", tmp_path / out]
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, (*told, *arguments))])
-        sample.main()
+        flags = ["--weights", weights or folder, "--device", "cpu", "--out", tmp_path / out]
+        sample.main([*map(str, (*flags, *arguments))])
         return [tmp_path / out] if (tmp_path / out).is_file() else sorted((tmp_path / out).iterdir())
 
     return draw
@@ -132,15 +193,18 @@ def no_loading(monkeypatch):
 
 
 @pytest.fixture
-def settled(draw, monkeypatch):
+def settled(folder):
     """The settings that a command line comes to, without drawing."""
-    def settled(*arguments, weights=None) -> dict:
-        kept = {}
-        monkeypatch.setattr(sample, "draw", lambda pictures, args, *_: kept.update(vars(args)) or iter(()))
-        draw("--prompt", "a hill", *arguments, weights=weights)
-        return kept
+    def settled(*arguments, weights=None) -> sample.Settings:
+        settings = sample.parse(["--weights", str(weights or folder), "--device", "cpu", *map(str, arguments)])
+        family, transformer, _ = find(settings.weights, settings.transformer)
+        return sample.settle(settings, family, transformer)
 
     return settled
+
+
+def values(settings: sample.Settings, *names: str) -> dict[str, object]:
+    return {name: getattr(settings, name) for name in names}
 
 
 def pixels(path: Path) -> bytes:
@@ -150,6 +214,7 @@ def pixels(path: Path) -> bytes:
 
 # ---- a picture is its prompt, seed and settings
 
+@BOTH
 def test_same_seed_gives_the_same_bytes_and_another_seed_another_picture(draw):
     [first], [again], [other] = (draw("--prompt", "a hill", "--seed", seed, out=out) for seed, out in ((5, "a"), (5, "b"), (6, "c")))
     assert first.name == "000-a-hill-5.png" and other.name == "000-a-hill-6.png"
@@ -183,14 +248,18 @@ def test_prompts_are_encoded_once_and_one_at_a_time(draw, monkeypatch):
     assert sorted(given) == [[""], ["a hill"], ["snow"]]  # never in a batch, whose rounding would differ
 
 
+@BOTH
 def test_both_layouts_of_the_same_weights_draw_the_same_picture(draw, diffusers_folder):
     settings = ("--prompt", "a hill", "--res", 64, "--steps", 2, "--cfg", 3, "--time-shift", 2)
     [official], [diffusers] = draw(*settings, out="a"), draw(*settings, out="b", weights=diffusers_folder)
     assert pixels(official) == pixels(diffusers)
 
 
-@pytest.mark.parametrize("changed", [("--prompt", "snow"), ("--cfg", 1), ("--cfg", 5), ("--negative", "snow"), ("--steps", 3),
-                                     ("--time-shift", 6), ("--factor", 8)])
+@pytest.mark.parametrize("name, changed", [
+    *(("tiny-sd3", changed) for changed in (("--prompt", "snow"), ("--cfg", 1), ("--cfg", 5), ("--negative", "snow"),
+                                            ("--steps", 3), ("--time-shift", 6), ("--factor", 8))),
+    *(("tiny-flux", changed) for changed in (("--prompt", "snow"), ("--guidance", 6), ("--mu", 2), ("--steps", 3), ("--seed", 1),
+                                             ("--factor", 8), ("--cfg", 1)))])
 def test_every_setting_matters(draw, changed):
     usual = {"--prompt": "a hill", "--cfg": 3}
     [one], [other] = (draw(*(word for pair in settings.items() for word in pair), out=out)
@@ -233,17 +302,20 @@ def test_16_bit_arithmetic_draws_nearly_the_same_picture(draw, dtype):
 
 # ---- what it says and writes
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.jpeg", "picture.webp", "PICTURE.PNG"])
-def test_metadata_says_prompt_seed_settings_and_model(draw, folder, tmp_path, name):
+@pytest.mark.parametrize("file, kind", [("picture.png", "PNG"), ("picture.jpg", "JPEG"), ("picture.jpeg", "JPEG"),
+                                        ("picture.webp", "WEBP"), ("PICTURE.PNG", "PNG")])
+@BOTH
+def test_metadata_record_prompt_seed_settings_and_model(draw, folder, tmp_path, name, file, kind):
     prompt = 'Blüten "im Schnee", 雪'
-    [path] = draw("--prompt", prompt, "--negative", "blur", "--seed", 4, "--cfg", 2.5, "--time-shift", 1.5, out=f"new/{name}")
+    [path] = draw("--prompt", prompt, "--negative", "blur", "--seed", 4, "--cfg", 2.5, "--time-shift", 1.5, out=f"new/{file}")
     with Image.open(path) as picture:
-        said = picture.text if name.lower().endswith("png") else json.loads(picture.getexif()[0x010E])
-        assert picture.format == {"g": "PNG", "G": "PNG", "p": "WEBP"}.get(name[-1] if "jp" not in name else "", "JPEG")
-    assert {key: str(value) for key, value in said.items()} == {
-        "prompt": prompt, "negative": "blur", "seed": "4", "model": str(folder / "sd3.safetensors"), "res": "64x64", "factor": "16",
+        records = picture.text if kind == "PNG" else json.loads(picture.getexif()[0x010E])
+        assert picture.format == kind
+    guidance = {"guidance": "3.5"} if name == "tiny-flux" else {}
+    assert {key: str(value) for key, value in records.items()} == guidance | {
+        "prompt": prompt, "negative": "blur", "seed": "4", "model": str(locate(folder)[0]), "res": "64x64", "factor": "16",
         "steps": "2", "cfg": "2.5", "time_shift": "1.5", "dtype": "fp32", "software": "diffusion-4k"}
-    assert [entry.name for entry in (tmp_path / "new").iterdir()] == [name]
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == [file]
 
 
 def test_one_line_a_picture_with_path_time_and_memory(draw, capsys):
@@ -259,14 +331,14 @@ def test_a_folder_may_be_called_like_a_picture(draw, tmp_path):
     assert [path.name for path in draw("--prompt", "a hill", "--prompt", "", out="all.png")] == ["000-a-hill-0.png", "001-empty-0.png"]
 
 
-@pytest.mark.parametrize("name", ["out", "picture.png", "picture.jpg"])
-def test_a_full_disk_leaves_nothing_half_written(refusal, monkeypatch, name):
+@pytest.mark.parametrize("out", ["out", "picture.png", "picture.jpg"])
+def test_a_full_disk_leaves_nothing_half_written(refusal, monkeypatch, out):
     def full(self, path, **_):
         Path(path).write_bytes(b"the first half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    message = refusal("--prompt", "a hill", out=name)
+    message = refusal("--prompt", "a hill", out=out)
     assert "No space left" in message and ("picture" in message or "000-a-hill-0.png" in message)
 
 
@@ -282,33 +354,76 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, 
 # ---- defaults
 
 def test_defaults_come_from_the_metadata_of_the_file(settled):
-    args = settled()
-    assert {name: args[name] for name in SAID} == SAID | {"res": (64, 64)}
-    assert isinstance(args["steps"], int) and args["factor"] == 16 and args["dtype"] == "fp32" and args["count"] == 1
+    settings = settled()
+    assert values(settings, *RECORDED) == RECORDED | {"res": "64"} and settings.size == (64, 64)
+    assert isinstance(settings.steps, int)
+    assert values(settings, "factor", "dtype", "count") == {"factor": 16, "dtype": "fp32", "count": 1}
 
 
-def test_defaults_are_those_of_sd3_where_the_file_says_nothing(settled, diffusers_folder):
-    args = settled(weights=diffusers_folder)
-    assert {name: args[name] for name in SAID} == {"steps": 28, "cfg": 7.0, "time_shift": 3.0, "res": (1024, 1024)}
+def test_defaults_are_those_of_sd3_where_the_file_records_none(settled, diffusers_folder):
+    settings = settled(weights=diffusers_folder)
+    assert values(settings, "steps", "cfg", "guidance", "time_shift", "size") == {
+        "steps": 28, "cfg": 7.0, "guidance": None, "time_shift": 3.0, "size": (1024, 1024)}
 
 
-def test_the_command_line_wins_over_the_metadata(settled):
-    args = settled("--steps", 5, "--cfg", 1, "--time-shift", 4, "--res", "64x96")
-    assert {name: args[name] for name in SAID} == {"steps": 5, "cfg": 1.0, "time_shift": 4.0, "res": (64, 96)}
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_defaults_are_those_of_flux_dev_where_the_file_records_none(settled, tmp_path):
+    save(tmp_path / "plain.safetensors", flux_tensors(), {})
+    settings = settled("--transformer", tmp_path / "plain.safetensors", "--res", "128x64")
+    assert values(settings, "steps", "cfg", "guidance", "size", "time_shift") == {
+        "steps": 50, "cfg": 1, "guidance": 3.5, "size": (128, 64), "time_shift": math.exp(flux_mu(8))}
+    sigmas = find(settings.weights)[0].sigmas(settings.steps, settings.time_shift)
+    assert torch.allclose(sigmas, flux_sigmas(50, tokens=8))
+    assert settled("--transformer", tmp_path / "plain.safetensors").size == (1024, 1024)
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_defaults_are_those_of_schnell_and_its_256_tokens(settled, draw, schnell, monkeypatch):
+    settings = settled("--transformer", schnell)
+    assert values(settings, "steps", "cfg", "guidance", "time_shift") == {
+        "steps": 4, "cfg": 1, "guidance": None, "time_shift": 1}
+    calls, forward = [], Flux.forward
+    monkeypatch.setattr(Flux, "forward", lambda self, *inputs: calls.append(inputs) or forward(self, *inputs))
+    draw("--prompt", "a hill", "--res", 64, "--transformer", schnell)
+    assert [sigma.item() for _, sigma, *_ in calls] == [1, 0.75, 0.5, 0.25]
+    assert {context.shape[1] for _, _, context, *_ in calls} == {256}
+    calls.clear()
+    draw("--prompt", "a hill")
+    assert {context.shape[1] for _, _, context, *_ in calls} == {T5_TOKENS}
+
+
+@pytest.mark.parametrize("name, recorded", [("tiny-sd3", {"steps": 7, "time_shift": 3, "res": 96, "cfg": 2}),
+                                            ("tiny-flux", {"steps": 7, "time_shift": 3, "res": 96, "cfg": 2, "guidance": 2})])
+def test_metadata_override_the_family_and_the_command_line_overrides_both(settled, name, recorded, tmp_path):
+    tensors = flux_tensors() if name == "tiny-flux" else transformer_tensors(TRANSFORMER)
+    save(tmp_path / "small.safetensors", tensors, recorded)
+    settings = settled("--transformer", tmp_path / "small.safetensors")
+    assert values(settings, *recorded) == recorded | {"res": "96"}
+    flags = {"steps": 3, "cfg": 1.0, "res": "64x96"} | ({"guidance": 5.0} if name == "tiny-flux" else {})
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    settings = settled("--transformer", tmp_path / "small.safetensors", *words, "--mu", 0.5)
+    assert values(settings, *flags) == flags and settings.size == (64, 96) and settings.time_shift == math.exp(0.5)
+    assert settled("--transformer", tmp_path / "small.safetensors", "--time-shift", 4).time_shift == 4
+
+
+def test_metadata_that_are_no_number_do_not_matter_where_the_flag_is_given(settled, tmp_path):
+    save(tmp_path / "many.safetensors", transformer_tensors(TRANSFORMER), {"steps": "many"})
+    assert settled("--transformer", tmp_path / "many.safetensors", "--steps", 3).steps == 3
 
 
 def test_another_transformer_brings_its_own_defaults_and_shape(settled, draw, tmp_path):
     config = MMDiTConfig(**vars(TRANSFORMER) | {"hidden_size": 128, "depth": 2, "table_side": 4, "qk_norm": True})
     save(tmp_path / "larger.safetensors", transformer_tensors(config), {"steps": 1, "res": 96})
     [path] = draw("--prompt", "a hill", "--transformer", tmp_path / "larger.safetensors")
-    said = Image.open(path).text
-    assert (said["steps"], said["cfg"], said["res"], said["model"]) == ("1", "7.0", "96x96", str(tmp_path / "larger.safetensors"))
+    records = Image.open(path).text
+    assert [records[key] for key in ("steps", "cfg", "res", "model")] == [
+        "1", "7.0", "96x96", str(tmp_path / "larger.safetensors")]
     assert Image.open(path).size == (96, 96)
 
 
 def test_dtype_follows_the_device_that_is_asked_for(settled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert settled()["dtype"] == "fp32"  # --device cpu on a machine with a GPU
+    assert settled().dtype == "fp32"  # --device cpu on a machine with a GPU
 
 
 # ---- refusals
@@ -320,9 +435,9 @@ def test_dtype_follows_the_device_that_is_asked_for(settled, monkeypatch):
     (("--res", "24", "--factor", "8"), "multiples of 16 at --factor 8"),
     (("--res", "0"), "pixels"), (("--res", "64x0"), "pixels"), (("--res", "-64"), "pixels"), (("--res", "big"), "pixels"),
     (("--res", "64x"), "pixels"), (("--res", ""), "pixels"), (("--res", "64.5"), "pixels"), (("--res", "64,64"), "pixels"),
-    (("--res", "1056"), "ends at 1024 px a side at --factor 16"),
+    (("--res", "1056"), "ends at 1024 px per side at --factor 16"),
     (("--res", "64x2048"), "ends at 1024 px"),
-    (("--res", "528", "--factor", "8"), "ends at 512 px a side at --factor 8; --factor 16 reaches twice as far")])
+    (("--res", "528", "--factor", "8"), "ends at 512 px per side at --factor 8; --factor 16 reaches twice as far")])
 def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_path, arguments, says):
     message = refusal("--prompt", "a hill", *arguments)
     assert "--res" in message and says in message
@@ -336,7 +451,7 @@ def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_p
     (("--time-shift", "0"), "--time-shift 0"), (("--time-shift", "-3"), "above 0"), (("--time-shift", "nan"), "above 0"),
     (("--device", "foo"), "--device foo: this machine has cpu"), (("--device", ""), "this machine has cpu"),
     (("--device", "meta"), "this machine has cpu"), (("--device", "cuda:99"), "this machine has cpu"),
-    (("--cfg", "1", "--negative", "snow"), "--cfg 1 does not: give a larger --cfg, or leave it out"),
+    (("--cfg", "1", "--negative", "snow"), "--negative needs --cfg above 1, and --cfg is 1: give a larger --cfg, or leave"),
     (("--time-shift", "1e10"), "--time-shift 1e+10: leaves no 2 falling levels"), (("--mu", "60"), "--mu 60: leaves no 2 falling levels"),
     (("--mu", "nan"), "--mu nan: give the logarithm of a time shift"),
     (("--negative", "\udcff"), "not UTF-8")])
@@ -364,13 +479,13 @@ def test_prompts_that_are_not_there_are_refused(refusal, no_loading, tmp_path):
 
 @pytest.mark.parametrize("more", [("--count", "2"), ("--prompt", "snow")])
 def test_several_pictures_with_one_file_name_are_refused(refusal, no_loading, more):
-    assert "picture.png names one file, and 2 pictures are asked for" in refusal("--prompt", "a hill", *more, out="picture.png")
+    assert "picture.png names one file, but there are 2 pictures to draw: name a folder" in refusal("--prompt", "a hill", *more, out="picture.png")
 
 
-@pytest.mark.parametrize("name", ["picture.gif", "picture.TIFF", "picture.bmp"])
-def test_a_format_that_is_not_written_is_refused(refusal, no_loading, tmp_path, name):
-    assert "written are .png, .jpg, .jpeg, .webp" in refusal("--prompt", "a hill", out=name)
-    assert not (tmp_path / name).exists()
+@pytest.mark.parametrize("out", ["picture.gif", "picture.TIFF", "picture.bmp"])
+def test_a_format_that_is_not_written_is_refused(refusal, no_loading, tmp_path, out):
+    assert "the formats are .png, .jpg, .jpeg, .webp" in refusal("--prompt", "a hill", out=out)
+    assert not (tmp_path / out).exists()
 
 
 @pytest.mark.parametrize("out", ["file", "file/deeper", "file/picture.png"])
@@ -380,14 +495,63 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_are_loaded(ref
     assert "--out" in message and "no folder that can be written" in message
 
 
-def test_a_model_that_is_not_there_is_refused_with_the_download_command(refusal, draw, tmp_path, monkeypatch):
+def test_a_model_that_is_not_there_is_refused_with_the_download_command(refusal, tmp_path):
     message = refusal("--prompt", "a hill", weights=tmp_path / "nowhere")
     assert "nowhere: no such folder" in message and "hf download stabilityai/stable-diffusion-3-medium" in message
     (tmp_path / "hollow").mkdir()
     assert "hf download" in refusal("--prompt", "a hill", weights=tmp_path / "hollow")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "a hill", "--model", "nobody"])
     with pytest.raises(SystemExit, match="models/nobody: no such folder.*hf download"):
-        sample.main()
+        sample.main(["--prompt", "a hill", "--model", "nobody"])
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_flux_has_no_largest_side_but_each_is_a_multiple_of_32(settled, refusal):
+    assert settled("--res", "8192x4096").size == (8192, 4096)
+    assert "--res 8192x4100: both sides must be multiples of 32" in refusal("--prompt", "a hill", "--res", "8192x4100")
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+@pytest.mark.parametrize("arguments, says", [
+    (("--guidance", "nan"), "--guidance nan: give a number from 0"), (("--guidance", "-1"), "--guidance -1.0"),
+    (("--mu", "1", "--time-shift", "2"), "--mu 1 --time-shift 2: mu is the logarithm"),
+    (("--mu", "nan"), "--mu nan: give the logarithm"), (("--mu", "1e9"), "--mu 1e+09: give the logarithm")])
+def test_a_setting_out_of_range_is_refused_for_flux(refusal, no_loading, arguments, says):
+    assert says in refusal("--prompt", "a hill", *arguments)
+
+
+def test_guidance_is_refused_where_there_is_no_input_for_it(refusal, no_loading, flux, schnell):
+    assert "--guidance 4: this is SD3, which has no guidance input; SD3 is guided by a second pass, --cfg" in refusal(
+        "--prompt", "a hill", "--guidance", 4)
+    assert "--guidance 3.5: this is Flux-schnell, which has no guidance input; Flux-schnell draws without" in refusal(
+        "--prompt", "a hill", "--transformer", schnell, "--guidance", 3.5, weights=flux)
+
+
+@pytest.mark.parametrize("model, repository", [("flux", "FLUX.1-dev"), ("flux-schnell", "FLUX.1-schnell")])
+def test_flux_without_weights_is_refused_with_the_download_and_its_size(no_loading, model, repository):
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--prompt", "a hill", "--model", model, "--device", "cpu"])
+    assert f"hf download black-forest-labs/{repository} --exclude" in end.value.code and "\n" not in end.value.code
+    assert f"models/{model} (34 GB: " in end.value.code
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("flux1-dev-Q4.gguf", b"GGUF\x03\0\0\0" + bytes(64), "looks like a GGUF file"),
+    ("flux.safetensors", b"GGUF\x03\0\0\0" + bytes(64), "looks like a GGUF file"),
+    ("flux.safetensors", b"PK\x03\x04" + bytes(64), "looks like a zip archive or pickle"),
+    ("flux.pt", b"PK\x03\x04" + bytes(64), "a pickle can run code")])
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_gguf_and_pickles_are_refused_in_one_line(refusal, tmp_path, file, content, says):
+    (tmp_path / file).write_bytes(content)
+    message = refusal("--prompt", "a hill", "--transformer", tmp_path / file)
+    assert file in message and says in message and "give the .safetensors of the same weights" in message
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+@pytest.mark.parametrize("gone", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_a_missing_part_of_flux_is_named_with_the_download_that_has_it(refusal, broken, gone):
+    shutil.rmtree(broken / gone)
+    message = refusal("--prompt", "a hill", weights=broken)
+    assert f"model/{gone}: " in message and "black-forest-labs/FLUX.1-dev" in message
 
 
 @pytest.mark.parametrize("gone, says", [
@@ -433,8 +597,8 @@ def damaged(how: str, file: Path) -> None:
     ("truncated", "not a complete safetensors file"), ("empty", "not a complete safetensors file"), ("web page", "looks like a web page"),
     ("pickle", "looks like a zip archive or pickle"), ("foreign", "neither an SD3 nor a Flux transformer"),
     ("NaN", "qkv.weight holds NaN or Inf"), ("one missing", "t_embedder.mlp.2.bias"), ("one unknown", "1 unknown: lora"),
-    ("one misshapen", "1 shapes differ: x_embedder.proj.bias"), ("no VAE", "no autoencoder in it"),
-    ("many", "metadata says steps 'many'; give --steps"), ("inf", "metadata says steps 'inf'")])
+    ("one misshapen", "1 shapes differ: x_embedder.proj.bias"), ("no VAE", "1 missing: decoder.conv_"),
+    ("many", "steps 'many', which is no number; give --steps"), ("inf", "steps 'inf'")])
 def test_a_damaged_model_file_is_refused_by_name(refusal, broken, how, says):
     damaged(how, broken / "sd3.safetensors")
     message = refusal("--prompt", "a hill", "--res", "64", weights=broken)
@@ -460,11 +624,11 @@ def test_a_pickle_is_never_opened_as_transformer(refusal, folder, tmp_path):
     assert "nowhere.safetensors: no such file" in refusal("--prompt", "a hill", "--transformer", tmp_path / "nowhere.safetensors")
 
 
-@pytest.mark.parametrize("other, says", [({"context_dim": 48}, "context 32 wide, and the transformer wants 48"),
-                                         ({"pooled_dim": 24}, "pooled vector 32 wide, and the transformer wants 24"),
-                                         ({"in_channels": 4, "out_channels": 4}, "latents 16 wide, and the transformer wants 4")])
+@pytest.mark.parametrize("other, says", [({"context_dim": 48}, "context of width 32, but the transformer takes 48"),
+                                         ({"pooled_dim": 24}, "pooled vector of width 32, but the transformer takes 24"),
+                                         ({"in_channels": 4, "out_channels": 4}, "latents of width 16, but the transformer takes 4")])
 def test_a_transformer_of_other_encoders_or_another_vae_is_refused(refusal, tmp_path, other, says):
-    save(tmp_path / "other.safetensors", transformer_tensors(MMDiTConfig(**vars(TRANSFORMER) | other)), SAID)
+    save(tmp_path / "other.safetensors", transformer_tensors(MMDiTConfig(**vars(TRANSFORMER) | other)), RECORDED)
     assert says in refusal("--prompt", "a hill", "--transformer", tmp_path / "other.safetensors")
 
 
