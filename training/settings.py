@@ -9,8 +9,9 @@ Check     python -m pytest tests/test_settings.py ; python train.py --help
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_args
 
 import torch
 
@@ -38,57 +39,97 @@ class Machine:
     card: int
 
 
+def flag(default: object, help: str, **options: object) -> Any:
+    """A field of Settings that is a flag of train.py; options go to argparse."""
+    return field(default=default, metadata={"help": help} | options)
+
+
+def four_numbers(text: str) -> tuple[float, ...]:
+    values = tuple(float(v) for v in text.split(","))
+    if len(values) != 4 or not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: four numbers from 0 for LL,LH,HL,HH")
+    return values
+
+
+def shift_or_tokens(text: str) -> float | str:
+    return text if text == "tokens" else float(text)
+
+
+def ranks_and_gigabytes(text: str) -> Machine:
+    ranks, _, gib = text.partition("x")
+    if not ranks.isdigit() or not int(ranks) or not gib.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: RANKSxGB, such as 8x80")
+    return Machine(int(ranks), round(float(gib) * GIB))
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run, as --help describes it; None and "tokens" stand where settle() has yet to decide."""
+    """Every setting of a run, each a flag of train.py. None and "tokens" stand where settle() has yet to decide."""
 
-    model: str | None            # the folder models/MODEL
-    weights: str | None          # another model folder
-    transformer: str | None      # trained instead of the folder's
-    data: str | None
-    out: str
-    res: int                     # pixels
-    aspect: bool
-    factor: int                  # 8 or 16
-    dilation: int | None
-    latent_shift: bool | None
-    flip: bool | None
-    cache_latents: bool
-    drop_caption: float          # probability
-    t5_length: int | None        # tokens
-    recipe: str | None
-    objective: str | None        # one of OBJECTIVES
-    bands: tuple[float, ...]     # weights of LL, LH, HL, HH
-    huber: float                 # 0: squared
-    density: str | None
-    time_shift: float | str | None
-    guidance: float | None
-    weighting: str | None
-    steps: int
-    batch: int                   # pictures per step, over all ranks
-    lr: float
-    warmup: int                  # steps
-    weight_decay: float
-    clip: float                  # gradient norm
-    ema: float                   # decay per step; 0: none
-    state: str                   # fp32 or bf16
-    shard: str                   # none, zero2 or zero3
-    offload: bool
-    accumulate: int              # backward passes per step
-    activations: str | None      # keep, recompute or host
-    ema_on_host: bool
-    device: str
-    dtype: str
-    save_dtype: str
-    save_every: int              # steps
-    keep: int                    # checkpoints
-    log_every: int               # steps
-    sample_every: int            # steps; 0: never
-    seed: int
-    threads: int
-    export: bool
-    plan: Machine | None
-    dry_run: bool
+    # what
+    model: str | None = flag(None, "name of a folder in models/ (default: tiny-sd3)")
+    weights: str | None = flag(None, "another model folder, as downloaded", metavar="DIR")
+    transformer: str | None = flag(None, "start from this transformer instead of the folder's", metavar="FILE")
+    data: str | None = flag(None, "pictures and metadata.jsonl", metavar="DIR")
+    out: str = flag("runs/train", "folder of the run; an unfinished run there resumes", metavar="DIR")
+    export: bool = flag(False, "write the newest checkpoint of --out as one official file, then exit")
+    plan: Machine | None = flag(
+        None, "print the memory the run takes on such cards, 8x80 for example, then exit; needs no weights and no GPU",
+        type=ranks_and_gigabytes, metavar="RANKSxGB")
+    dry_run: bool = flag(False, "check settings, listing and headers of all files, print the settings, then exit")
+    # pictures
+    res: int = flag(1024, "side of the training squares, pixels")
+    aspect: bool = flag(False, "not squares: the nearest of eleven aspects, about RES x RES pixels")
+    factor: int = flag(16, "down-sampling of the VAE", choices=(8, 16))
+    dilation: int | None = flag(None, "of the VAE's first convolution at factor 16; the release has 1 (default: 2)",
+                                choices=(1, 2))
+    latent_shift: bool | None = flag(None, "latent = (raw - shift) * scale; without it raw * scale (default: with)")
+    flip: bool | None = flag(None, "mirror each crop with probability 1/2 (default: yes)")
+    cache_latents: bool = flag(False, "train on central crops, encoded once into DATA/.latents; nothing is mirrored")
+    drop_caption: float = flag(0.1, "probability of the empty caption, which cfg needs")
+    t5_length: int | None = flag(None, "tokens of T5 (default: SD3 77, Flux-dev 512, Flux-schnell 256)")
+    # objective
+    recipe: str | None = flag(None, "everything in which paper and released trainer differ; single flags override it",
+                              choices=tuple(RECIPES))
+    objective: str | None = flag(
+        None, "paper: bands of the velocity; release: of the denoised latent; velocity: no bands; noise: bands of the "
+        "noise (default: paper)", choices=OBJECTIVES)
+    bands: tuple[float, ...] = flag((1.0, 1.0, 1.0, 1.0), "weights of LL,LH,HL,HH", type=four_numbers)
+    huber: float = flag(0.0, "width of the pseudo-Huber penalty in latent units; 0: squared error")
+    density: str | None = flag(None, "of sigma (default: SD3 logit_normal, Flux uniform)", choices=DENSITIES)
+    time_shift: float | str | None = flag(
+        None, 'shift of sigma; above 1 is noisier; "tokens": as Flux-dev samples at --res (default: SD3 3, Flux 1)',
+        type=shift_or_tokens, metavar="S")
+    guidance: float | None = flag(None, "guidance fed to Flux-dev; other models have no such input (default: 3.5)")
+    weighting: str | None = flag(None, "w(sigma) of the loss (default: none)", choices=SCHEMES)
+    # optimizer
+    steps: int = flag(20_000, "optimizer steps of the complete run")
+    batch: int = flag(32, "pictures per step, over all ranks")
+    lr: float = flag(1e-6, "learning rate, constant after the warm-up")
+    warmup: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(1e-4, "of AdamW")
+    clip: float = flag(1.0, "largest gradient norm")
+    ema: float = flag(0.0, "decay per step of averaged weights, which are then exported; 0: none")
+    state: str = flag("fp32", "weights and moments: fp32, 12 bytes per parameter, or bf16, 6, stochastically rounded",
+                      choices=("fp32", "bf16"))
+    # memory
+    shard: str = flag("none", "split weights, gradients, moments over ranks; zero2 keeps gathered weights to backward",
+                      choices=("none", "zero2", "zero3"))
+    offload: bool = flag(False, "with --shard on GPUs: weights, gradients, moments and AdamW on the host")
+    accumulate: int = flag(1, "backward passes per step, each of batch / N / ranks pictures", metavar="N")
+    activations: str | None = flag(None, "recompute each block in backward; host: its inputs wait on the host (default: "
+                                   "recompute from 16,384 tokens)", choices=("keep", "recompute", "host"))
+    ema_on_host: bool = flag(False, "averaged weights in host memory")
+    # machine
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    dtype: str | None = flag(None, "of the arithmetic (default: bf16 on cuda, fp32 on cpu)", choices=("fp32", "bf16"))
+    save_dtype: str = flag("fp16", "of the exported file", choices=tuple(DTYPES))
+    save_every: int = flag(500, "steps between checkpoints")
+    keep: int = flag(2, "newest checkpoints to keep", metavar="N")
+    log_every: int = flag(10, "steps between log lines")
+    sample_every: int = flag(0, "steps between sample pictures; 0: never")
+    seed: int = flag(0, "of every random draw")
+    threads: int | None = flag(None, "CPU threads per rank (default: the cores, divided by the ranks of this host)")
 
     @property
     def sharded(self) -> bool:
@@ -156,125 +197,28 @@ def check(s: Settings, ranks: int) -> None:
 
 # ---- the command line
 
+GROUPS = {"model": "what", "res": "pictures", "recipe": "objective", "steps": "optimizer", "shard": "memory",
+          "device": "machine"}  # the first flag of each
+
+
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags; what the model family decides is still open."""
-    options = vars(_parser().parse_args(argv))
-    on_gpu = torch.cuda.is_available() or options["plan"] is not None  # plans are made for cards, wherever we are
-    options["device"] = options["device"] or ("cuda" if on_gpu else "cpu")
-    options["dtype"] = options["dtype"] or ("bf16" if on_gpu else "fp32")
-    if not (options["model"] or options["weights"] or options["export"]):
-        options["model"] = "tiny-sd3"
-    return Settings(**options)
-
-
-def four_numbers(text: str) -> tuple[float, ...]:
-    values = tuple(float(v) for v in text.split(","))
-    if len(values) != 4 or not all(0 <= value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: four numbers from 0 for LL,LH,HL,HH")
-    return values
-
-
-def shift_or_tokens(text: str) -> float | str:
-    return text if text == "tokens" else float(text)
-
-
-def ranks_and_gigabytes(text: str) -> Machine:
-    ranks, _, gib = text.partition("x")
-    if not ranks.isdigit() or not int(ranks) or not gib.replace(".", "", 1).isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: RANKSxGB, such as 8x80")
-    return Machine(int(ranks), round(float(gib) * GIB))
-
-
-Add = Callable[..., argparse.Action]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Fine-tune the transformer of a model folder on a folder of captioned pictures.", allow_abbrev=False)
-    for title, flags in (("what", _what), ("pictures", _pictures), ("objective", _objective),
-                         ("optimizer", _optimizer), ("memory", _memory), ("machine", _machine)):
-        flags(parser.add_argument_group(title).add_argument)
-    return parser
-
-
-def _what(add: Add) -> None:
-    add("--model", help="name of a folder in models/ (default: tiny-sd3)")
-    add("--weights", metavar="DIR", help="another model folder, as downloaded")
-    add("--transformer", metavar="FILE", help="start from this transformer instead of the folder's")
-    add("--data", metavar="DIR", help="pictures and metadata.jsonl")
-    add("--out", metavar="DIR", default="runs/train",
-        help="folder of the run; an unfinished run there resumes (default: %(default)s)")
-    add("--export", action="store_true", help="write the newest checkpoint of --out as one official file, then exit")
-    add("--plan", type=ranks_and_gigabytes, metavar="RANKSxGB",
-        help="print the memory the run takes on such cards, 8x80 for example, then exit; needs no weights and no GPU")
-    add("--dry-run", action="store_true",
-        help="check settings, listing and the headers of all files, print the settings, then exit")
-
-
-def _pictures(add: Add) -> None:
-    add("--res", type=int, default=1024, help="side of the training squares, pixels (default: %(default)s)")
-    add("--aspect", action="store_true", help="not squares: the nearest of eleven aspects, about RES x RES pixels")
-    add("--factor", type=int, default=16, choices=(8, 16), help="down-sampling of the VAE (default: %(default)s)")
-    add("--dilation", type=int, choices=(1, 2),
-        help="of the VAE's first convolution at factor 16; the release has 1 (default: 2)")
-    add("--latent-shift", action=argparse.BooleanOptionalAction,
-        help="latent = (raw - shift) * scale; without it raw * scale (default: with)")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror each crop with probability 1/2 (default: yes)")
-    add("--cache-latents", action="store_true",
-        help="train on central crops, encoded once into DATA/.latents; nothing is mirrored")
-    add("--drop-caption", type=float, default=0.1,
-        help="probability of the empty caption, which cfg needs (default: %(default)s)")
-    add("--t5-length", type=int, help="tokens of T5 (default: SD3 77, Flux-dev 512, Flux-schnell 256)")
-
-
-def _objective(add: Add) -> None:
-    add("--recipe", choices=tuple(RECIPES),
-        help="everything in which paper and released trainer differ; single flags override it")
-    add("--objective", choices=OBJECTIVES, help="paper: bands of the velocity; release: bands of the denoised latent; "
-        "velocity: no bands; noise: bands of the noise (default: paper)")
-    add("--bands", type=four_numbers, default=(1.0, 1.0, 1.0, 1.0), help="weights of LL,LH,HL,HH (default: 1,1,1,1)")
-    add("--huber", type=float, default=0.0,
-        help="width of the pseudo-Huber penalty in latent units; 0: squared error (default: 0)")
-    add("--density", choices=DENSITIES, help="distribution of sigma (default: SD3 logit_normal, Flux uniform)")
-    add("--time-shift", type=shift_or_tokens, metavar="S",
-        help='shift of sigma; above 1 is noisier; "tokens": as Flux-dev samples at --res (default: SD3 3, Flux 1)')
-    add("--guidance", type=float, help="guidance fed to Flux-dev; other models have no such input (default: 3.5)")
-    add("--weighting", choices=SCHEMES, help="w(sigma) of the loss (default: none)")
-
-
-def _optimizer(add: Add) -> None:
-    add("--steps", type=int, default=20_000, help="optimizer steps of the complete run (default: %(default)s)")
-    add("--batch", type=int, default=32, help="pictures per step, over all ranks (default: %(default)s)")
-    add("--lr", type=float, default=1e-6, help="learning rate, constant after the warm-up (default: %(default)s)")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up (default: %(default)s)")
-    add("--weight-decay", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--ema", type=float, default=0.0,
-        help="decay per step of averaged weights, which are then exported; 0: none (default: 0)")
-    add("--state", default="fp32", choices=("fp32", "bf16"),
-        help="weights and Adam moments: fp32, 12 bytes per parameter, or bf16, 6, stochastically rounded (default: fp32)")
-
-
-def _memory(add: Add) -> None:
-    add("--shard", default="none", choices=("none", "zero2", "zero3"),
-        help="split weights, gradients, moments over ranks; zero2 keeps gathered weights until backward (default: none)")
-    add("--offload", action="store_true", help="with --shard on GPUs: weights, gradients, moments and AdamW on the host")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="backward passes per step, each of batch / N / ranks pictures (default: 1)")
-    add("--activations", choices=("keep", "recompute", "host"),
-        help="recompute each block in backward; host: its inputs wait on the host (default: recompute from 16,384 tokens)")
-    add("--ema-on-host", action="store_true", help="averaged weights in host memory")
-
-
-def _machine(add: Add) -> None:
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
-    add("--save-dtype", default="fp16", choices=tuple(DTYPES), help="of the exported file (default: %(default)s)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep (default: %(default)s)")
-    add("--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)")
-    add("--sample-every", type=int, default=0, help="steps between sample pictures; 0: never (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
-    add("--threads", type=int, default=max(1, (os.cpu_count() or 1) // local_ranks),
-        help="CPU threads per rank (default: %(default)s)")
+    about = "Fine-tune the transformer of a model folder on a folder of captioned pictures."
+    group = parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    for f in fields(Settings):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        kind = (get_args(f.type) or (f.type,))[0]  # int of int | None
+        options = {"type": kind, "default": f.default} | f.metadata
+        if kind is bool:
+            options["action"] = "store_true" if f.default is False else argparse.BooleanOptionalAction
+            del options["type"]
+        elif f.default is not None:
+            options["help"] += " (default: %(default)s)"
+        group.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    s = Settings(**vars(parser.parse_args(argv)))
+    on_gpu = torch.cuda.is_available() or s.plan is not None  # plans are made for cards, wherever we are
+    cores_per_rank = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return replace(s, device=s.device or ("cuda" if on_gpu else "cpu"), dtype=s.dtype or ("bf16" if on_gpu else "fp32"),
+                   threads=max(1, cores_per_rank) if s.threads is None else s.threads,
+                   model=s.model or (None if s.weights or s.export else "tiny-sd3"))
