@@ -1,7 +1,7 @@
-"""The README's figure: a photograph, the same blurred and sharpened, with heat maps and scores of metrics.py beside them.
+"""The figure of the README: a photograph, the same blurred and sharpened, with the heat maps and scores of metrics.py.
 
-Writes  OUT: three sheets of `metrics.detail_sheet`, one above the other
-Run     python tests/detail_figure.py --out examples/detail.jpg
+Writes  OUT: three sheets of metrics.detail_sheet, one above the other; seconds
+Run     python bench/detail_figure.py --out examples/detail.jpg
 """
 
 import argparse
@@ -11,24 +11,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from data import read_picture  # noqa: E402
 from metrics import detail_sheet  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--picture", default="examples/dandelion_meadow.jpg")
-    parser.add_argument("--out", default="out/detail.jpg")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--picture", metavar="FILE", default=ROOT / "examples" / "dandelion_meadow.jpg",
+                        help="(default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", type=Path, default="out/detail.jpg", help="(default: %(default)s)")
     args = parser.parse_args()
     picture = read_picture(args.picture)
-    versions = {
-        "as it is": picture,
-        "blurred, sigma 2 px": picture.filter(ImageFilter.GaussianBlur(2)),
-        "sharpened, 2 px, 150 %": picture.filter(ImageFilter.UnsharpMask(2, 150, 0)),
-    }
+    versions = {"as it is": picture, "blurred, sigma 2 px": picture.filter(ImageFilter.GaussianBlur(2)),
+                "sharpened, 2 px, 150 %": picture.filter(ImageFilter.UnsharpMask(2, 150, 0))}
     sheets = [np.asarray(detail_sheet(np.asarray(version), title)) for title, version in versions.items()]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(sheets)).save(args.out, quality=82)
 
 

@@ -1,14 +1,17 @@
-"""Does a model draw what its captions say? Top-1 accuracy among the training photographs.
+"""Does a model draw what its captions ask for? Top-1 accuracy among the training photographs.
 
-Each caption is drawn once; the picture and the central squares of all photographs are area-averaged to 16 x 16 pixels; the
-nearest photograph by RMSE should be the caption's own.
+Each caption is drawn once, on the CPU in fp32 at factor 16. The picture and the central squares of all photographs are
+area-averaged to 16 x 16 pixels; the nearest photograph by RMSE should be the caption's own.
 
-Run   python tests/prompt_following.py --data photos --res 256 --transformer models/tiny-sd3/base_256.safetensors
-      python tests/prompt_following.py --data photos --captions text --limit 20
+Run     python bench/prompt_following.py --data photos --res 256 --transformer models/tiny-sd3/base_256.safetensors
+        python bench/prompt_following.py --data photos --captions text --limit 20
+Check   python -m pytest tests/test_prompt_following.py    painter() draws what sample.py draws
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +20,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import model_folder  # noqa: E402
-from data import Pictures, read_folder  # noqa: E402
-from family import find  # noqa: E402
-from flow import draw_noise, euler  # noqa: E402
-from sample import settle, velocity_with_cfg  # noqa: E402
-from vae import VAE  # noqa: E402
+from checkpoint import Weights, model_folder  # noqa: E402
+from data import Item, Pictures, read_folder  # noqa: E402
+from family import Family, Sampling, find  # noqa: E402
+from flow import draw_noise, euler, flux_mu, velocity_with_cfg  # noqa: E402
+from text import FluxText, SD3Text  # noqa: E402
+from vae import VAE, to_image  # noqa: E402
 
-ALTS = 3  # the photographs came with three; the others were written for training
+ALTS = 3  # "alt" captions that describe a photograph; the others were added for training
+
+
+def painter(family: Family, transformer: Weights, text: SD3Text | FluxText, vae: VAE, sampling: Sampling, res: int,
+            seed: int = 0) -> Callable[[str], Tensor]:
+    """A function that draws a prompt as (1, 3, res, res) in about [-1, 1], always from the same noise.
+
+    raises  ValueError if res is not a multiple of 32 px
+    """
+    if res < 32 or res % 32:
+        raise ValueError(f"--res {res}: give a multiple of 32")
+    model, shift = family.model.load(transformer.source), sampling.time_shift
+    sigmas = family.sigmas(sampling.steps, math.exp(flux_mu((res // 32) ** 2)) if shift is None else shift)
+    noise = draw_noise([seed], (model.config.in_channels, res // 16, res // 16))
+
+    @torch.inference_mode()
+    def paint(prompt: str) -> Tensor:
+        context, pooled = (torch.cat(pair) for pair in zip(text.encode([prompt]), text.encode([""]), strict=True))
+        velocity = velocity_with_cfg(model, context, pooled, sampling.cfg, sampling.guidance)
+        return vae.decode(euler(velocity, noise, sigmas))
+
+    return paint
 
 
 def thumbnail(image: Tensor) -> Tensor:
@@ -32,53 +56,52 @@ def thumbnail(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(image, 16).flatten(1)
 
 
-@torch.inference_mode()
+def tasks_of(items: Sequence[Item], captions: str, limit: int, prompts: str | None) -> list[tuple[str, int, str]]:
+    """What to draw: kind of caption, number of its photograph, caption."""
+    if prompts:
+        number = {item.path.name: i for i, item in enumerate(items)}
+        rows = [line.split("\t") for line in Path(prompts).read_text().splitlines() if line]
+        return [("reworded", number[name], caption) for name, caption in rows]
+    return [(kind, i, caption) for i in range(0, len(items), max(1, len(items) // limit) if limit else 1)
+            for kind, caption in zip(["text"] + ALTS * ["alt"], items[i].captions, strict=False)
+            if captions in ("both", kind)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="pictures and metadata.jsonl")
-    parser.add_argument("--model", default="tiny-sd3")
-    parser.add_argument("--weights", metavar="DIR")
-    parser.add_argument("--transformer", metavar="FILE")
-    parser.add_argument("--captions", default="both", choices=("text", "alt", "both"), help=f"alt: the first {ALTS} of each photograph")
-    parser.add_argument("--prompts", metavar="FILE", help="reworded captions instead: lines of file_name, tab, caption")
-    parser.add_argument("--res", type=int, default=1024, help="pixels")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--cfg", type=float)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--time-shift", type=float)
-    parser.add_argument("--limit", type=int, default=0, help="photographs, evenly chosen; 0: all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="pictures and metadata.jsonl")
+    add("--model", default="tiny-sd3", help="folder of models/")
+    add("--weights", metavar="DIR", help="another model folder")
+    add("--transformer", metavar="FILE", help="this transformer instead of the folder's")
+    add("--captions", default="both", choices=("text", "alt", "both"), help=f"alt: the first {ALTS} of each photograph")
+    add("--prompts", metavar="FILE", help="reworded captions instead: lines of file_name, tab, caption")
+    add("--res", type=int, default=1024, help="pixels")
+    for name, kind in (("steps", int), ("cfg", float), ("guidance", float), ("time-shift", float)):
+        add(f"--{name}", type=kind, help="as in sample.py; left out: as the model's file records")
+    add("--limit", type=int, default=0, help="number of photographs, evenly chosen; 0: all")
+    add("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args()
 
     folder = model_folder(args.model, args.weights)
     family, transformer, vae_path = find(folder, args.transformer)
-    settings = argparse.Namespace(**vars(args) | {"res": str(args.res)}, mu=None, device="cpu", dtype="fp32", factor=16, count=1)
-    settle(settings, family, transformer)
-    text, model, vae = family.text.load(folder, t5_length=family.t5_length), family.model.load(transformer.source), VAE.load(vae_path)
-    sigmas = family.sigmas(settings.steps, settings.time_shift)
+    family.check_guidance(args.guidance)
+    sampling = family.sampling(transformer, args.steps, args.cfg, args.guidance, args.time_shift)
+    text, vae = family.text.load(folder, t5_length=family.t5_length), VAE.load(vae_path)
+    paint = painter(family, transformer, text, vae, sampling, args.res, args.seed)
     items = read_folder(args.data)
     pictures = Pictures([item.path for item in items])
-    known = torch.cat([thumbnail(pictures.central_square(i, 256)[None]) for i in range(len(items))])
-
-    number = {item.path.name: i for i, item in enumerate(items)}
-    if args.prompts:
-        rows = [line.split("\t") for line in Path(args.prompts).read_text().splitlines() if line]
-        tasks = [("reworded", number[name], caption) for name, caption in rows]
-    else:
-        chosen = range(0, len(items), max(1, len(items) // args.limit) if args.limit else 1)
-        tasks = [("alt" if k else "text", i, c) for i in chosen for k, c in enumerate(items[i].captions[: 1 + ALTS])
-                 if args.captions == "both" or args.captions == ("alt" if k else "text")]
+    known = torch.cat([thumbnail(to_image(pictures.central_crop(i, 256, 256))[None]) for i in range(len(items))])
     hits: dict[str, list[bool]] = {}
-    for kind, index, caption in tqdm(tasks, file=sys.stderr):
-        velocity = velocity_with_cfg(model, *text.encode([caption, ""]), settings.cfg, settings.guidance)
-        latent = euler(velocity, draw_noise([args.seed], (16, args.res // 16, args.res // 16)), sigmas)
-        found = int((known - thumbnail(vae.decode(latent).clamp(-1, 1))).square().mean(1).argmin())
-        hits.setdefault(kind, []).append(found == index)
-        if found != index:
-            tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[found].path.name}: {caption}")
+    for kind, index, caption in tqdm(tasks_of(items, args.captions, args.limit, args.prompts), file=sys.stderr):
+        nearest = int((known - thumbnail(paint(caption).clamp(-1, 1))).square().mean(1).argmin())
+        hits.setdefault(kind, []).append(nearest == index)
+        if nearest != index:
+            tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[nearest].path.name}: {caption}")
     for kind, right in hits.items():
         print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
-              f"({args.res} px, {settings.steps} steps, cfg {settings.cfg}, {Path(transformer.source).name})")
+              f"({args.res} px, {sampling.steps} steps, cfg {sampling.cfg}, {Path(transformer.source).name})")
 
 
 if __name__ == "__main__":

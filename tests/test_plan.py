@@ -173,8 +173,8 @@ def test_flop_of_sd3_by_hand():
 
 
 def test_flop_of_flux_by_hand():
-    config = FluxConfig(hidden_size=128, depth=1, depth_single=2, head_dim=64, context_dim=32, pooled_dim=16, mlp_hidden=512,
-                        axes_dim=(8, 28, 28))
+    config = FluxConfig(hidden_size=128, depth=1, depth_single=2, head_dim=64, context_dim=32, pooled_dim=16,
+                        mlp_hidden=512, axes_dim=(8, 28, 28))
     d, image, context = 128, 16, 3
     blocks, attention = 3 * 12 * (image + context) * d**2, 2 * 3 * (image + context) ** 2 * d
     ends = 2 * image * 64 * d + context * 32 * d
