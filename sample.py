@@ -27,7 +27,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights, peak_memory_gib, replacing, writable
+from checkpoint import (
+    DTYPES, Weights, check_device, model_folder, need, open_weights, peak_memory_gib, replacing, writable)
 from family import Family, check_widths, find
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg
 from flux import Flux
@@ -178,10 +179,6 @@ def settle(settings: Settings, family: Family, transformer: Weights) -> Settings
 
 def check_ranges(s: Settings) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
-    def need(fits: bool, flag: str, value: object, accepted: str) -> None:
-        if not fits:
-            raise ValueError(f"--{flag} {value}: give {accepted}")
-
     need(s.steps >= 1, "steps", s.steps, "1 or more")
     need(s.count >= 1, "count", s.count, "1 or more")
     need(0 <= s.seed <= 2**63 - s.count, "seed", s.seed, "0 to 2^63 - count")

@@ -27,7 +27,8 @@ def folder(folders) -> Path:
 @pytest.fixture(scope="module")
 def schnell(folder, tmp_path_factory) -> Path:
     """A transformer without guidance_in, for the same folder."""
-    file, weights = tmp_path_factory.mktemp("schnell") / "flux1-schnell.safetensors", open_weights(folder / "flux.safetensors")
+    file = tmp_path_factory.mktemp("schnell") / "flux1-schnell.safetensors"
+    weights = open_weights(folder / "flux.safetensors")
     save(file, {name: t.read() for name, t in weights.items() if not name.startswith("guidance_in")}, {})
     return file
 
@@ -38,8 +39,8 @@ def named(names) -> Weights:
 
 # ---- which family a file is of
 
-@pytest.mark.parametrize("file, family", [("sd3_medium", SD3), ("sd3.5_medium", SD3), ("sd3.5_large", SD3), ("flux1-dev", FLUX_DEV),
-                                          ("flux1-schnell", FLUX_SCHNELL)])
+@pytest.mark.parametrize("file, family", [("sd3_medium", SD3), ("sd3.5_medium", SD3), ("sd3.5_large", SD3),
+                                          ("flux1-dev", FLUX_DEV), ("flux1-schnell", FLUX_SCHNELL)])
 def test_family_is_decided_by_the_published_names(file, family):
     assert family_of(named(published(file))) is family
 
@@ -54,7 +55,8 @@ def test_a_file_without_a_transformer_is_refused_by_name(file):
                                   "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
                                   "double_blocks.0.processor.qkv_lora1.down.weight"])
 def test_a_lora_is_refused_by_its_name(name, folder, tmp_path):
-    save(tmp_path / "style.safetensors", {name: torch.zeros(2, 2), "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(2)}, {})
+    tensors = {name: torch.zeros(2, 2), "double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(2)}
+    save(tmp_path / "style.safetensors", tensors, {})
     with pytest.raises(ValueError, match="style.safetensors: a LoRA .*merge it"):
         find(folder, tmp_path / "style.safetensors")
 
@@ -69,16 +71,18 @@ def test_find_gives_family_weights_and_vae_of_a_folder(folders, folder, schnell)
 
 def test_a_transformer_of_the_other_family_is_refused(folders, folder):
     sd3 = folders / "tiny-sd3"
-    with pytest.raises(ValueError, match="sd3.safetensors: is a transformer of SD3, but .* is a folder of Flux-dev, with other text "
-                                         "encoders; give --weights a folder of SD3"):
+    with pytest.raises(ValueError, match="sd3.safetensors: is a transformer of SD3, but .* is a folder of Flux-dev, "
+                                         "with other text encoders; give --weights a folder of SD3"):
         find(folder, sd3 / "sd3.safetensors")
     with pytest.raises(ValueError, match="flux.safetensors: is a transformer of Flux-dev, but "):
         find(sd3, folder / "flux.safetensors")
 
 
 @pytest.mark.parametrize("own, file, other, message", [
-    ("tiny-flux", "flux.safetensors", "tiny-sd3/sd3.safetensors", "flux.safetensors: is named like Flux but holds SD3 weights"),
-    ("tiny-sd3", "sd3.safetensors", "tiny-flux/flux.safetensors", "sd3.safetensors: is named like SD3 but holds Flux-dev weights")])
+    ("tiny-flux", "flux.safetensors", "tiny-sd3/sd3.safetensors",
+     "flux.safetensors: is named like Flux but holds SD3 weights"),
+    ("tiny-sd3", "sd3.safetensors", "tiny-flux/flux.safetensors",
+     "sd3.safetensors: is named like SD3 but holds Flux-dev weights")])
 def test_a_file_of_the_other_family_under_the_wrong_name_is_refused(folders, tmp_path, own, file, other, message):
     shutil.copytree(folders / own, tmp_path / own)
     shutil.copy(folders / other, tmp_path / own / file)
@@ -117,7 +121,8 @@ def test_widths_that_do_not_match_are_refused(config):
     context, pooled = torch.empty(1, 2, config.context_dim), torch.empty(1, config.pooled_dim)
     check_widths(config, context, pooled, 16)
     for wrong, message in (((context[..., 1:], pooled, 16), "context of width 4095, but the transformer takes 4096"),
-                           ((context, pooled[:, 1:], 16), "pooled vector of width"), ((context, pooled, 4), "latents of width 4")):
+                           ((context, pooled[:, 1:], 16), "pooled vector of width"),
+                           ((context, pooled, 4), "latents of width 4")):
         with pytest.raises(ValueError, match=message):
             check_widths(config, *wrong)
 
@@ -165,7 +170,8 @@ def test_folder_without_its_autoencoder_or_with_two_models_is_refused(folder, tm
 def test_flux_text_is_t5_and_the_unprojected_vector_of_clip(folder):
     text = FluxText.load(folder)
     context, pooled = text.encode([CAPTIONS[0], ""])
-    assert context.shape == (2, make_tiny.T5_LENGTH, 192) and pooled.shape == (2, 64)  # the length is what the T5 file says
+    assert context.shape == (2, make_tiny.T5_LENGTH, 192)  # the length that the T5 file records
+    assert pooled.shape == (2, 64)
     tokens = text.tokenizers[0]([CAPTIONS[0], ""], text.clip.length)
     assert torch.equal(pooled, text.clip.at_eos(text.clip(tokens)[0], tokens))
     assert torch.equal(context, text.t5(text.tokenizers[1]([CAPTIONS[0], ""], make_tiny.T5_LENGTH)))
@@ -194,8 +200,9 @@ def test_folders_of_transformers_give_their_numbers(folder, tmp_path):
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
     words, eos = len(vocabulary), vocabulary["<|endoftext|>"]
     torch.manual_seed(0)
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=words, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
-                                        max_position_embeddings=20, hidden_act="quick_gelu", eos_token_id=eos, bos_token_id=eos - 1)).eval()
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=words, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
+        max_position_embeddings=20, hidden_act="quick_gelu", eos_token_id=eos, bos_token_id=eos - 1)).eval()
     t5 = T5EncoderModel(T5Config(vocab_size=1400, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
                                  feed_forward_proj="gated-gelu")).eval()
     clip.save_pretrained(tmp_path / "text_encoder")

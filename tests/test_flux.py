@@ -1,4 +1,4 @@
-"""Flux: parity with the official code and with diffusers, every published shape, positions far out, refusals, a first training step."""
+"""Flux: parity with the official code and with diffusers, published shapes, positions far out, refusals, training."""
 
 import math
 from dataclasses import replace
@@ -17,9 +17,10 @@ from layers import timestep_embedding
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from wavelet import wlf_loss
 
-TOLERANCE = 1e-5  # absolute, fp32: see test_mmdit.py; flux_dev comes to 7e-6, by the last digit of exp() times 3500 (see below)
+TOLERANCE = 1e-5  # absolute, fp32: see test_mmdit.py; flux_dev has 7e-6, the last digit of exp() times 3500
 GOLDEN_AXES = (8, 12, 12)  # of the golden cases; not in proportion to 16, 56, 56
-TINY = FluxConfig(hidden_size=64, depth=2, depth_single=3, head_dim=32, context_dim=24, pooled_dim=20, mlp_hidden=256, axes_dim=(4, 14, 14))
+TINY = FluxConfig(hidden_size=64, depth=2, depth_single=3, head_dim=32, context_dim=24, pooled_dim=20, mlp_hidden=256,
+                  axes_dim=(4, 14, 14))
 SCHNELL = replace(TINY, depth=1, guidance=False)
 NARROW = replace(TINY, depth=1, depth_single=1, hidden_size=32, mlp_hidden=32)
 BOTH = pytest.mark.parametrize("config", [TINY, SCHNELL], ids=["dev", "schnell"])
@@ -43,10 +44,12 @@ def random_flux(config: FluxConfig, seed: int = 0) -> Flux:
     return model
 
 
-def random_inputs(config: FluxConfig, batch: int = 2, height: int = 12, width: int = 8, tokens: int = 7, seed: int = 1) -> tuple:
+def random_inputs(config: FluxConfig, batch: int = 2, height: int = 12, width: int = 8, tokens: int = 7,
+                  seed: int = 1) -> tuple:
     rng = generator(seed)
     inputs = (torch.randn(batch, config.in_channels, height, width, generator=rng), torch.rand(batch, generator=rng),
-              torch.randn(batch, tokens, config.context_dim, generator=rng), torch.randn(batch, config.pooled_dim, generator=rng))
+              torch.randn(batch, tokens, config.context_dim, generator=rng),
+              torch.randn(batch, config.pooled_dim, generator=rng))
     return inputs + ((3.5 * torch.rand(batch, generator=rng),) if config.guidance else ())
 
 
@@ -54,11 +57,12 @@ def of_diffusers(config: FluxConfig, seed: int = 0) -> FluxTransformer2DModel:
     model = FluxTransformer2DModel(
         in_channels=4 * config.in_channels, num_layers=config.depth, num_single_layers=config.depth_single,
         attention_head_dim=config.head_dim, num_attention_heads=config.hidden_size // config.head_dim,
-        joint_attention_dim=config.context_dim, pooled_projection_dim=config.pooled_dim, guidance_embeds=config.guidance,
-        axes_dims_rope=config.axes_dim)
+        joint_attention_dim=config.context_dim, pooled_projection_dim=config.pooled_dim,
+        guidance_embeds=config.guidance, axes_dims_rope=config.axes_dim)
     rng = generator(seed)
     for name, parameter in model.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.05 + (1 if ".norm_" in name and parameter.ndim == 1 else 0))
+        parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.05
+                        + (1 if ".norm_" in name and parameter.ndim == 1 else 0))
     return model.eval()
 
 
@@ -67,8 +71,9 @@ def run_diffusers(model: FluxTransformer2DModel, latent, sigma, context, pooled,
     from diffusers import FluxPipeline
     batch, channels, height, width = latent.shape
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latent.device, latent.dtype)
-    out = model(hidden_states=FluxPipeline._pack_latents(latent, batch, channels, height, width), encoder_hidden_states=context,
-                pooled_projections=pooled, timestep=sigma, img_ids=ids, txt_ids=torch.zeros(context.shape[1], 3), guidance=guidance).sample
+    out = model(hidden_states=FluxPipeline._pack_latents(latent, batch, channels, height, width),
+                encoder_hidden_states=context, pooled_projections=pooled, timestep=sigma, img_ids=ids,
+                txt_ids=torch.zeros(context.shape[1], 3), guidance=guidance).sample
     return FluxPipeline._unpack_latents(out, 8 * height, 8 * width, 8)
 
 
@@ -81,7 +86,8 @@ def test_velocity_and_every_block_equal_the_official_ones(case, mids, tmp_path):
     assert model.config.guidance == ("in/guidance" in golden)
     seen = {}
     for i, block in enumerate(model.double_blocks):
-        block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"mid/double{i}.txt": out[0], f"mid/double{i}.img": out[1]}))
+        block.register_forward_hook(
+            lambda _, __, out, i=i: seen.update({f"mid/double{i}.txt": out[0], f"mid/double{i}.img": out[1]}))
     for i, block in enumerate(model.single_blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"mid/single{i}": out}))
     seen["out/pred_unpacked"] = model(golden["in/latent"], golden["in/timesteps"], golden["in/txt"], golden["in/vec"],
@@ -103,21 +109,23 @@ def test_four_euler_steps_on_the_official_schedule_equal_the_official_ones(case,
 @pytest.mark.parametrize("case", ["flux_dev", "flux_schnell"])
 def test_positions_equal_the_official_ones(case, tmp_path):
     path, golden = write_weights(case, tmp_path)
-    official = golden["mid/pe"][0, 0, golden["in/txt"].shape[1]:]                        # (N, d/2, 2, 2), [[cos, -sin], [sin, cos]]
+    official = golden["mid/pe"][0, 0, golden["in/txt"].shape[1]:]          # (N, d/2, 2, 2), [[cos, -sin], [sin, cos]]
     ours = Flux.load(path, axes_dim=GOLDEN_AXES).position(*golden["in/latent"].shape[-2:]).flatten(0, 1)
-    assert distance(torch.stack((ours.real, -ours.imag, ours.imag, ours.real), -1).unflatten(-1, (2, 2)), official) <= 1e-6
+    matrices = torch.stack((ours.real, -ours.imag, ours.imag, ours.real), -1).unflatten(-1, (2, 2))
+    assert distance(matrices, official) <= 1e-6
 
 
 def test_axis_turns_equal_the_official_rope():
     golden = read_case("flux_primitives")
-    for dim, name, tolerance in ((16, "rope16", TOLERANCE), (56, "rope56", TOLERANCE), (56, "rope56_float64angles", 1e-6)):
+    for dim, name, tolerance in ((16, "rope16", TOLERANCE), (56, "rope56", TOLERANCE),
+                                 (56, "rope56_float64angles", 1e-6)):
         ours = axis_turns(256, dim)[golden["in/pos"][0].long()]
         official = golden[f"out/{name}"][0]
         assert max(distance(ours.real, official[..., 0, 0]), distance(ours.imag, official[..., 1, 0])) <= tolerance
 
 
 def test_timestep_embedding_equals_the_official_one_but_for_the_last_digit_of_exp():
-    """exp() rounds three of the 128 frequencies otherwise on another machine: 6e-8 of it, times 1000·t, is up to 3e-5."""
+    """exp() rounds three of the 128 frequencies otherwise on another machine: 6e-8 times 1000·t is up to 3e-5."""
     golden = read_case("flux_primitives")
     ours, official = timestep_embedding(1000 * golden["in/t"]), golden["out/flux_temb"]
     frequency = torch.exp(-math.log(10_000) * torch.arange(128) / 128).repeat(2)
@@ -128,19 +136,22 @@ def test_timestep_embedding_equals_the_official_one_but_for_the_last_digit_of_ex
 def test_bf16_is_as_far_from_fp32_as_bf16_is_in_diffusers(case, tmp_path):
     path, golden = write_weights(case, tmp_path)
     half, exact = (Flux.load(path, dtype=dtype, axes_dim=GOLDEN_AXES) for dtype in (torch.bfloat16, None))
-    inputs = [golden[f"in/{name}"] for name in ("latent", "timesteps", "txt", "vec", "guidance") if f"in/{name}" in golden]
+    names = ("in/latent", "in/timesteps", "in/txt", "in/vec", "in/guidance")
+    inputs = [golden[name] for name in names if name in golden]
     theirs = of_diffusers(exact.config).to(torch.bfloat16)
     theirs.load_state_dict(diffusers_names(half.state_dict()), strict=True)
     rounded = [x.bfloat16() if i in (0, 2, 3) else x for i, x in enumerate(inputs)]
     velocity = exact(*inputs)
-    ours, others = ((v.float() - velocity).norm() / velocity.norm() for v in (half(*inputs), run_diffusers(theirs, *rounded)))
+    velocities = (half(*inputs), run_diffusers(theirs, *rounded))
+    ours, others = ((v.float() - velocity).norm() / velocity.norm() for v in velocities)
     print(f"{case}: bf16 is {ours:.2%} off fp32, diffusers' {others:.2%}")
     assert half(*inputs).dtype == torch.float32 and ours < 0.02 and ours < 1.2 * others
 
 
 # ---- names and shapes of the published files
 
-@pytest.mark.parametrize("name, config, tensors", [("flux1-dev", FluxConfig(), 780), ("flux1-schnell", FluxConfig(guidance=False), 776)])
+@pytest.mark.parametrize("name, config, tensors", [("flux1-dev", FluxConfig(), 780),
+                                                   ("flux1-schnell", FluxConfig(guidance=False), 776)])
 def test_published_names_and_shapes_are_exactly_the_models(name, config, tensors):
     weights = lazy(published(name))
     assert len(weights) == tensors and read_config(weights) == config
@@ -156,7 +167,8 @@ def test_published_diffusers_names_are_those_of_the_official_file():
 @BOTH
 def test_to_diffusers_and_back_is_the_identity(config, tmp_path):
     tensors = random_flux(config).state_dict()
-    save_file({name: t.contiguous() for name, t in diffusers_names(tensors).items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file({name: t.contiguous() for name, t in diffusers_names(tensors).items()},
+              tmp_path / "diffusion_pytorch_model.safetensors")
     back = open_weights(tmp_path)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name].read(), t) for name, t in tensors.items())
 
@@ -193,7 +205,8 @@ def test_axes_come_from_the_keyword_then_the_file_then_the_official_proportion(t
     assert config(tmp_path / "said.safetensors") == (8, 12, 12)
     assert config(tmp_path / "said.safetensors", axes_dim=(16, 8, 8)) == (16, 8, 8)
     inputs = random_inputs(TINY)
-    assert distance(Flux.load(tmp_path / "said.safetensors")(*inputs), Flux.load(tmp_path / "plain.safetensors")(*inputs)) > 1e-3
+    assert distance(Flux.load(tmp_path / "said.safetensors")(*inputs),
+                    Flux.load(tmp_path / "plain.safetensors")(*inputs)) > 1e-3
     assert Flux.load(tmp_path / "plain.safetensors", theta=100).config.theta == 100
     save_file(tensors, tmp_path / "wrong.safetensors", {"axes_dim": "16, 56, 56"})
     with pytest.raises(ValueError, match=r"RoPE axes \(16, 56, 56\) do not divide a head of 32"):
@@ -204,8 +217,9 @@ def test_axes_come_from_the_keyword_then_the_file_then_the_official_proportion(t
 
 
 @pytest.mark.parametrize("name", [
-    "img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "vector_in.in_layer.weight", "guidance_in.out_layer.bias",
-    "double_blocks.0.img_mod.lin.weight", "double_blocks.1.txt_attn.norm.key_norm.scale", "double_blocks.1.img_mlp.2.bias",
+    "img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "vector_in.in_layer.weight",
+    "guidance_in.out_layer.bias", "double_blocks.0.img_mod.lin.weight", "double_blocks.1.img_mlp.2.bias",
+    "double_blocks.1.txt_attn.norm.key_norm.scale",
     "single_blocks.0.linear1.weight", "single_blocks.0.norm.query_norm.scale", "single_blocks.1.linear2.weight",
     "single_blocks.1.modulation.lin.bias", "final_layer.adaLN_modulation.1.weight", "final_layer.linear.weight"])
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "extra"])
@@ -243,7 +257,8 @@ def test_storage_dtype_changes_weights_only_by_rounding(storage, tmp_path):
 
 def test_prefix_of_other_tools_is_accepted(tmp_path):
     model, inputs = random_flux(SCHNELL), random_inputs(SCHNELL)
-    save_file({f"model.diffusion_model.{name}": t for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file({f"model.diffusion_model.{name}": t for name, t in model.state_dict().items()},
+              tmp_path / "model.safetensors")
     assert torch.equal(Flux.load(tmp_path)(*inputs), model(*inputs))
 
 
@@ -321,7 +336,7 @@ def test_large_latents_run_and_a_distant_corner_equals_fp64(side):
 
 
 def last_patch_in_fp64(model: Flux, latent, sigma, context, pooled, guidance) -> torch.Tensor:
-    """The velocity of the last patch by the formulas of the paper's code, for a Flux of one single block and one head."""
+    """The velocity of the last patch by the official formulas, for a Flux of one single block and one head."""
     w = {name: t.double() for name, t in model.state_dict().items()}
 
     def linear(x, name):
@@ -339,19 +354,24 @@ def last_patch_in_fp64(model: Flux, latent, sigma, context, pooled, guidance) ->
     side = latent.shape[-1] // 2
     tokens = latent.double().reshape(16, side, 2, side, 2).permute(1, 3, 0, 2, 4).reshape(side * side, 64)
     x = torch.cat((linear(context[0].double(), "txt_in"), linear(tokens, "img_in")))
-    cond = torch.nn.functional.silu(embed(timestep_embedding(1000 * sigma).double(), "time_in") + embed(pooled.double(), "vector_in")
+    cond = torch.nn.functional.silu(embed(timestep_embedding(1000 * sigma).double(), "time_in")
+                                    + embed(pooled.double(), "vector_in")
                                     + embed(timestep_embedding(1000 * guidance).double(), "guidance_in"))
     shift, scale, gate = linear(cond, "single_blocks.0.modulation.lin").chunk(3, -1)
     fused = linear(norm(x) * (1 + scale) + shift, "single_blocks.0.linear1")
     q, k, v, mlp = fused.split((32, 32, 32, 32), -1)
     index = torch.arange(side * side)
-    positions = torch.cat((torch.zeros(context.shape[1], 3), torch.stack((0 * index, index // side, index % side), 1))).double()
+    places = torch.stack((0 * index, index // side, index % side), 1)
+    positions = torch.cat((torch.zeros(context.shape[1], 3), places)).double()
     angles = torch.cat([torch.outer(p, 10_000 ** (-torch.arange(0, d, 2).double() / d))
                         for p, d in zip(positions.T, (4, 14, 14), strict=True)], 1)
-    q, k = (torch.view_as_real(torch.view_as_complex(rms(t, name).reshape(len(t), 16, 2)) * torch.polar(torch.ones_like(angles), angles)
-                               ).flatten(1) for t, name in ((q, "query"), (k, "key")))
+    turns = torch.polar(torch.ones_like(angles), angles)
+    q, k = (torch.view_as_complex(rms(t, name).reshape(len(t), 16, 2)) * turns
+            for t, name in ((q, "query"), (k, "key")))
+    q, k = (torch.view_as_real(t).flatten(1) for t in (q, k))
     attended = torch.softmax(q[-1] @ k.T / 32**0.5, -1) @ v
-    out = linear(torch.cat((attended, torch.nn.functional.gelu(mlp[-1], approximate="tanh"))), "single_blocks.0.linear2")
+    out = linear(torch.cat((attended, torch.nn.functional.gelu(mlp[-1], approximate="tanh"))),
+                 "single_blocks.0.linear2")
     shift, scale = linear(cond, "final_layer.adaLN_modulation.1").chunk(2, -1)
     last = linear(norm(x[-1:] + gate * out) * (1 + scale) + shift, "final_layer.linear")
     return last.reshape(1, 16, 2, 2).float()
@@ -373,8 +393,9 @@ def test_new_model_is_a_function_of_its_generator_and_begins_at_zero():
 
 @pytest.mark.parametrize("bands", [(1, 1, 1, 1), (1, 2, 2, 4)], ids=["equal bands", "weighted bands"])
 def test_four_latents_are_learnt_by_heart_with_the_wavelet_loss(bands):
-    """Fixed noise and sigma: the velocity of each is a fact to be learnt. It begins near 2, the variance of noise - latent."""
-    model, (latent, sigma, context, pooled, guidance) = new_flux(TINY, generator()), random_inputs(TINY, batch=4, height=8, width=8)
+    """With fixed noise and sigma each velocity can be learnt. The loss begins near 2, the variance of a velocity."""
+    model, inputs = new_flux(TINY, generator()), random_inputs(TINY, batch=4, height=8, width=8)
+    latent, sigma, context, pooled, guidance = inputs
     noise = torch.randn(latent.shape, generator=generator(5))
     z, losses = interpolate(latent, noise, sigma), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)

@@ -1,4 +1,4 @@
-"""MMDiT: parity with the official code and with diffusers, every published shape, refusals, independence, a first training step."""
+"""MMDiT: parity with the official code and with diffusers, published shapes, refusals, independence, training."""
 
 from dataclasses import replace
 
@@ -40,26 +40,31 @@ def random_mmdit(config: MMDiTConfig, seed: int = 0) -> MMDiT:
     return model
 
 
-def random_inputs(config: MMDiTConfig, batch: int = 2, height: int = 12, width: int = 8, tokens: int = 7, seed: int = 1) -> tuple:
+def random_inputs(config: MMDiTConfig, batch: int = 2, height: int = 12, width: int = 8, tokens: int = 7,
+                  seed: int = 1) -> tuple:
     rng = generator(seed)
     return (torch.randn(batch, config.in_channels, height, width, generator=rng), torch.rand(batch, generator=rng),
-            torch.randn(batch, tokens, config.context_dim, generator=rng), torch.randn(batch, config.pooled_dim, generator=rng))
+            torch.randn(batch, tokens, config.context_dim, generator=rng),
+            torch.randn(batch, config.pooled_dim, generator=rng))
 
 
 def of_diffusers(config: MMDiTConfig, seed: int = 0) -> SD3Transformer2DModel:
     model = SD3Transformer2DModel(
         sample_size=16, patch_size=config.patch_size, in_channels=config.in_channels, out_channels=config.out_channels,
         num_layers=config.depth, num_attention_heads=config.hidden_size // 64, attention_head_dim=64,
-        joint_attention_dim=config.context_dim, caption_projection_dim=config.hidden_size, pooled_projection_dim=config.pooled_dim,
-        pos_embed_max_size=config.table_side, qk_norm="rms_norm" if config.qk_norm else None, dual_attention_layers=config.dual_attention)
+        joint_attention_dim=config.context_dim, caption_projection_dim=config.hidden_size,
+        pooled_projection_dim=config.pooled_dim, pos_embed_max_size=config.table_side,
+        qk_norm="rms_norm" if config.qk_norm else None, dual_attention_layers=config.dual_attention)
     rng = generator(seed)
     for name, parameter in model.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.05 + (1 if "norm_" in name and parameter.ndim == 1 else 0))
+        parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.05
+                        + (1 if "norm_" in name and parameter.ndim == 1 else 0))
     return model.eval()
 
 
 def run_diffusers(model: SD3Transformer2DModel, latent, sigma, context, pooled) -> torch.Tensor:
-    return model(hidden_states=latent, timestep=1000 * sigma, encoder_hidden_states=context, pooled_projections=pooled).sample
+    return model(hidden_states=latent, timestep=1000 * sigma, encoder_hidden_states=context,
+                 pooled_projections=pooled).sample
 
 
 @pytest.mark.parametrize("case", ["mmdit_sd3", "mmdit_sd35_medium"])
@@ -68,7 +73,8 @@ def test_velocity_and_every_block_equal_the_official_ones(case, tmp_path):
     model = MMDiT.load(path)
     seen = {}
     for i, block in enumerate(model.joint_blocks):
-        block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"mid/block{i}.context": out[0], f"mid/block{i}.x": out[1]}))
+        block.register_forward_hook(
+            lambda _, __, out, i=i: seen.update({f"mid/block{i}.context": out[0], f"mid/block{i}.x": out[1]}))
     model.t_embedder.register_forward_hook(lambda _, __, out: seen.update({"mid/t_emb": out}))
     model.y_embedder.register_forward_hook(lambda _, __, out: seen.update({"mid/y_emb": out}))
     seen["mid/pos_embed_cropped"] = model.position(*golden["in/x"].shape[-2:]).flatten(0, 1)[None]
@@ -90,7 +96,8 @@ def test_two_euler_steps_with_cfg_equal_the_official_ones(tmp_path):
     assert distance(euler(velocity, golden["in/x"], golden["in/euler_sigmas"]), golden["out/euler2_cfg5"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name, table", [("plain_64_5", (64, 5)), ("scaled3_64_6", (64, 6, 2)), ("offset_64_4", (64, 4, 2, -0.5))])
+@pytest.mark.parametrize("name, table", [("plain_64_5", (64, 5)), ("scaled3_64_6", (64, 6, 2)),
+                                         ("offset_64_4", (64, 4, 2, -0.5))])
 def test_sincos_table_equals_the_official_one(name, table):
     assert distance(sincos_table(*table), read_case("pos_embed_sincos")[f"out/{name}"]) <= 1e-6
 
@@ -141,9 +148,11 @@ def test_single_file_with_a_vae_in_it_loads(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.mlp.0.weight", "context_embedder.weight",
-    "joint_blocks.0.x_block.attn2.qkv.weight", "joint_blocks.1.context_block.attn.ln_q.weight", "joint_blocks.0.x_block.mlp.fc1.weight",
-    "joint_blocks.2.context_block.attn.qkv.weight", "joint_blocks.2.x_block.attn.proj.bias", "final_layer.linear.weight"])
+    "pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.mlp.0.weight",
+    "context_embedder.weight", "joint_blocks.0.x_block.mlp.fc1.weight",
+    "joint_blocks.0.x_block.attn2.qkv.weight", "joint_blocks.1.context_block.attn.ln_q.weight",
+    "joint_blocks.2.context_block.attn.qkv.weight", "joint_blocks.2.x_block.attn.proj.bias",
+    "final_layer.linear.weight"])
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "extra"])
 def test_one_wrong_tensor_is_refused_by_name(name, damage, tmp_path):
     tensors = {key: t.contiguous() for key, t in random_mmdit(DUAL).state_dict().items()}
@@ -242,7 +251,8 @@ def test_new_model_overfits_one_batch():
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
-    last_context_gradients = [p.grad for name, p in model.named_parameters() if name.startswith("joint_blocks.1.context_block")]
+    last_context_gradients = [p.grad for name, p in model.named_parameters()
+                              if name.startswith("joint_blocks.1.context_block")]
     assert all(g is not None and g.abs().max() > 0 for g in last_context_gradients)
 
 

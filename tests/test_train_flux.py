@@ -24,8 +24,8 @@ from models import make_tiny
 from text import FluxText
 from training.cache import Embeddings
 
-CONFIG = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_dim=192, pooled_dim=64, mlp_hidden=128,
-                    axes_dim=(4, 14, 14))
+CONFIG = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_dim=192, pooled_dim=64,
+                    mlp_hidden=128, axes_dim=(4, 14, 14))
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,14 @@ def test_written_file_has_official_names_alone_and_records_how_to_draw(training,
 
 def test_written_file_draws(training, folder, tmp_path):
     run = training(steps=2)
-    sample.run(sample.parse([f"--weights={folder}", "--prompt=a hill", "--device=cpu", f"--out={tmp_path}/a.png", "--steps=1",
-                             f"--transformer={run}/flux.safetensors"]))
+    sample.run(sample.parse([f"--weights={folder}", "--prompt=a hill", "--device=cpu", f"--out={tmp_path}/a.png",
+                             "--steps=1", f"--transformer={run}/flux.safetensors"]))
     assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 
 def test_sigma_in_training_may_be_drawn_otherwise(training):
-    settings = json.loads((training(steps=1, density="logit_normal", time_shift="tokens") / "settings.json").read_text())
+    run = training(steps=1, density="logit_normal", time_shift="tokens")
+    settings = json.loads((run / "settings.json").read_text())
     assert settings["density"] == "logit_normal" and settings["time_shift"] == math.exp(flux_mu(4))
     assert json.loads((training("b", steps=1, time_shift=6) / "settings.json").read_text())["time_shift"] == 6
 
@@ -148,7 +149,8 @@ def test_flux_without_weights_is_refused_with_the_download_and_its_size(monkeypa
 
 def test_data_encodes_with_the_encoders_of_flux(photos, folder, folders, monkeypatch, capsys, tmp_path):
     shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".embeddings"))
-    monkeypatch.setattr("sys.argv", ["data.py", "encode", str(tmp_path / "photos"), "--weights", str(folder), "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["data.py", "encode", str(tmp_path / "photos"), "--weights", str(folder),
+                                     "--device", "cpu"])
     data.main()
     assert capsys.readouterr().out.startswith("5 captions encoded")
     monkeypatch.setattr(FluxText, "load", None)
