@@ -340,8 +340,14 @@ def writable(folder: Path, given: str) -> None:
 
 # ---- the machine
 
+def need(fits: bool, flag: str, value: object, accepted: str) -> None:
+    """Refuse a flag out of range: ValueError that names it, its value and what is accepted."""
+    if not fits:
+        raise ValueError(f"--{flag} {value}: give {accepted}")
+
+
 def check_device(name: str | None) -> str:
-    """The name of a --device, None being cuda where there is one; ValueError lists what the machine has if it lacks it."""
+    """The name of a --device, None being cuda where there is one; ValueError lists what this machine has instead."""
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     name = (cuda or ["cpu"])[0] if name is None else name
     if name not in ("cpu", *cuda):

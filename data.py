@@ -263,7 +263,8 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         most = family.config(transformer.part("model.diffusion_model.")).table_side * step
         sizes = sizes_of(items, res, step, most, aspect)
         pictures = Pictures([item.path for item in items])
-        moments = Latents(pictures, VAE.load(vae_path, device), factor, dilation, Path(folder) / ".latents")
+        moments = Latents(pictures.paths, pictures.central_crop, VAE.load(vae_path, device), factor, dilation,
+                          Path(folder) / ".latents")
         print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
 
 

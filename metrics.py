@@ -154,9 +154,10 @@ def pair_scores(reference: np.ndarray, image: np.ndarray, lpips: Callable | None
 
 
 def run_pair(reference: str, picture: str, weights: Path, device: str | None, as_json: bool) -> None:
-    from scores.sets import choose_device, load_lpips
+    from checkpoint import check_device
+    from scores.sets import load_lpips
 
-    device, notes = choose_device(device), []
+    device, notes = check_device(device), []
     pixels = [read_pixels(path) for path in (reference, picture)]
     scores = pair_scores(*pixels)  # pictures of two sizes are refused before a network is loaded
     if lpips := load_or_note(notes, "LPIPS", partial(load_lpips, weights, device)):
@@ -168,11 +169,11 @@ def run_pair(reference: str, picture: str, weights: Path, device: str | None, as
 def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights: Path, device: str | None,
             as_json: bool) -> None:
     """Table 2 of the paper: what an autoencoder loses of photographs."""
-    from checkpoint import locate, model_folder
+    from checkpoint import check_device, locate, model_folder
     from scores import sets
     from vae import VAE
 
-    device, path, results = sets.choose_device(device), Path(model), Results(cache, read_pixels)
+    device, path, results = check_device(device), Path(model), Results(cache, read_pixels)
     file = path if path.is_file() else locate(path if path.is_dir() else model_folder(model))[1]
     vae, notes, errors, rows, features = VAE.load(file, device), [], [], [], []
     if res % (step := sets.side_step(vae, factor)):
@@ -243,9 +244,10 @@ def pair_captions(listing: str, pictures: Sequence[Path], notes: list[str]) -> d
 def run_set(generated: str, reference: str | None, prompts: str | None, res: int, cache: Path, workers: int,
             weights: Path, device: str | None, as_json: bool) -> None:
     """Tables 1, 3 and 4 of the paper: the scores of a folder of generated pictures."""
+    from checkpoint import check_device
     from scores import sets
 
-    device, results, notes, scores = sets.choose_device(device), Results(cache, read_pixels), [], {}
+    device, results, notes, scores = check_device(device), Results(cache, read_pixels), [], {}
     pictures, originals = find_pictures([generated]), find_pictures([reference]) if reference else []
     captions = pair_captions(prompts, pictures, notes) if prompts else {}
     rows, errors = details(pictures, results, workers)

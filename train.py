@@ -1,8 +1,8 @@
 """Fine-tune the transformer of a model folder on a folder of captioned pictures, on one process or many.
 
 Paper      Diffusion-4K sections 3.2 and 9: AdamW, constant lr 1e-6, weight decay 1e-4; VAE and text encoders are frozen
-Objective  z = (1 - sigma)·latent + sigma·noise;  v = noise - latent;  loss = w(sigma)·|haar(model(z)) - haar(v)|²: equation 4.
-           wavelet.objective has it and its alternatives
+Objective  z = (1 - sigma)·latent + sigma·noise;  v = noise - latent
+           equation 4: w(sigma)·|haar(model(z)) - haar(v)|²; wavelet.objective has it and its alternatives
 Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1e-4      CPU, half a minute
            torchrun --nproc-per-node 8 train.py --weights flux --data DIR --res 4096 --shard zero2 --offload
            python train.py ... --plan 8x80      the memory it takes, without weights or a GPU
@@ -232,7 +232,8 @@ def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings,
     check_widths(model.config, *texts.read([""]), vae.config.latent_channels)
     if not settings.cache_latents:
         return texts, None
-    latents = Latents(job.pictures, vae, settings.factor, settings.dilation, data / ".latents")
+    latents = Latents(job.pictures.paths, job.pictures.central_crop, vae, settings.factor, settings.dilation,
+                      data / ".latents")
     on_all(lambda: latents.fill(job.sizes, rank(), world()))
     return texts, latents
 

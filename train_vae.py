@@ -11,7 +11,6 @@ Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official name
 Check      python -m pytest tests/test_train_vae.py
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import open_weights, save, writable
+from checkpoint import need, open_weights, save, writable
 from data import Pictures, read_folder
+from training.adamw import MOMENTS
 from training.batches import random_crop
-from training.resume import MOMENTS, same_settings
+from training.resume import same_settings
 from training.seeds import seed_of
+from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
 
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
@@ -178,22 +179,22 @@ def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, d
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags, as --help describes them."""
+    """The flags of train_vae.py."""
 
-    data: str
-    out: str
-    widths: str
-    blocks: int
-    norm_groups: int
-    steps: int
-    pixels: int
-    lr: float
-    warmup: int
-    clip: float
-    holdout: int
-    save_every: int
-    seed: int
-    threads: int
+    data: str = flag(None, "folder with pictures and metadata.jsonl", required=True, metavar="DIR")
+    out: str = flag("runs/vae", "folder of the run; an unfinished run there resumes", metavar="DIR")
+    widths: str = flag("16,24,48,64", "channels of the four levels, full resolution first")
+    blocks: int = flag(1, "resnets per level of the encoder; the decoder has one more")
+    norm_groups: int = flag(1, "groups of every GroupNorm; official 32")
+    steps: int = flag(5000, "optimizer steps of the complete run")
+    pixels: int = flag(65536, "pixels per step: 4 crops of 128 or 1 of 256")
+    lr: float = flag(5e-4, "peak learning rate; warm-up, then cosine to 0")
+    warmup: int = flag(200, "steps of linear warm-up")
+    clip: float = flag(1.0, "largest gradient norm")
+    holdout: int = flag(6, "pictures that are not trained on, for the PSNR in the log")
+    save_every: int = flag(250, "steps between states and log lines")
+    seed: int = flag(0, "of weights and draws")
+    threads: int = flag(os.cpu_count(), "CPU threads")
 
     def decisive(self) -> dict[str, object]:
         """What decides the numbers of the run. A run resumes only with equal values; the other settings may change."""
@@ -202,15 +203,11 @@ class Settings:
 
 def check_settings(s: Settings) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
-    def need(fits: bool, flag: str, value: object, accepted: str) -> None:
-        if not fits:
-            raise ValueError(f"--{flag} {value}: give {accepted}")
-
     widths, least = s.widths.split(","), 2 * LATENT_CHANNELS + 2
     even = len(widths) == 4 and all(w.strip().isdecimal() and int(w) % 2 == 0 < int(w) for w in widths)
     need(even and int(widths[-1]) >= least, "widths", s.widths, f"four even numbers, the last at least {least}")
-    for flag in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads"):
-        need(getattr(s, flag.replace("-", "_")) >= 1, flag, getattr(s, flag.replace("-", "_")), "1 or more")
+    for name in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads"):
+        need(getattr(s, name.replace("-", "_")) >= 1, name, getattr(s, name.replace("-", "_")), "1 or more")
     need(0 < s.lr < math.inf, "lr", s.lr, "a number above 0")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
     need(s.warmup >= 0, "warmup", s.warmup, "0 or more")
@@ -275,24 +272,7 @@ def train(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", required=True, help="folder with pictures and metadata.jsonl")
-    add("--out", default="runs/vae", help="folder of the run; an unfinished run there resumes")
-    add("--widths", default="16,24,48,64", help="channels of the four levels, full resolution first")
-    add("--blocks", type=int, default=1, help="resnets per level of the encoder; the decoder has one more")
-    add("--norm-groups", type=int, default=1, help="groups of every GroupNorm; official 32")
-    add("--steps", type=int, default=5000, help="optimizer steps of the complete run")
-    add("--pixels", type=int, default=65536, help="pixels per step: 4 crops of 128 or 1 of 256")
-    add("--lr", type=float, default=5e-4, help="peak learning rate; warm-up, then cosine to 0")
-    add("--warmup", type=int, default=200, help="steps of linear warm-up")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--holdout", type=int, default=6, help="pictures that are not trained on, for the PSNR in the log")
-    add("--save-every", type=int, default=250, help="steps between states and log lines")
-    add("--seed", type=int, default=0, help="of weights and draws")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    settings = Settings(**vars(parser.parse_args(argv)))
+    settings = read_flags(Settings, "Train an autoencoder of the official shape on a folder of pictures.", {}, argv)
     try:
         check_settings(settings)
         torch.set_num_threads(settings.threads)

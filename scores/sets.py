@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import check_device
 from scores.clip import CLIP, CLIPImage
 from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
 from scores.official import find_weights
@@ -27,13 +26,6 @@ from scores.results import Results, identity
 from vae import VAE, to_image, to_pixels
 
 FEATURES = 2048       # width of Inception's
-
-
-def choose_device(name: str | None) -> str:
-    """A --device, by default cuda where there is one; ValueError if this machine lacks it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(name)
-    return name
 
 
 def as_images(pictures: np.ndarray) -> Tensor:

@@ -112,7 +112,8 @@ def drawn(model):
         parts = read_batch(step, settings, [item.captions for item in items], sizes, pictures.resized, 16)
         latents = None
         if settings.cache_latents:
-            latents = Latents(pictures, vae, settings.factor, settings.dilation, settings.data + "/.latents")
+            latents = Latents(pictures.paths, pictures.central_crop, vae, settings.factor, settings.dilation,
+                              settings.data + "/.latents")
             latents.fill(sizes)
         return parts, [encode(vae, part, settings, latents) for part in parts]
 

@@ -107,13 +107,13 @@ def autoencoder():
 
 def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, monkeypatch):
     pictures, sizes = Pictures([photos / f"{k}.png" for k in range(3)]), [(32, 32)] * 3
-    first = Latents(pictures, autoencoder, 16, 2, tmp_path)
+    first = Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path)
     assert first.fill(sizes, rank=0, world=2) == 2 and len(list(tmp_path.glob("*/*"))) == 2  # pictures 0 and 2
     assert first.fill(sizes, rank=1, world=2) == 1 and len(list(tmp_path.glob("*/*"))) == 3
     mean, logvar = autoencoder.moments(to_image(pictures.central_crop(0, 32, 32))[None], 16, 2)
     assert all(torch.equal(a, b) for a, b in zip(first.read(0, 32, 32), (mean, logvar), strict=True))
     monkeypatch.setattr(autoencoder, "moments", None)
-    again = Latents(pictures, autoencoder, 16, 2, tmp_path)
+    again = Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path)
     assert again.fill(sizes) == 3 and torch.equal(again.read(0, 32, 32)[0], mean)
 
 
@@ -121,7 +121,7 @@ def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, mo
 def test_latents_of_something_else_are_not_read(photos, autoencoder, tmp_path, changed):
     shutil.copy(photos / "0.png", tmp_path / "0.png")
     pictures = Pictures([tmp_path / "0.png"])
-    Latents(pictures, autoencoder, 16, 2, tmp_path / "cache").fill([(32, 32)])
+    Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path / "cache").fill([(32, 32)])
     if changed == "picture":
         shutil.copy(photos / "1.png", tmp_path / "0.png")
     if changed == "weights":
@@ -129,6 +129,6 @@ def test_latents_of_something_else_are_not_read(photos, autoencoder, tmp_path, c
             autoencoder.encoder.conv_out.bias[0] += 1
     factor, dilation = 8 if changed == "factor" else 16, 1 if changed == "dilation" else 2
     width = 48 if changed == "size" else 32
-    other = Latents(pictures, autoencoder, factor, dilation, tmp_path / "cache")
+    other = Latents(pictures.paths, pictures.central_crop, autoencoder, factor, dilation, tmp_path / "cache")
     with pytest.raises(FileNotFoundError):
         other.read(0, 32, width)

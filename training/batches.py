@@ -2,7 +2,7 @@
 
 Paper     Diffusion-4K section 9 "Training Details": short side resized, random crop, values in [-1, 1]
 Order     every epoch shuffles the pictures of each size, cuts them into batches and shuffles these
-Sample k  of step s has its own generator, which draws caption, crop, noise, sigma and then the posterior: every split of
+Sample k  of step s has its own generator for caption, crop, noise, sigma and posterior, in this order: every split of
           the batch over ranks and --accumulate draws the same numbers
 Shapes    B samples of one backward pass on one rank, H and W pixels, h and w latent sides
 Check     python -m pytest tests/test_batches.py

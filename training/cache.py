@@ -10,9 +10,8 @@ Check     python -m pytest tests/test_cache.py
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,9 +33,7 @@ class Embeddings:
     def __init__(self, folder: Path, model: str | os.PathLike, device: str | torch.device = "cpu", family: Family = SD3,
                  t5_length: int | None = None):
         """
-        folder     where the cache lives
-        model      folder with the text encoders and tokenizers
-        family     whose text conditioning it is
+        folder     where the cache lives; model: the folder with text encoders and tokenizers
         t5_length  tokens of T5; None: the family's
         """
         self.model, self.device, self.family = Path(model), device, family
@@ -73,22 +70,21 @@ class Embeddings:
         return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
 
 
-class Crops(Protocol):
-    """What Latents needs of data.Pictures."""
-
-    paths: list[Path]
-
-    def central_crop(self, index: int, height: int, width: int) -> np.ndarray: ...
-
-
 class Latents:
     """Moments of central crops, which never change.
 
     The key: the picture (size, first and last bytes), the crop, the encoder's weights, factor and dilation.
     """
 
-    def __init__(self, pictures: Crops, vae: VAE, factor: int, dilation: int, folder: Path):
-        self.pictures, self.vae, self.factor, self.dilation = pictures, vae, factor, dilation
+    def __init__(self, paths: Sequence[Path], central_crop: Callable[[int, int, int], np.ndarray], vae: VAE,
+                 factor: int, dilation: int, folder: Path):
+        """
+        paths         of the pictures
+        central_crop  (index, height, width) -> (height, width, 3) uint8: data.Pictures.central_crop
+        folder        where the cache lives
+        """
+        self.paths, self.central_crop = paths, central_crop
+        self.vae, self.factor, self.dilation = vae, factor, dilation
         digest = hashlib.sha256(f"{factor} {dilation}".encode())
         for name, tensor in vae.encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -109,14 +105,13 @@ class Latents:
 
     @torch.no_grad()
     def _encode(self, index: int, height: int, width: int) -> None:
-        image = to_image(self.pictures.central_crop(index, height, width))[None].to(next(self.vae.parameters()))
+        image = to_image(self.central_crop(index, height, width))[None].to(next(self.vae.parameters()))
         mean, logvar = self.vae.moments(image, self.factor, self.dilation)
         self.folder.mkdir(parents=True, exist_ok=True)
-        picture = self.pictures.paths[index].name
-        save(self._file(index, height, width), {"mean": mean, "logvar": logvar}, {"picture": picture})
+        save(self._file(index, height, width), {"mean": mean, "logvar": logvar}, {"picture": self.paths[index].name})
 
     def _file(self, index: int, height: int, width: int) -> Path:
-        return self.folder / f"{_digest([self.pictures.paths[index]], f'{height} {width}')[:32]}.safetensors"
+        return self.folder / f"{_digest([self.paths[index]], f'{height} {width}')[:32]}.safetensors"
 
 
 def _digest(files: Sequence[Path], more: str = "") -> str:

@@ -201,7 +201,8 @@ def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConf
     batch, side, tokens = s.batch // (ranks * s.accumulate), s.res // s.factor, family.text_tokens(s.t5_length)
     loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
     stored = torch.bfloat16 if s.sharded and in_bf16 else s.state_dtype
-    return _rehearse(family, config, batch, side, tokens, s.guidance, loss, s.activations, stored, in_bf16 and not s.sharded)
+    autocast = in_bf16 and not s.sharded
+    return _rehearse(family, config, batch, side, tokens, s.guidance, loss, s.activations, stored, autocast)
 
 
 @cache  # most changes that smallest_change() tries leave the activations as they are

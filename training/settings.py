@@ -9,18 +9,19 @@ Check     python -m pytest tests/test_settings.py ; python train.py --help
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from checkpoint import DTYPES
+from checkpoint import DTYPES, need
 from family import Family
 from flow import DENSITIES, SCHEMES, flux_mu
 from text import check_t5_length
 from wavelet import OBJECTIVES
 
+T = TypeVar("T")
 GIB = 1 << 30
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 RECIPES = {  # settings in which paper and release differ; None = family default
@@ -40,7 +41,7 @@ class Machine:
 
 
 def flag(default: object, help: str, **options: object) -> Any:
-    """A field of Settings that is a flag of train.py; options go to argparse."""
+    """A field that is a flag of the command line; options go to argparse."""
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -117,8 +118,9 @@ class Settings:
                       choices=("none", "zero2", "zero3"))
     offload: bool = flag(False, "with --shard on GPUs: weights, gradients, moments and AdamW on the host")
     accumulate: int = flag(1, "backward passes per step, each of batch / N / ranks pictures", metavar="N")
-    activations: str | None = flag(None, "recompute each block in backward; host: its inputs wait on the host (default: "
-                                   "recompute from 16,384 tokens)", choices=("keep", "recompute", "host"))
+    activations: str | None = flag(
+        None, "recompute each block in backward; host: its inputs wait there (default: recompute from 16,384 tokens)",
+        choices=("keep", "recompute", "host"))
     ema_on_host: bool = flag(False, "averaged weights in host memory")
     # machine
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
@@ -173,10 +175,6 @@ def settle(settings: Settings, family: Family) -> Settings:
 
 def check(s: Settings, ranks: int) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
-    def need(fits: bool, flag: str, value: object, accepted: str) -> None:
-        if not fits:
-            raise ValueError(f"--{flag} {value}: give {accepted}")
-
     check_t5_length(s.t5_length)
     step, share = 2 * s.factor, ranks * s.accumulate
     need(s.res > 0 and s.res % step == 0, "res", s.res, f"a multiple of {step} at --factor {s.factor}")
@@ -201,22 +199,29 @@ GROUPS = {"model": "what", "res": "pictures", "recipe": "objective", "steps": "o
           "device": "machine"}  # the first flag of each
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """Read the flags; what the model family decides is still open."""
-    about = "Fine-tune the transformer of a model folder on a folder of captioned pictures."
+def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Sequence[str] | None) -> T:
+    """Parse a command line into a dataclass whose fields are flags.
+
+    groups  first flag -> title of each group in --help
+    """
     group = parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    for f in fields(Settings):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        kind = (get_args(f.type) or (f.type,))[0]  # int of int | None
-        options = {"type": kind, "default": f.default} | f.metadata
-        if kind is bool:
+    for f in fields(kind):
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
+        value = (get_args(f.type) or (f.type,))[0]  # int of int | None
+        options = {"type": value, "default": f.default} | f.metadata
+        if value is bool:
             options["action"] = "store_true" if f.default is False else argparse.BooleanOptionalAction
             del options["type"]
         elif f.default is not None:
             options["help"] += " (default: %(default)s)"
         group.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    s = Settings(**vars(parser.parse_args(argv)))
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The command line of train.py; what the model family decides is still open."""
+    s = read_flags(Settings, "Fine-tune the transformer of a model folder on captioned pictures.", GROUPS, argv)
     on_gpu = torch.cuda.is_available() or s.plan is not None  # plans are made for cards, wherever we are
     cores_per_rank = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return replace(s, device=s.device or ("cuda" if on_gpu else "cpu"), dtype=s.dtype or ("bf16" if on_gpu else "fp32"),
