@@ -283,10 +283,8 @@ def train(settings: Settings) -> None:
     run.begin(start, device, settings.res // settings.factor, context.shape[1])
     tally, drawing = Tally(device), drawing_of(job, vae.config.latent_channels)
 
-    def read(step: int) -> list[Part]:
-        captions = [item.captions for item in job.items]
-        return read_batch(step, settings, captions, job.sizes, job.pictures.resized, vae.config.latent_channels)
-
+    read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
+                   resized=job.pictures.resized, channels=vae.config.latent_channels)
     with stop_on_signals() as stop:
         # reads one step ahead; ends after --steps, or when any rank was asked to stop
         upcoming = batches(read, start, settings.steps, stop, on_error=run.save)
@@ -332,7 +330,7 @@ def train(settings: Settings) -> None:
             if run.due(settings.sample_every, done):
                 with autocast(settings):
                     run.draw(done, vae, *texts.read(shown), drawing)
-    run.finish(done, job.family, job.transformer, job.vae_path)
+        run.finish(done, job.family, job.transformer, job.vae_path)    # exports, or saves the stopped run
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:

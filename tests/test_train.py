@@ -101,7 +101,7 @@ def test_release_latents_are_not_shifted_and_paper_ones_are(settings, model, tmp
 # ---- learning, logging, what is written
 
 def test_one_batch_is_learnt_by_heart(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "read_batch", lambda step, *rest: batches.read_batch(0, *rest))
+    monkeypatch.setattr(train, "read_batch", lambda step, **rest: batches.read_batch(0, **rest))
     train.train(settings(steps=80, lr=4e-3, save_every=80, cache_latents=True))
     loss = [row["loss"] for row in log_of(tmp_path / "out")]
     assert loss[0] > 1.5 and max(loss[-5:]) < 0.02  # the posterior is drawn anew
