@@ -21,10 +21,11 @@ import tempfile
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import replacing  # noqa: E402
+from checkpoint import read_json, replacing  # noqa: E402
+from data import read_picture  # noqa: E402
 
 STATE = ".fetch_photos.json"  # in DIR: sha256 of the pictures that were written again
 REQUIRED = ("package", "version", "path", "width", "height", "sha256", "licence", "file_name", "text", "alt")
@@ -44,9 +45,9 @@ def read_list(path: Path) -> list[dict]:
     except OSError as error:
         raise ValueError(f"cannot read the list {path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -127,17 +128,14 @@ def make_picture(source: Path, target: Path, max_side: int) -> bool:
             shutil.copyfile(source, temporary)
             return True
         profile = picture.info.get("icc_profile") if picture.mode.startswith("RGB") else None
-        out = ImageOps.exif_transpose(picture)
-        if out.mode in ("RGBA", "LA", "PA") or "transparency" in out.info:
-            rgba = out.convert("RGBA")
-            out = Image.new("RGB", rgba.size, "white")
-            out.paste(rgba, mask=rgba.getchannel("A"))
-        out = out.convert("RGB")
+        out = read_picture(source)
         if too_large:
             scale = max_side / max(out.size)
-            out = out.resize(tuple(max(1, round(side * scale)) for side in out.size), Image.Resampling.LANCZOS)
-        jpeg = {"quality": 95, "subsampling": 0} if target.suffix.lower() == ".jpg" else {}
-        out.save(temporary, "JPEG" if jpeg else "PNG", icc_profile=profile, **jpeg)
+            out = out.resize([max(1, round(side * scale)) for side in out.size], Image.Resampling.LANCZOS)
+        if target.suffix.lower() == ".jpg":
+            out.save(temporary, "JPEG", quality=95, subsampling=0, icc_profile=profile)
+        else:
+            out.save(temporary, "PNG", icc_profile=profile)
     return False
 
 
@@ -151,8 +149,8 @@ def in_place(row: dict, folder: Path, state: dict, max_side: int) -> bool:
         return not max_side or longest <= max_side
     if not isinstance(record, dict) or (record.get("source"), record.get("output")) != (row["sha256"], digest):
         return False
-    former = record.get("max_side") or 0
-    return (former if longest > former else 0) == (max_side if longest > max_side else 0)
+    limit, former = (side if side and longest > side else 0 for side in (max_side, record.get("max_side")))
+    return limit == former
 
 
 def place(row: dict, deb: Path, folder: Path, state: dict, max_side: int) -> None:
@@ -214,8 +212,8 @@ def credits(rows: list[dict], state: dict) -> str:
 
 def write_listings(rows: list[dict], folder: Path, state: dict) -> None:
     entries = [{key: row[key] for key in ("file_name", "text", "alt")} for row in rows]
-    for name, text in (("metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in entries)),
-                       ("CREDITS.md", credits(rows, state)),
+    listing = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    for name, text in (("metadata.jsonl", listing), ("CREDITS.md", credits(rows, state)),
                        (STATE, json.dumps(state, indent=1, sort_keys=True) + "\n")):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -250,10 +248,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
     except (OSError, ValueError):
         state = {}
-    state = state if isinstance(state, dict) else {}
 
     missing = [row for row in rows if not in_place(row, folder, state, args.max_side)]
     errors = fetch_all(missing, folder, state, args.max_side)
