@@ -50,7 +50,10 @@ def join(device: torch.device, sharded: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend)
+            store, number, size = next(dist.rendezvous("env://"))
+            # torchrun restarts all ranks on the same store: those of an earlier attempt must not be taken for them
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
