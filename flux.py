@@ -218,12 +218,11 @@ class Flux(nn.Module):
                              if guidance is None else "this Flux has no guidance_in (schnell): leave guidance None")
         dtype, length = layers.dtype_of(self), context.shape[1]
         position = self.position(*latent.shape[-2:], latent.device)                            # (h/2, w/2, d/2)
-        text = position.new_ones(length, position.shape[-1])                                   # is not turned
-        rope = torch.cat((text, position.flatten(0, 1)))                                       # (T, d/2)
+        rope = torch.cat((position.new_ones(length, position.shape[-1]), position.flatten(0, 1)))  # (T, d/2)
         x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))
         context = self.txt_in(context.to(dtype))                                               # (B, L, D)
-        time = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
-        cond = time + self.vector_in(pooled.to(dtype))
+        cond = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
+        cond = cond + self.vector_in(pooled.to(dtype))
         if guidance is not None:
             cond = cond + self.guidance_in(layers.timestep_embedding(1000 * guidance.float()).to(dtype))
         cond = F.silu(cond)                                                                    # (B, D)

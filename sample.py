@@ -28,7 +28,16 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from checkpoint import (
-    DTYPES, Weights, check_device, model_folder, need, open_weights, peak_memory_gib, replacing, writable)
+    DTYPES,
+    Weights,
+    check_device,
+    model_folder,
+    need,
+    open_weights,
+    peak_memory_gib,
+    replacing,
+    writable,
+)
 from family import Family, check_widths, find
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg
 from flux import Flux
