@@ -1,7 +1,13 @@
-"""What several test files share: four soft pictures, model folders as models/make_tiny.py makes them, the flags of a short run."""
+"""What several test files share.
+
+Fixtures  four soft pictures with captions, tiny model folders, the settings of a short run
+Helpers   what a run wrote (log, checkpoint, metadata), whether two runs are equal, scripts in their own processes,
+          the message of a refused run, damaged copies of the pictures
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train
 from checkpoint import open_weights, save
 from data import Pictures
 from mmdit import MMDiTConfig, new_mmdit
@@ -23,8 +30,8 @@ from training.settings import Settings, parse
 from vae import VAEConfig, to_pixels
 
 ROOT = Path(__file__).parents[1]
-CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
-            "snow on the roofs of a small town"]
+CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog",
+            "a street in the rain, seen from above", "snow on the roofs of a small town"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -46,15 +53,19 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(photos, tmp_path_factory):
-    """DIR/tiny-sd3 and DIR/tiny-flux as models/make_tiny.py makes them, their transformers shaken so that no gradient is exactly 0."""
+    """DIR/tiny-sd3 and DIR/tiny-flux as models/make_tiny.py writes them, with noise on the transformers' weights.
+
+    Without the noise many gradients of these untrained transformers are exactly 0.
+    """
     folder = tmp_path_factory.mktemp("models")
     vae = new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
     with torch.no_grad():
         scale, shift = latent_statistics(vae, Pictures(sorted(photos.glob("*.png"))), res=64)
     save(folder / "vae.safetensors", vae.state_dict(), {"norm_groups": 1, "scale_factor": scale, "shift_factor": shift})
+    flags = [f"--data={photos}", f"--vae={folder}/vae.safetensors", f"--out={folder}/tiny-sd3",
+             f"--flux={folder}/tiny-flux"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_tiny.py", f"--data={photos}", f"--vae={folder}/vae.safetensors", f"--out={folder}/tiny-sd3",
-                                    f"--flux={folder}/tiny-flux"])
+        patch.setattr(sys, "argv", ["make_tiny.py", *flags])
         make_tiny.main()
     for file in (folder / "tiny-sd3" / "sd3.safetensors", folder / "tiny-flux" / "flux.safetensors"):
         weights = open_weights(file)
@@ -72,7 +83,8 @@ def model(folders, tmp_path_factory):
     folder, weights = tmp_path_factory.mktemp("model"), open_weights(folders / "tiny-sd3" / "sd3.safetensors")
     for part in folders.glob("tiny-sd3/t*"):
         (folder / part.name).symlink_to(part)
-    transformer = new_mmdit(MMDiTConfig(64, 1, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128), seeded(0))
+    config = MMDiTConfig(64, 1, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128)
+    transformer = new_mmdit(config, seeded(0))
     tensors = {f"model.diffusion_model.{name}": t for name, t in transformer.state_dict().items()}
     tensors |= {name: t.read() for name, t in weights.items() if name.startswith("first_stage_model.")}
     save(folder / "sd3.safetensors", tensors, weights.metadata)
@@ -81,7 +93,13 @@ def model(folders, tmp_path_factory):
 
 @pytest.fixture
 def settings(photos, model, tmp_path):
-    """settings(lr=1e-3, ...): what train.py makes of its flags; settings.flags(...): the flags themselves."""
+    """settings(lr=1e-3, ...): the Settings that train.py parses; settings.flags(...): the flags themselves.
+
+    One CPU thread, as --threads 1 gives the scripts: sums depend on the number of threads in their last bits.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
     def of(**changed: object) -> Settings:
         return parse(flags(**changed))
 
@@ -92,13 +110,11 @@ def settings(photos, model, tmp_path):
         return [flag if value is True else f"{flag}={value}" for flag, value in pairs]
 
     of.flags = flags
-    return of
+    yield of
+    torch.set_num_threads(threads)
 
 
-def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
+# ---- what a run wrote
 
 def metadata_of(file: Path) -> dict[str, str]:
     with safe_open(file, framework="pt") as handle:
@@ -116,19 +132,57 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 def steps_of(out: Path) -> int:
-    """How many steps a run's newest checkpoint holds."""
+    """The number of steps taken before a run's newest checkpoint."""
     return json.loads((newest(out) / "run.json").read_text())["step"]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Checkpoints, exported files and their metadata are equal bit for bit."""
-    for a, b in ((state_of(one), state_of(other)), (load_file(one / "sd3.safetensors"), load_file(other / "sd3.safetensors"))):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert metadata_of(one / "sd3.safetensors") == metadata_of(other / "sd3.safetensors")
+    a, b = one / "sd3.safetensors", other / "sd3.safetensors"
+    for x, y in ((state_of(one), state_of(other)), (load_file(a), load_file(b))):
+        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+    assert metadata_of(a) == metadata_of(b)
 
 
-def run_script(*command: object, ranks: int = 1, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
-    """One of the commands, in its own process, or under torchrun on several ranks; one thread each."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return subprocess.run([sys.executable, *torchrun, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+# ---- scripts and refusals
+
+def run_script(*command: object, ranks: int = 1, restarts: int = 0, timeout: int = 600,
+               **environment: str) -> subprocess.CompletedProcess:
+    """Run a script in its own process, or under torchrun on several ranks; one CPU thread each."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                   f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def refusal_of(settings, **changed: object) -> str:
+    """The message with which train.py refuses its flags or stops; asserts that it is one line."""
+    with pytest.raises(SystemExit) as end:
+        train.main(settings.flags(**changed))
+    message = str(end.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def copy_of(photos: Path, folder: Path) -> Path:
+    """A copy of the pictures and their listing, without caches."""
+    return Path(shutil.copytree(photos, folder, ignore=shutil.ignore_patterns(".*")))
+
+
+def broken_folder(photos: Path, folder: Path, kind: str) -> Path:
+    """A copy of the pictures in which the third picture, or (kind "line") a line of the listing, is wrong."""
+    third = copy_of(photos, folder) / "2.png"
+    if kind == "small":
+        Image.new("RGB", (90, 63)).save(third)
+    elif kind == "text":
+        third.write_text("no picture")
+    elif kind == "truncated":
+        third.write_bytes(third.read_bytes()[:-400])
+    elif kind == "missing":
+        third.unlink()
+    else:
+        with open(folder / "metadata.jsonl", "a") as listing:
+            listing.write("\n{")
+    return folder

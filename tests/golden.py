@@ -1,13 +1,6 @@
 """What tests/data holds: outputs of the references on tiny random weights, names and shapes of the published files.
 
-Mirrors    mmdit_sd3, vae_sd3, pos_embed_sincos: sd3-ref (MMDiT, SDVAE) · mmdit_sd35_medium: sd3.5 (MMDiTX) ·
-           vae_flux: flux (AutoEncoder) · vae_f16: diffusion-4k (AutoencoderKL, stride 2) ·
-           clip_l, clip_g, t5_encoder, sd3_cond: sd3-ref (SDClipModel, SDXLClipG, T5XXLModel) ·
-           flux_dev, flux_schnell, flux_primitives: flux (Flux, timestep_embedding, rope)
-Cases      CASE.safetensors: weights under their official names, float16, exactly the values the reference ran with;
-           in/…, mid/…, out/… float32 (ids and buckets integers): implementations agree to 5e-6, the bounds are 1e-5.
-           Text encoders: embedding rows that no prompt uses are dropped and the ids renumbered; hidden states are kept
-           at the positions `at`.
+Cases      CASE.safetensors: see read_case
 Pictures   pictures/*.png with metrics.json: GLCM of scikit-image 0.26 as the release computes it, JPEG bytes of
            Pillow 13, PSNR and SSIM of scikit-image
 Published  manifests.json.gz: {"shapes": {file: {name: shape}},
@@ -30,6 +23,19 @@ DATA = Path(__file__).parent / "data"
 
 
 def read_case(name: str) -> dict:
+    """All tensors of a case: the weights, and inputs and outputs of the official class that computed them.
+
+    sd3-ref       mmdit_sd3 (MMDiT), pos_embed_sincos, vae_sd3 (SDVAE), clip_l (SDClipModel), clip_g (SDXLClipG),
+                  t5_encoder (T5XXLModel), sd3_cond
+    sd3.5         mmdit_sd35_medium (MMDiTX)
+    flux          flux_dev, flux_schnell (Flux), flux_primitives (timestep_embedding, rope), vae_flux (AutoEncoder)
+    diffusion-4k  vae_f16 (AutoencoderKL, stride 2)
+
+    Weights under their official names are float16, exactly the values the reference ran with; in/..., mid/... and
+    out/... are float32 (ids and buckets integers). Implementations agree to 5e-6; the tests' bounds are 1e-5.
+    Text encoders lack the embedding rows that no prompt uses, with ids renumbered; hidden states are kept at the
+    positions `at`.
+    """
     return load_file(DATA / f"{name}.safetensors")
 
 
@@ -38,7 +44,7 @@ def weights_of(tensors: dict) -> dict:
 
 
 def write_weights(case: str, folder: Path) -> tuple[Path, dict]:
-    """A file in `folder` with the weights of a case alone, and all tensors of the case."""
+    """Write only the weights of a case to a file in `folder`; returns the file and all tensors of the case."""
     tensors, path = read_case(case), folder / f"{case}.safetensors"
     save_file(weights_of(tensors), path)
     return path, tensors
@@ -50,20 +56,24 @@ def _manifests() -> dict:
 
 
 def published(file: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a published file; of those that begin with `prefix`, without it."""
+    """Names and shapes of a published file: those that begin with `prefix`, which is removed."""
     shapes = _manifests()["shapes"][file]
     return {name.removeprefix(prefix): tuple(shape) for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def published_map(family: str) -> dict[str, list]:
-    """Name in diffusers -> official name, its rows there [start, stop] or None for all, and None or how it is changed:
-    "swap_halves", "squeeze_1x1"."""
+    """Name in diffusers -> [official name, rows there, change].
+
+    rows    [start, stop], or None for all
+    change  None, "swap_halves" or "squeeze_1x1"
+    """
     return _manifests()["maps"][family]
 
 
-# ---- what tests of both transformers compare with
+# ---- comparing and renaming tensors
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference of two tensors of one shape."""
     assert a.shape == b.shape
     return (a - b).abs().max().item()
 

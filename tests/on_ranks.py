@@ -1,10 +1,10 @@
-"""Several training runs, one after another, on the ranks that torchrun starts: python -m torch.distributed.run ... tests/on_ranks.py CASES
+"""Training runs, one after another, on the ranks of one torchrun. The argument is a JSON file, a list of cases:
 
-CASES is a JSON list of command lines for train.py, each with what a test wants beside it; what it saw goes to OUT/seen-<rank>.json.
-"ddp": "torch"    puts torch's own DistributedDataParallel in the place of the hand-written DDP
-"die": [rank, n]  this rank kills itself when it computes its n-th loss
-"stop": n         all ranks but the first send themselves SIGTERM after n losses
-"unused": true    no training: gradients of parameters that not every rank uses
+"flags"           a command line of train.py; its losses and error are written to OUT/seen-<rank>.json
+"ddp": "torch"    use torch's DistributedDataParallel instead of the hand-written DDP
+"die": [rank, n]  this rank kills itself when it computes its n-th loss, counted from 0; not after a restart
+"stop": n         every rank but the first sends itself SIGTERM after n losses
+"unused": true    no training: print gradients of parameters that not every rank uses
 """
 
 import json
@@ -25,7 +25,11 @@ from training.settings import parse  # noqa: E402
 
 
 class TorchDDP:
-    """torch's own, with the few names of ours that the training loop uses."""
+    """torch's own, with the names of ours that the training loop uses.
+
+    torch wraps a model and expects the wrapper to be called; train.py calls the model. The model's forward therefore
+    goes through the wrapper, whose Shim holds the original one.
+    """
 
     class Shim(nn.Module):
         def __init__(self, model: nn.Module):
@@ -94,7 +98,7 @@ def main() -> None:
         (out / f"seen-{dist.get_rank()}.json").write_text(json.dumps({"losses": losses, "error": error}))
         dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads now and then abort or hold up the interpreter's own way out
+    os._exit(0)  # everything is written; gloo's threads sometimes abort or block the interpreter's own exit
 
 
 if __name__ == "__main__":

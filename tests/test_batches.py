@@ -1,4 +1,4 @@
-"""What a step sees: order of the pictures, crops, captions; a function of (seed, step), however the batch is split."""
+"""The samples of a step: order of pictures, crops, captions. Each depends on seed and step alone."""
 
 from threading import Event
 
@@ -18,7 +18,6 @@ from training.seeds import SAMPLES, seed_of
 from training.settings import settle
 from vae import VAE, to_pixels
 
-
 # ---- crops
 
 @pytest.fixture
@@ -29,33 +28,34 @@ def gradient(tmp_path):
     return Pictures([tmp_path / "gradient.png"])
 
 
-def test_square_is_a_function_of_the_generator_and_stays_inside(gradient):
-    corners, mirrored = set(), 0
+def test_random_square_depends_on_its_generator_alone_and_stays_inside(gradient):
+    corners, mirrored, pixels = set(), 0, gradient.resized(0, 40, 40)
     for seed in range(200):
         torch.manual_seed(seed)
-        square = random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed))
-        assert square.shape == (3, 32, 32) and torch.equal(square, random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed)))
+        square = random_crop(pixels, 32, 32, seeded(seed))
+        assert square.shape == (3, 32, 32) and torch.equal(square, random_crop(pixels, 32, 32, seeded(seed)))
         red, green = (to_pixels(square)[..., c].astype(int) for c in range(2))
         step = red[0, 1] - red[0, 0]
         assert abs(step) == 1 and (np.diff(red, axis=1) == step).all() and (np.diff(green, axis=0) == 1).all()
         mirrored += step < 0
         corners.add((green.min(), red.min()))
     tops, lefts = zip(*corners, strict=True)
-    assert (min(tops), max(tops)) == (0, 8) and (min(lefts), max(lefts)) == (0, 32)  # the edges are reached, nothing beyond
+    assert (min(tops), max(tops)) == (0, 8) and (min(lefts), max(lefts)) == (0, 32)  # edge to edge
     assert 70 < mirrored < 130
 
 
-def test_square_without_flip_shows_the_same_place(gradient):
+def test_crop_without_flip_is_at_the_same_place(gradient):
+    pixels = gradient.resized(0, 40, 40)
     for seed in range(20):
-        flipped, plain = (random_crop(gradient.resized(0, 40, 40), 32, 32, seeded(seed), flip) for flip in (True, False))
+        flipped, plain = (random_crop(pixels, 32, 32, seeded(seed), flip) for flip in (True, False))
         assert plain[0, 0, 0] < plain[0, 0, 1]
         assert torch.equal(flipped, plain) or torch.equal(flipped, plain.flip(2))
 
 
-def test_crop_covers_its_size_and_centre_is_the_middle(gradient):
+def test_random_crop_spans_a_picture_of_its_width_and_the_central_crop_is_the_middle(gradient):
     for seed in range(20):
         red = to_pixels(random_crop(gradient.resized(0, 20, 64), 20, 64, seeded(seed), flip=False))[..., 0]
-        assert red.shape == (20, 64) and np.array_equal(red[0], np.arange(64))  # as wide as the picture: only rows are chosen
+        assert red.shape == (20, 64) and np.array_equal(red[0], np.arange(64))  # only its rows are drawn
     middle = gradient.central_crop(0, 20, 64)
     assert (middle[0, 0, 1], middle[-1, 0, 1]) == (10, 29)
     assert gradient.central_crop(0, 20, 32).shape == (20, 32, 3)  # scaled down by two
@@ -63,17 +63,19 @@ def test_crop_covers_its_size_and_centre_is_the_middle(gradient):
 
 # ---- order
 
-def test_every_epoch_shows_every_picture_and_is_a_function_of_the_seed():
-    sizes = [(64, 64)] * 7
-    epochs = [[batch_of_step(sizes, 3, 5, step) for step in range(3 * k, 3 * k + 3)] for k in range(4)]
+def test_every_epoch_shows_every_picture_in_an_order_that_the_seed_decides():
+    def epoch_of(k: int, seed: int = 5) -> list[list[int]]:
+        return [batch_of_step([(64, 64)] * 7, 3, seed, step) for step in range(3 * k, 3 * k + 3)]
+
+    epochs = [epoch_of(k) for k in range(4)]
     for epoch in epochs:
         drawn = [index for batch in epoch for index in batch]
         assert len(drawn) == 9 and set(drawn) == set(range(7))
     assert len({str(epoch) for epoch in epochs}) == 4
-    assert epochs[0] == [batch_of_step(sizes, 3, 5, step) for step in range(3)] != [batch_of_step(sizes, 3, 6, step) for step in range(3)]
+    assert epochs[0] == epoch_of(0) != epoch_of(0, seed=6)
 
 
-def test_batch_has_one_size_and_small_sizes_are_repeated():
+def test_batch_has_one_size_and_repeats_pictures_of_a_rare_size():
     sizes = [(64, 64), (32, 96), (64, 64), (96, 32), (64, 64)]
     several = [batch_of_step(sizes, 2, 0, step) for step in range(4)]
     assert all(len({sizes[k] for k in batch}) == 1 for batch in several)
@@ -83,13 +85,13 @@ def test_batch_has_one_size_and_small_sizes_are_repeated():
 
 # ---- captions
 
-def test_caption_is_a_function_of_the_generator():
+def test_caption_depends_on_its_generator_alone():
     drawn = [draw_caption(CAPTIONS, seeded(seed), 0.1) for seed in range(50)]
     torch.manual_seed(7)
     assert drawn == [draw_caption(CAPTIONS, seeded(seed), 0.1) for seed in range(50)] and len(set(drawn)) == 5
 
 
-def test_captions_are_drawn_evenly_and_dropped_as_asked():
+def test_captions_are_drawn_evenly_and_dropped_with_the_given_probability():
     generator, several = seeded(0), ["one", "two", "three"]
     drawn = [draw_caption(several, generator, 0.1) for _ in range(3000)]
     assert abs(drawn.count("") / 3000 - 0.1) < 0.02 and set(drawn) == {"", *several}
@@ -102,7 +104,7 @@ def test_captions_are_drawn_evenly_and_dropped_as_asked():
 
 @pytest.fixture
 def drawn(model):
-    """drawn(settings, step) -> the parts of a step and their latents, on this one process."""
+    """drawn(settings, step): the parts of a step and their latents, in one process."""
     vae, family = VAE.load(model / "sd3.safetensors"), train.find(model)[0]
 
     def of(settings, step: int = 0):
@@ -121,7 +123,7 @@ def drawn(model):
 
 
 @pytest.mark.parametrize("changed", [{}, {"cache_latents": True}, {"factor": 8}])
-def test_batch_is_a_function_of_seed_and_step(settings, drawn, changed):
+def test_same_step_gives_the_same_batch_and_another_step_does_not(settings, drawn, changed):
     chosen = settings(batch=3, **changed)
     ((a,), (x,)), ((b,), (y,)), ((c,), (z,)) = (drawn(chosen, step) for step in (0, 0, 1))
     side = 64 // chosen.factor
@@ -133,7 +135,7 @@ def test_batch_is_a_function_of_seed_and_step(settings, drawn, changed):
 def test_sample_draws_caption_crop_noise_and_sigma_from_its_own_generator(settings, drawn):
     chosen = settings(seed=3, flip=True)
     (part,), _ = drawn(chosen, 5)
-    generator = torch.Generator().manual_seed(seed_of(3, 5 * 4 + 2, SAMPLES))
+    generator = seeded(seed_of(3, 5 * 4 + 2, SAMPLES))
     items = read_folder(chosen.data)
     assert part.captions[2] == draw_caption(items[part.pictures[2]].captions, generator, 0.1)
     pixels = Pictures([items[part.pictures[2]].path]).resized(0, 64, 64)
@@ -142,14 +144,14 @@ def test_sample_draws_caption_crop_noise_and_sigma_from_its_own_generator(settin
     assert torch.equal(part.sigma[2:3], sample_sigma(1, "logit_normal", 3.0, generator=generator))
 
 
-def test_accumulation_only_divides_the_batch(settings, drawn):
+def test_accumulation_divides_the_batch_without_changing_it(settings, drawn):
     (one,), (latent,) = drawn(settings(batch=4))
     two, halves = drawn(settings(batch=4, accumulate=2))
     assert len(two) == 2 and one.pictures == [picture for part in two for picture in part.pictures]
     assert torch.equal(latent, torch.cat(halves))
 
 
-def test_latents_of_cached_moments_are_drawn_anew_each_step(settings, drawn):
+def test_latents_of_cached_moments_differ_from_step_to_step(settings, drawn):
     ((a,), (x,)), ((b,), (y,)) = (drawn(settings(cache_latents=True), step) for step in (0, 1))
     assert sorted(a.pictures) == sorted(b.pictures) == [0, 1, 2, 3] and a.images is None
     assert not torch.equal(x[a.pictures.index(0)], y[b.pictures.index(0)])
@@ -157,7 +159,7 @@ def test_latents_of_cached_moments_are_drawn_anew_each_step(settings, drawn):
 
 # ---- reading ahead
 
-def test_batches_end_after_the_last_step_or_when_asked_and_save_before_an_error():
+def test_batches_end_after_the_last_step_or_when_asked_to_stop_and_save_before_an_error():
     stop, saved = Event(), []
 
     def read(step: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The caches of training: each embedding and latent is computed once, and what something else made is never read."""
+"""The caches of training: each embedding and latent is computed once; one made from other inputs is never read."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from vae import VAEConfig, to_image
 
 @pytest.fixture
 def own_model(model, tmp_path):
-    """A copy of the encoders and tokenizers, to be tampered with."""
+    """A copy of the encoders and tokenizers, which a test may change."""
     for part in model.glob("t*"):
         shutil.copytree(part, tmp_path / "model" / part.name)
     return tmp_path / "model"
@@ -25,7 +25,7 @@ def own_model(model, tmp_path):
 
 # ---- text embeddings
 
-def test_cache_gives_what_the_encoders_give(model, tmp_path):
+def test_cached_embeddings_equal_those_of_the_encoders(model, tmp_path):
     embeddings, captions = Embeddings(tmp_path / "cache", model), ["", *CAPTIONS]
     assert embeddings.fill([*captions, CAPTIONS[0]], batch=6) == 5
     context, pooled = SD3Text.load(model).encode(captions)
@@ -42,7 +42,7 @@ def test_cache_gives_what_the_encoders_give(model, tmp_path):
 
 
 def test_cache_of_another_t5_length_is_not_read(model, tmp_path):
-    """Also where the length asked for is one that a family has by itself: an encoder's file may say another."""
+    """Also where the length is the family's default: an encoder's file may record another."""
     assert len({Embeddings(tmp_path, model, t5_length=length).cache for length in (None, 77, 256, 512)}) == 4
 
 
@@ -70,13 +70,13 @@ def test_interrupted_fill_resumes(model, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             Embeddings(tmp_path, model).fill(CAPTIONS, batch=2)
     embeddings = Embeddings(tmp_path, model)
-    assert sorted(f.suffix for f in embeddings.cache.iterdir()) == [".safetensors"] * 2  # complete files, nothing temporary
+    assert [f.suffix for f in embeddings.cache.iterdir()] == [".safetensors"] * 2  # complete files, nothing temporary
     assert embeddings.fill(CAPTIONS, batch=2) == 2
     assert embeddings.read(CAPTIONS)[0].shape[0] == len(CAPTIONS)
 
 
-@pytest.mark.parametrize("changed", ["text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors", "tokenizer_2/vocab.json",
-                                     "tokenizer_3/spiece.model"])
+@pytest.mark.parametrize("changed", ["text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors",
+                                     "tokenizer_2/vocab.json", "tokenizer_3/spiece.model"])
 def test_cache_of_other_encoders_is_not_read(own_model, tmp_path, changed):
     before = Embeddings(tmp_path / "cache", own_model)
     before.fill(CAPTIONS[:1])
@@ -89,13 +89,14 @@ def test_cache_of_other_encoders_is_not_read(own_model, tmp_path, changed):
         after.read(CAPTIONS[:1])
 
 
-def test_cache_does_not_depend_on_transformer_or_place(own_model, tmp_path):
+def test_cache_depends_on_neither_the_transformer_nor_the_folder_of_the_model(own_model, tmp_path):
     before = Embeddings(tmp_path / "cache", own_model).cache
     (own_model / "transformer").mkdir()
     (own_model / "transformer" / "config.json").write_text("{}")
     (own_model / "sd3.safetensors").write_bytes(b"another")
     shutil.copytree(own_model, tmp_path / "elsewhere")
-    assert before == Embeddings(tmp_path / "cache", own_model).cache == Embeddings(tmp_path / "cache", tmp_path / "elsewhere").cache
+    for model in (own_model, tmp_path / "elsewhere"):
+        assert Embeddings(tmp_path / "cache", model).cache == before
 
 
 # ---- the latent cache
@@ -118,7 +119,7 @@ def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, mo
 
 
 @pytest.mark.parametrize("changed", ["picture", "weights", "factor", "dilation", "size"])
-def test_latents_of_something_else_are_not_read(photos, autoencoder, tmp_path, changed):
+def test_latents_of_another_picture_encoder_or_size_are_not_read(photos, autoencoder, tmp_path, changed):
     shutil.copy(photos / "0.png", tmp_path / "0.png")
     pictures = Pictures([tmp_path / "0.png"])
     Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path / "cache").fill([(32, 32)])

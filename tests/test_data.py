@@ -1,11 +1,8 @@
-"""Data folders: what a listing may say, pictures of every kind and the broken ones, squares, captions, the text cache, the script."""
+"""Data folders: listings, pictures of every kind, broken pictures, sizes of crops, the picture cache, the script."""
 
-import hashlib
 import json
-import os
 import shutil
 import struct
-import subprocess
 import sys
 import warnings
 import zlib
@@ -13,22 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import CAPTIONS, copy_of, run_script
 from PIL import Image, ImageFile
 
 import data
-from data import (
-    Item, Pictures, aspect_sizes, nearest_size, picture_size, read_folder, read_picture, resize_to_cover, sizes_of, upright_size)
+from data import Item, Pictures, picture_size, read_folder, read_picture, resize_to_cover, sizes_of, upright_size
 from text import SD3Text
 from training.cache import Embeddings
-
-ROOT = Path(__file__).parents[1]
-CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog", "a street in the rain, seen from above",
-            "snow on the roofs of a small town", "a bowl of ripe lemons on a wooden table"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +24,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def listing(folder: Path, *rows: object) -> Path:
-    """Write metadata.jsonl; text goes in as it is, everything else as JSON."""
+    """Write metadata.jsonl and return its folder; a string is one raw line, anything else is written as JSON."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -64,7 +52,7 @@ def test_listing_gives_pictures_and_captions_in_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("start, end, separator", [("\ufeff", "\n", "\n"), ("", "\r\n", "\r\n"), ("", "", "\n\n")])
-def test_listing_may_come_from_any_editor(noisy, tmp_path, start, end, separator):
+def test_listing_with_any_line_ends_or_byte_order_mark_is_read(noisy, tmp_path, start, end, separator):
     rows = [json.dumps({"file_name": f"{k}.png", "text": "line\u2028separator"}, ensure_ascii=False) for k in range(2)]
     for k in range(2):
         shutil.copy(noisy / f"{k}.png", tmp_path)
@@ -75,7 +63,7 @@ def test_listing_may_come_from_any_editor(noisy, tmp_path, start, end, separator
 GOOD = {"file_name": "0.png", "text": "fine"}
 
 
-@pytest.mark.parametrize("row, says", [
+@pytest.mark.parametrize("row, reason", [
     ('{"file_name": "1.png", "text": "no end', "JSONDecodeError"),
     ("plain words", "JSONDecodeError"),
     (["1.png", "a list"], "TypeError"),
@@ -100,7 +88,7 @@ GOOD = {"file_name": "0.png", "text": "fine"}
     ({"file_name": "sub/../../outside.png", "text": "fine"}, "leads out of the folder"),
     ({"file_name": "/etc/hostname", "text": "fine"}, "'/etc/hostname' leads out of the folder"),
 ])
-def test_wrong_line_is_named_with_its_number(noisy, tmp_path, row, says):
+def test_wrong_line_is_named_with_its_number(noisy, tmp_path, row, reason):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name in ("pictures/0.png", "pictures/1.png", "outside.png"):
@@ -109,7 +97,7 @@ def test_wrong_line_is_named_with_its_number(noisy, tmp_path, row, says):
     with pytest.raises(ValueError) as refusal:
         read_folder(folder)
     message = str(refusal.value)
-    assert message.startswith(f"{folder}/metadata.jsonl:3: ") and says in message and "\n" not in message
+    assert message.startswith(f"{folder}/metadata.jsonl:3: ") and reason in message and "\n" not in message
 
 
 def test_listing_that_is_empty_absent_or_no_text_is_refused(tmp_path):
@@ -135,7 +123,7 @@ def test_gray_and_bilevel_become_rgb(tmp_path):
     assert np.array_equal(np.array(read_picture(tmp_path / "bilevel.png"))[..., 1], np.where(gray > 127, 255, 0))
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparent_pixels_are_blended_with_white(tmp_path):
     pixels = np.zeros((1, 3, 4), dtype=np.uint8)
     pixels[0, :, 0], pixels[0, :, 3] = 200, (0, 255, 102)
     Image.fromarray(pixels).save(tmp_path / "rgba.png")
@@ -152,7 +140,8 @@ def test_transparency_is_laid_over_white(tmp_path):
 
     Image.fromarray(np.array([[[90, 0], [90, 255]]], dtype=np.uint8), "LA").save(tmp_path / "la.png")
     assert np.array(read_picture(tmp_path / "la.png"))[0, :, 0].tolist() == [255, 90]
-    Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)).save(tmp_path / "key.png", transparency=(4, 5, 6))
+    pixels = np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "key.png", transparency=(4, 5, 6))
     assert np.array(read_picture(tmp_path / "key.png")).tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
 
@@ -172,10 +161,11 @@ def test_16_bit_gray_keeps_its_range(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_come_upright(tmp_path, orientation):
+def test_turned_pictures_are_read_upright(tmp_path, orientation):
     upright = noise(8, 12)
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
-              6: upright.transpose(1, 0, 2)[::-1], 7: upright.transpose(1, 0, 2)[::-1, ::-1], 8: upright.transpose(1, 0, 2)[:, ::-1]}
+    turned = upright.transpose(1, 0, 2)
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: turned, 6: turned[::-1], 7: turned[::-1, ::-1], 8: turned[:, ::-1]}
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored[orientation])).save(tmp_path / "turned.png", exif=exif)
@@ -186,7 +176,7 @@ def test_turned_pictures_come_upright(tmp_path, orientation):
     assert read_picture(tmp_path / "deep.png").size == (8, 12)
 
 
-def test_webp_and_animated_gif(tmp_path):
+def test_webp_is_read_exactly_and_an_animated_gif_by_its_first_frame(tmp_path):
     pixels = noise(10, 14)
     Image.fromarray(pixels).save(tmp_path / "still.webp", lossless=True)
     assert np.array_equal(np.array(read_picture(tmp_path / "still.webp")), pixels)
@@ -195,7 +185,8 @@ def test_webp_and_animated_gif(tmp_path):
     assert np.array(read_picture(tmp_path / "moving.gif"))[0, 0].tolist() == [255, 0, 0]
 
 
-def refusal_of(path: Path, function=read_picture) -> str:
+def complaint(path: Path, function=read_picture) -> str:
+    """The one line with which a picture is refused; asserts that it begins with the path."""
     with pytest.raises(ValueError) as refusal:
         function(path)
     message = str(refusal.value)
@@ -203,92 +194,95 @@ def refusal_of(path: Path, function=read_picture) -> str:
     return message
 
 
-def test_what_is_no_picture_is_refused_by_name(tmp_path):
+def test_file_that_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "text.jpg").write_text("this is no picture\n" * 9)
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     for name, size in (("text.jpg", 171), ("empty.png", 0)):
         for function in (read_picture, picture_size):
-            assert f"not a complete picture ({size} bytes; cannot identify" in refusal_of(tmp_path / name, function)
-    assert "directory" in refusal_of(tmp_path / "folder.png") and "No such file" in refusal_of(tmp_path / "gone.png")
-    assert "No such file" in refusal_of(tmp_path / "gone.png", picture_size)
+            assert f"not a complete picture ({size} bytes; cannot identify" in complaint(tmp_path / name, function)
+    assert "directory" in complaint(tmp_path / "folder.png") and "No such file" in complaint(tmp_path / "gone.png")
+    assert "No such file" in complaint(tmp_path / "gone.png", picture_size)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif"])
 def test_truncated_pictures_are_refused_by_name(tmp_path, suffix):
-    Image.fromarray(noise(64, 64)).save(tmp_path / f"whole.{suffix}")
-    content, cut = (tmp_path / f"whole.{suffix}").read_bytes(), tmp_path / f"cut.{suffix}"
+    Image.fromarray(noise(64, 64)).save(tmp_path / f"complete.{suffix}")
+    content, cut = (tmp_path / f"complete.{suffix}").read_bytes(), tmp_path / f"cut.{suffix}"
     for share in (0.1, 0.5, 0.9):
         cut.write_bytes(content[:int(len(content) * share)])
-        assert "not a complete picture" in refusal_of(cut)
+        assert "not a complete picture" in complaint(cut)
 
 
 def test_gray_in_floating_point_is_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
-    assert "8 or 16 bit" in refusal_of(tmp_path / "float.tif")
+    assert "8 or 16 bit" in complaint(tmp_path / "float.tif")
 
 
 def header_only(file: Path, width: int, height: int) -> Path:
-    """A PNG that claims a size and holds no pixel."""
+    """A PNG whose header declares a size, without pixels."""
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b""))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
     return file
 
 
-def test_huge_pictures_are_refused_from_the_header(tmp_path, monkeypatch):
-    def decoded(self):
-        raise AssertionError("pixels were asked for")
+def test_huge_pictures_are_refused_from_the_header_alone(tmp_path, monkeypatch):
+    def load(self):
+        raise AssertionError("pixels were decoded")
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     huge = header_only(tmp_path / "huge.png", 30_000, 30_000)
     for function in (read_picture, picture_size):
-        assert "30000x30000 pixels; at most 400,000,000 are read" in refusal_of(huge, function)
+        assert "30000x30000 pixels; at most 400,000,000 are read" in complaint(huge, function)
     assert upright_size(header_only(tmp_path / "wide.png", 400, 300)) == (400, 300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow would warn above 89 million pixels and refuse above 179 million
         assert picture_size(header_only(tmp_path / "large.png", 20_000, 20_000)) == (20_000, 20_000)
 
 
-def test_long_and_narrow_is_fine(tmp_path):
+def test_long_and_narrow_picture_is_read(tmp_path):
     Image.new("1", (30_000, 200)).save(tmp_path / "long.png")
     assert read_picture(tmp_path / "long.png").size == picture_size(tmp_path / "long.png") == (30_000, 200)
 
 
-def test_the_limit_of_pillow_is_left_as_it_was(tmp_path):
-    said = subprocess.run([sys.executable, "-c", "from PIL import Image; a = Image.MAX_IMAGE_PIXELS; import data; "
-                           "print(a == Image.MAX_IMAGE_PIXELS)"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert said.stdout == "True\n", said.stderr
+def test_pixel_limit_of_pillow_is_unchanged_by_import_and_reading(tmp_path):
+    code = "from PIL import Image; a = Image.MAX_IMAGE_PIXELS; import data; print(a == Image.MAX_IMAGE_PIXELS)"
+    done = run_script("-c", code)
+    assert done.stdout == "True\n", done.stderr
     limit = Image.MAX_IMAGE_PIXELS
     Image.fromarray(noise(4, 4)).save(tmp_path / "good.png")
     read_picture(tmp_path / "good.png")
-    refusal_of(header_only(tmp_path / "bad.png", 30_000, 30_000))
-    refusal_of(tmp_path / "gone.png")
+    complaint(header_only(tmp_path / "bad.png", 30_000, 30_000))
+    complaint(tmp_path / "gone.png")
     assert Image.MAX_IMAGE_PIXELS == limit
 
 
-# ---- from pixels to squares
+# ---- resizing and the picture cache
 
-@pytest.mark.parametrize("width, height", [(101, 67), (67, 101), (64, 64), (3, 1000), (1000, 3), (63, 64), (7, 5), (4099, 4098)])
-def test_short_side_is_exact(width, height):
+@pytest.mark.parametrize("width, height", [
+    (101, 67), (67, 101), (64, 64), (3, 1000), (1000, 3), (63, 64), (7, 5), (4099, 4098)])
+def test_short_side_is_exact_after_resizing(width, height):
     for res in (32, 33, 64):
         resized = resize_to_cover(Image.new("RGB", (width, height)), res, res)
         assert min(resized.size) == res and (resized.width >= resized.height) == (width >= height)
         assert abs(max(resized.size) - res * max(width, height) / min(width, height)) <= 0.5
 
 
-def test_picture_of_the_right_size_is_not_changed():
+def test_picture_of_the_right_size_is_unchanged():
     pixels = noise(32, 48)
     assert np.array_equal(np.array(resize_to_cover(Image.fromarray(pixels), 32, 32)), pixels)
 
 
-def test_cache_is_bounded_and_keeps_what_was_used_last(noisy, monkeypatch):
+def test_picture_cache_is_bounded_and_drops_the_least_recently_used(noisy, monkeypatch):
     size = 40 * 56 * 3
     monkeypatch.setattr(data, "CACHE_BYTES", 2 * size)
     reads, read = [], data.read_picture
     monkeypatch.setattr(data, "read_picture", lambda path: reads.append(path.stem) or read(path))
     pictures = Pictures([noisy / f"{k}.png" for k in range(4)])
-    for k in (0, 1, 0, 2, 0, 1, 3):  # when 2 comes, 1 goes: 0 was used since
+    for k in (0, 1, 0, 2, 0, 1, 3):  # 2 displaces 1, because 0 was used since
         assert np.array_equal(pictures.resized(k, 40, 40), noise(40, 56, k))
         assert pictures._bytes == sum(pixels.nbytes for pixels in pictures._recent.values()) <= 2 * size
     assert "".join(reads) == "01213"
@@ -297,19 +291,19 @@ def test_cache_is_bounded_and_keeps_what_was_used_last(noisy, monkeypatch):
     assert list(pictures._recent) == [(2, 40, 40)] and pictures._bytes == size
 
 
-# ---- sizes, order
+# ---- sizes of crops
 
-def test_aspects_have_about_the_same_number_of_pixels_and_sides_that_divide():
-    sizes = aspect_sizes(1024, 32)
+def test_aspect_sizes_have_similar_areas_and_sides_that_divide():
+    sizes = data.aspect_sizes(1024, 32)
     assert len(sizes) == 11 and (1024, 1024) in sizes
     for height, width in sizes:
         assert height % 32 == width % 32 == 0 and abs(height * width / 1024**2 - 1) < 0.05
-        assert nearest_size(sizes, width, height) == (height, width)
-    assert nearest_size(sizes, 5000, 1000) == max(sizes, key=lambda size: size[1] / size[0])
-    assert max(map(max, aspect_sizes(1024, 32, most=1200))) <= 1200
+        assert data.nearest_size(sizes, width, height) == (height, width)
+    assert data.nearest_size(sizes, 5000, 1000) == max(sizes, key=lambda size: size[1] / size[0])
+    assert max(map(max, data.aspect_sizes(1024, 32, most=1200))) <= 1200
 
 
-def test_turned_picture_goes_by_its_upright_shape(tmp_path):
+def test_turned_picture_is_cropped_by_its_upright_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise(40, 80)).save(tmp_path / "turned.png", exif=exif)
@@ -325,15 +319,10 @@ def test_turned_picture_goes_by_its_upright_shape(tmp_path):
 
 # ---- the script
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
-
-
 def test_script_checks_a_good_folder(noisy):
-    done = run_script("check", noisy)
+    done = run_script("data.py", "check", noisy)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "5 pictures, 5 captions; median 56x40 px, short sides from 40 px\n"
+    assert done.stdout == "4 pictures, 4 captions; median 56x40 px, short sides from 40 px\n"
 
 
 def test_script_names_every_bad_picture(noisy, tmp_path):
@@ -342,7 +331,7 @@ def test_script_names_every_bad_picture(noisy, tmp_path):
     (tmp_path / "0.png").write_bytes((noisy / "0.png").read_bytes()[:400])
     (tmp_path / "2.png").write_text("no picture")
     listing(tmp_path, *({"file_name": f"{k}.png", "text": "a picture"} for k in range(3)))
-    done = run_script("check", tmp_path)
+    done = run_script("data.py", "check", tmp_path)
     assert done.returncode == 1
     first, second, summary = done.stdout.splitlines()
     assert first.startswith(f"error: {tmp_path}/0.png: not a complete picture (400 bytes")
@@ -351,34 +340,34 @@ def test_script_names_every_bad_picture(noisy, tmp_path):
 
 
 def test_script_names_a_bad_line(tmp_path):
-    done = run_script("check", listing(tmp_path, '{"file_name": '))
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/metadata.jsonl:1: ") and len(done.stderr.splitlines()) == 1
+    done = run_script("data.py", "check", listing(tmp_path, '{"file_name": '))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"error: {tmp_path}/metadata.jsonl:1: ")
 
 
-def test_script_encodes_once(photos, model, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder, ignore=shutil.ignore_patterns(".*"))
+def test_script_encodes_each_caption_once(photos, model, tmp_path):
+    folder = copy_of(photos, tmp_path / "photos")
     for encoded in (5, 0):
-        done = run_script("encode", folder, "--weights", model, "--device", "cpu")
+        done = run_script("data.py", "encode", folder, "--weights", model, "--device", "cpu")
         assert done.returncode == 0, done.stderr
         cache = Embeddings(folder / ".embeddings", model).cache
         assert done.stdout == f"{encoded} captions encoded, 5 in {cache}\n" and len(list(cache.iterdir())) == 5
 
 
-@pytest.mark.parametrize("flags, says", [(["--batch=0"], "--batch 0: give 1 or more"), (["--t5-length=0"], "T5 length 0: give 1 to 512"),
-                                         (["--t5-length=513"], "T5 length 513: give 1 to 512"),
-                                         (["--latents", "--res=100"], "--res 100: give a multiple of 32 at --factor 16")])
-def test_script_refuses_wrong_numbers_before_it_encodes(photos, model, monkeypatch, flags, says):
+@pytest.mark.parametrize("flags, reason", [
+    (["--batch=0"], "--batch 0: give 1 or more"), (["--t5-length=0"], "T5 length 0: give 1 to 512"),
+    (["--t5-length=513"], "T5 length 513: give 1 to 512"),
+    (["--latents", "--res=100"], "--res 100: give a multiple of 32 at --factor 16")])
+def test_script_refuses_wrong_numbers_before_it_encodes(photos, model, monkeypatch, flags, reason):
     monkeypatch.setattr(sys, "argv", ["data.py", "encode", str(photos), f"--weights={model}", *flags])
     monkeypatch.setattr(SD3Text, "load", None)
-    with pytest.raises(SystemExit, match=f"^error: {says}"):
+    with pytest.raises(SystemExit, match=f"^error: {reason}"):
         data.main()
 
 
 def test_script_ends_with_one_line_without_a_model(photos, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder, ignore=shutil.ignore_patterns(".*"))
-    done = run_script("encode", folder, "--weights", tmp_path / "nowhere", "--device", "cpu")
+    folder = copy_of(photos, tmp_path / "photos")
+    done = run_script("data.py", "encode", folder, "--weights", tmp_path / "nowhere", "--device", "cpu")
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and line.startswith("error: ") and "nowhere" in line and "Traceback" not in done.stderr
     assert not (folder / ".embeddings").exists()

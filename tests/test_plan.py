@@ -1,4 +1,4 @@
-"""The plan against what a real step takes, the published models on the paper's machines, what is proposed where a run does not fit."""
+"""The memory plan: equal to a real step's memory, published models, the proposal where a run does not fit, FLOPs."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, seeded
 from torch.profiler import ProfilerActivity, profile
 
 import data
@@ -22,11 +23,9 @@ from training.plan import describe, flop_of_image, memory, total, verdict
 from training.resume import tensors_of
 from training.settings import GIB, Machine, Settings, settle
 
-ROOT = Path(__file__).parents[1]
-
 
 def allocated(prof: profile, folder: Path) -> list[int]:
-    """Bytes that torch's CPU allocator held after each of its calls, relative to the first."""
+    """Bytes that torch's CPU allocator held after each of its calls, relative to the start."""
     prof.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     changes = sorted((e["ts"], k, e["args"]["Bytes"]) for k, e in enumerate(events) if e.get("name") == "[memory]")
@@ -42,17 +41,18 @@ def settled(s: Settings) -> tuple:
     return settle(s, family), family, config, vae_config
 
 
-@pytest.mark.parametrize("name, changed", [("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}),
-                                           ("tiny-flux", {"res": 128})])
-def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, changed):
+@pytest.mark.parametrize("name, changed", [
+    ("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}), ("tiny-flux", {"res": 128})])
+def test_plan_equals_the_memory_of_a_real_step(settings, folders, tmp_path, name, changed):
     s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
     card, _ = memory(s, family, config, vae_config, 1)
 
     model = build(s, family, find(s.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
-    side, generator = s.res // 16, torch.Generator().manual_seed(0)
+    side, generator = s.res // 16, seeded(0)
     latent, noise = torch.randn(2, s.batch, 16, side, side, generator=generator)
     context = torch.randn(s.batch, family.text_tokens(None), config.context_dim, generator=generator)
-    pooled, sigma = torch.randn(s.batch, config.pooled_dim, generator=generator), torch.rand(s.batch, generator=generator)
+    pooled = torch.randn(s.batch, config.pooled_dim, generator=generator)
+    sigma = torch.rand(s.batch, generator=generator)
     guidance = None if s.guidance is None else torch.full_like(sigma, s.guidance)
 
     def step() -> None:
@@ -62,15 +62,15 @@ def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, chang
         train.objective(s.objective, velocity, latent, noise, sigma, weight, s.bands, s.huber).backward()
 
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)  # there before, so that what is measured is the rest
+        p.grad = torch.zeros_like(p)  # allocated before the measurement, which is of activations alone
     step()  # the first call fills its own caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     optimizer.step()
     moments = tensors_of(model, {}, optimizer, 1)
-    assert card["parameters"] == sum(p.nbytes for p in model.parameters()) == sum(p.grad.nbytes for p in model.parameters())
-    assert card["gradients"] == card["parameters"]
+    assert card["parameters"] == sum(p.nbytes for p in model.parameters())
+    assert card["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     assert card["optimizer"] == sum(t.nbytes for key, t in moments.items() if key.startswith("exp_avg"))
     measured = max(allocated(prof, tmp_path))
     assert abs(card["activations"] / measured - 1) < 0.1
@@ -78,7 +78,7 @@ def test_plan_is_what_a_real_step_takes(settings, folders, tmp_path, name, chang
 
 @pytest.fixture
 def planned(capsys):
-    """planned("--model=flux", ...): what train.py prints."""
+    """planned("--model=flux", ...): the output of train.py."""
     def of(*flags: str) -> str:
         train.main(flags)
         return capsys.readouterr().out
@@ -89,18 +89,20 @@ def rows(table: str) -> dict[str, float]:
     return {m[1].strip(): float(m[2]) for line in table.splitlines() if (m := re.match(r"(.{28}) *([\d.]+) GiB", line))}
 
 
-def test_what_the_readme_says_of_the_papers_machines_is_what_is_printed(planned):
-    """Every row of the README's table of plans: its flags, GiB on one card, GiB on a host, verdict."""
-    table = re.findall(r"^\| `(--model \S+ --plan [^`]+)` \| ([\d.]+) \| ([\d.]+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.M)
+def test_every_plan_in_the_readme_is_the_printed_one(planned):
+    """Each row of its table: flags, GiB on one card, GiB on a host, verdict."""
+    row = r"^\| `(--model \S+ --plan [^`]+)` \| ([\d.]+) \| ([\d.]+) \| (.+) \|$"
+    table = re.findall(row, (ROOT / "README.md").read_text(), re.M)
     assert len(table) >= 6
-    for flags, card, host, says in table:
+    for flags, card, host, verdict_in_readme in table:
         printed = planned(*flags.split())
         sums = rows(printed)
-        assert sums["on one card"] == float(card) and next(v for k, v in sums.items() if k.startswith("on a host")) == float(host)
-        assert printed.splitlines()[-1] == says
+        assert sums["on one card"] == float(card)
+        assert next(v for k, v in sums.items() if k.startswith("on a host")) == float(host)
+        assert printed.splitlines()[-1] == verdict_in_readme
 
 
-def test_published_sizes_are_those_of_the_published_files(planned):
+def test_planned_parameters_of_flux_are_those_of_the_published_file(planned):
     usual = "--model=flux", "--plan=1x80", "--res=512", "--batch=1"
     flux, halved = rows(planned(*usual)), rows(planned(*usual, "--state=bf16"))
     assert flux["parameters"] == pytest.approx(11_901_408_320 * 4 / GIB, abs=0.01)
@@ -108,7 +110,7 @@ def test_published_sizes_are_those_of_the_published_files(planned):
     assert halved["parameters"] == pytest.approx(flux["parameters"] / 2, abs=0.01)
 
 
-def test_manifest_or_folder_or_name_may_be_planned(planned, folders, tmp_path):
+def test_plan_of_a_manifest_equals_that_of_its_folder(planned, folders, tmp_path):
     shapes = {name: list(t.shape) for name, t in open_weights(folders / "tiny-flux" / "flux.safetensors").items()}
     (tmp_path / "manifest.json").write_text(json.dumps({"tensors": shapes}))
     folder, manifest = (planned(f"--weights={path}", "--plan=2x80", "--res=256", "--batch=2")
@@ -116,19 +118,19 @@ def test_manifest_or_folder_or_name_may_be_planned(planned, folders, tmp_path):
     assert rows(folder)["parameters"] == rows(manifest)["parameters"] and "it fits" in folder
 
 
-def test_what_is_no_manifest_is_refused(tmp_path):
+def test_json_file_that_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "index.json").write_text('{"weight_map": {}}')
     with pytest.raises(SystemExit, match="^error: .*index.json: no manifest"):
         train.main(["--plan=2x80", f"--weights={tmp_path}/index.json"])
 
 
-def test_averaged_weights_of_an_offloaded_model_lie_on_the_host(planned):
+def test_averaged_weights_of_an_offloaded_model_are_on_the_host(planned):
     flags = "--model=sd3", "--plan=2x80", "--res=1024", "--batch=2", "--shard=zero2", "--offload"
     without, averaged = rows(planned(*flags)), rows(planned(*flags, "--ema=0.99"))
     assert averaged["on one card"] == without["on one card"] and "averaged weights" in averaged
 
 
-def test_sharding_divides_and_accumulation_shrinks(settings, folders):
+def test_sharding_divides_parameters_and_accumulation_shrinks_activations(settings, folders):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", batch=8))
 
     def card(ranks: int, **changed: object) -> dict[str, int]:
@@ -140,16 +142,16 @@ def test_sharding_divides_and_accumulation_shrinks(settings, folders):
     assert card(1, ema=0.9)["averaged weights"] == alone["parameters"]
 
 
-@pytest.mark.parametrize("room, says", [(0.999, "--activations recompute makes it fit"),
-                                        (0.45, "recompute --accumulate 4 --state bf16 make it fit"),
-                                        (0.001, "no flag makes it fit")])
-def test_smallest_change_is_proposed(settings, folders, room, says):
+@pytest.mark.parametrize("share, proposal", [(0.999, "--activations recompute makes it fit"),
+                                             (0.45, "recompute --accumulate 4 --state bf16 make it fit"),
+                                             (0.001, "no flag makes it fit")])
+def test_smallest_change_that_fits_is_proposed(settings, folders, share, proposal):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", res=512, batch=4))
     size = total(memory(s, family, config, vae_config, 1)[0])
     table, advice = verdict(s, family, config, vae_config, Machine(1, size))
     assert table.endswith("it fits") and not advice
-    table, advice = verdict(s, family, config, vae_config, Machine(1, int(room * size)))
-    assert says in advice and table.endswith(f"it does not fit: {advice}")
+    table, advice = verdict(s, family, config, vae_config, Machine(1, int(share * size)))
+    assert proposal in advice and table.endswith(f"it does not fit: {advice}")
 
 
 def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeypatch):
@@ -182,5 +184,5 @@ def test_flop_of_flux_by_hand():
     assert flop_of_image(Flux, config, 8, 3) == 3 * 2 * (blocks + attention + ends + vectors)
 
 
-def test_pictures_in_memory_are_what_a_rank_keeps():
+def test_planned_picture_memory_is_the_size_of_the_picture_cache():
     assert plan.PICTURES == data.CACHE_BYTES

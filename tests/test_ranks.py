@@ -1,56 +1,54 @@
-"""Several processes: every division of the work gives the same run, buckets overlap with backward, ranks fail and stop together."""
+"""Several processes: every division of the work gives the same run; gradient buckets; ranks fail and stop together."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import CAPTIONS, broken_folder, copy_of, log_of, run_script
 from safetensors.torch import load_file
 from torch import nn
 
 import train
 from training.resume import newest
 
-ROOT = Path(__file__).parents[1]
 
-
-def on_ranks(count: int, cases: list[dict], folder: Path, restarts: int = 0) -> subprocess.CompletedProcess:
-    """Run the cases of tests/on_ranks.py on that many gloo ranks."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}",
-               "--monitor-interval=0.1", str(ROOT / "tests" / "on_ranks.py"), str(folder / "cases.json")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def on_ranks(count: int, cases: list[dict], folder: Path, restarts: int = 0) -> str:
+    """Run the cases of tests/on_ranks.py on `count` gloo ranks; returns what they printed. Asserts that they finish."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    done = run_script("tests/on_ranks.py", file, ranks=count, restarts=restarts, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def seen(out: Path, rank: int = 0) -> dict:
+    """The losses and the error of one rank."""
     return json.loads((out / f"seen-{rank}.json").read_text())
 
 
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def losses_of(out: Path) -> list[float]:
+    return [row["loss"] for row in log_of(out)]
 
 
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
+def exported(out: Path) -> dict[str, torch.Tensor]:
+    """The transformer in the file that a run wrote."""
     (file,) = out.glob("*.safetensors")
     return {name: t for name, t in load_file(file).items() if not name.startswith("first_stage_model.")}
 
 
 def difference(one: Path, other: Path) -> tuple[float, float]:
-    """Largest relative difference of the losses; of the weights, tensor by tensor."""
-    a, b = log_of(one), log_of(other)
-    assert [row["step"] for row in a] == [row["step"] for row in b]
-    x, y = weights_of(one), weights_of(other)
+    """The largest relative difference of the losses, and that of the exported tensors."""
+    assert [row["step"] for row in log_of(one)] == [row["step"] for row in log_of(other)]
+    x, y = exported(one), exported(other)
     assert x.keys() == y.keys()
-    return (max(abs(m["loss"] - n["loss"]) / m["loss"] for m, n in zip(a, b, strict=True)),
+    return (max(abs(a - b) / a for a, b in zip(losses_of(one), losses_of(other), strict=True)),
             max(((x[name] - y[name]).norm() / x[name].norm()).item() for name in x))
 
 
-# ---- the same run, whoever computes it
+# ---- the same run, however it is divided
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
 def test_every_division_of_the_work_gives_the_same_five_steps(settings, folders, tmp_path, name):
@@ -58,138 +56,127 @@ def test_every_division_of_the_work_gives_the_same_five_steps(settings, folders,
     train.train(settings(**usual, out=tmp_path / "one"))
     train.train(settings(**usual, out=tmp_path / "one-2", accumulate=2))
 
-    def case(kind: str, accumulate: int, **more: object) -> dict:
+    def case(kind: str, n: int) -> dict:
         changed = {"shard": kind} if kind.startswith("zero") else {}
-        return {"flags": settings.flags(**usual, accumulate=accumulate, out=tmp_path / f"{kind}-{accumulate}", **changed)} | more
+        flags = settings.flags(**usual, accumulate=n, out=tmp_path / f"{kind}-{n}", **changed)
+        return {"flags": flags, "ddp": kind}
 
-    two = [case(kind, accumulate, ddp=kind) for kind in ("ours", "torch", "zero2", "zero3") for accumulate in (1, 2)]
-    four = [{"flags": settings.flags(**usual, accumulate=n, out=tmp_path / f"four-{n}")} for n in (1, 2)]
-    for count, cases in ((2, two), (4, four)):
-        done = on_ranks(count, cases, tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(2, [case(kind, n) for kind in ("ours", "torch", "zero2", "zero3") for n in (1, 2)], tmp_path)
+    on_ranks(4, [case("four", n) for n in (1, 2)], tmp_path)
     for out in ("one-2", *(f"{kind}-{n}" for kind in ("four", "ours", "torch", "zero2", "zero3") for n in (1, 2))):
         losses, weights = difference(tmp_path / "one", tmp_path / out)
         assert losses <= 1e-6 and weights <= 1e-6, out
 
 
-def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(settings, folders, tmp_path):
-    cases = []
-    for kind, changed in (("none", {}), ("zero2", {"shard": "zero2"}), ("zero3", {"shard": "zero3", "state": "bf16", "ema_on_host": True})):
+def test_resumed_run_on_two_ranks_equals_the_uninterrupted_one_bit_for_bit(settings, folders, tmp_path):
+    cases, kinds = [], {"none": {}, "zero2": {"shard": "zero2"},
+                        "zero3": {"shard": "zero3", "state": "bf16", "ema_on_host": True}}
+    for kind, changed in kinds.items():
         usual = dict(steps=6, ema=0.9, save_every=10, weights=folders / "tiny-sd3") | changed
-        cases += [{"flags": settings.flags(**usual, out=tmp_path / f"{kind}-whole")},
+        cases += [{"flags": settings.flags(**usual, out=tmp_path / f"{kind}-one")},
                   {"flags": settings.flags(**usual, out=tmp_path / f"{kind}-parts"), "stop": 3},
                   {"flags": settings.flags(**usual, out=tmp_path / f"{kind}-parts")}]
-    done = on_ranks(2, cases, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stopped after step 3; the same command resumes there") == 3
-    for kind in ("none", "zero2", "zero3"):
-        whole, parts = newest(tmp_path / f"{kind}-whole"), newest(tmp_path / f"{kind}-parts")
-        files = sorted(file.name for file in whole.glob("*.safetensors"))
-        assert len(files) == 2 and files == sorted(file.name for file in parts.glob("*.safetensors"))
+    printed = on_ranks(2, cases, tmp_path)
+    assert printed.count("stopped after step 3; the same command resumes there") == 3
+    for kind in kinds:
+        one, parts = tmp_path / f"{kind}-one", tmp_path / f"{kind}-parts"
+        files = sorted(file.name for file in newest(one).glob("*.safetensors"))
+        assert len(files) == 2 and files == sorted(file.name for file in newest(parts).glob("*.safetensors"))
         for file in files:
-            a, b = load_file(whole / file), load_file(parts / file)
+            a, b = load_file(newest(one) / file), load_file(newest(parts) / file)
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        assert [row["loss"] for row in log_of(whole.parents[1])] == [row["loss"] for row in log_of(parts.parents[1])]
+        assert losses_of(one) == losses_of(parts)
 
 
 def test_run_resumes_with_another_number_of_ranks(settings, folders, tmp_path):
-    usual = dict(weights=folders / "tiny-sd3", ema=0.9, save_every=2, lr=1e-4)
-    train.train(settings(**usual, out=tmp_path / "one", steps=8))
-    for count, steps, changed in ((2, 2, {"shard": "zero2"}), (1, 4, {}), (4, 6, {"shard": "zero3"}), (2, 8, {})):
-        if count == 1:
-            train.train(settings(**usual, out=tmp_path / "parts", steps=steps, **changed))
-        else:
-            done = on_ranks(count, [{"flags": settings.flags(**usual, out=tmp_path / "parts", steps=steps, **changed)}], tmp_path)
-            assert done.returncode == 0, done.stderr[-3000:]
+    usual = dict(weights=folders / "tiny-sd3", ema=0.9, save_every=2, lr=1e-4, out=tmp_path / "parts")
+    train.train(settings(**usual | {"out": tmp_path / "one"}, steps=8))
+    on_ranks(2, [{"flags": settings.flags(**usual, steps=2, shard="zero2")}], tmp_path)
+    train.train(settings(**usual, steps=4))
+    on_ranks(4, [{"flags": settings.flags(**usual, steps=6, shard="zero3")}], tmp_path)
+    on_ranks(2, [{"flags": settings.flags(**usual, steps=8)}], tmp_path)
     losses, weights = difference(tmp_path / "one", tmp_path / "parts")
     assert losses < 1e-5 and weights < 1e-5
 
 
-def test_killed_rank_is_started_again_and_the_weights_are_right(settings, folders, tmp_path):
+def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings, folders, tmp_path):
     usual = dict(weights=folders / "tiny-sd3", steps=6, save_every=2, lr=1e-4)
     train.train(settings(**usual, out=tmp_path / "one"))
-    done = on_ranks(2, [{"flags": settings.flags(**usual, out=tmp_path / "out"), "die": [1, 5]}], tmp_path, restarts=3)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(seen(tmp_path / "out")["losses"]) == 2  # of steps 5 and 6: the checkpoint of step 4 was found
+    on_ranks(2, [{"flags": settings.flags(**usual, out=tmp_path / "out"), "die": [1, 5]}], tmp_path, restarts=3)
+    assert len(seen(tmp_path / "out")["losses"]) == 2  # of steps 5 and 6, after the checkpoint of step 4
     losses, weights = difference(tmp_path / "one", tmp_path / "out")
     assert losses < 1e-5 and weights < 1e-5
 
 
-def test_what_goes_wrong_on_one_rank_is_said_once_and_stops_all(settings, photos, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for file in (*photos.glob("*.png"), photos / "metadata.jsonl"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "1.png").write_bytes((photos / "1.png").read_bytes()[:-400])
-    cases = [{"flags": settings.flags(data=folder, steps=3, res=res, save_every=1, out=tmp_path / f"out-{res}")} for res in (96, 64)]
-    done = on_ranks(2, cases, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def errors_in(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_error_of_one_rank_stops_all_with_its_message(settings, photos, tmp_path):
+    folder = broken_folder(photos, tmp_path / "data", "truncated")
+    cases = [{"flags": settings.flags(data=folder, steps=3, res=res, save_every=1, out=tmp_path / f"out-{res}")}
+             for res in (96, 64)]
+    on_ranks(2, cases, tmp_path)
     for rank in (0, 1):
         assert ": its short side is 64 px, below --res 96" in seen(tmp_path / "out-96", rank)["error"]
-        assert "1.png: not a complete picture" in seen(tmp_path / "out-64", rank)["error"]
-    command = ["--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *settings.flags(data=folder, steps=3, save_every=1)]
-    for flags, says in (([], "1.png: not a complete picture"), (["--batch=3"], "--batch 3: give a multiple of 2, 2 ranks times --accumulate")):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command, *flags], cwd=ROOT, capture_output=True, text=True,
-                              timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode != 0 and len(lines) == 1 and says in lines[0], done.stderr[-2000:]
+        assert "2.png: not a complete picture" in seen(tmp_path / "out-64", rank)["error"]
 
 
-def test_port_in_use_is_said_in_one_line(settings):
+@pytest.mark.parametrize("changed, reason", [
+    ({}, "2.png: not a complete picture"),
+    ({"batch": 3}, "--batch 3: give a multiple of 2, 2 ranks times --accumulate")])
+def test_error_is_printed_once_for_all_ranks(settings, photos, tmp_path, changed, reason):
+    folder = broken_folder(photos, tmp_path / "data", "truncated")
+    done = run_script("train.py", *settings.flags(data=folder, steps=3, save_every=1, **changed), ranks=2, timeout=200)
+    (line,) = errors_in(done.stderr)
+    assert done.returncode != 0 and reason in line
+
+
+def test_port_in_use_is_refused_in_one_line(settings):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         where = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *settings.flags()], cwd=ROOT, capture_output=True, text=True,
-                              timeout=120, env=os.environ | where)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        done = run_script("train.py", *settings.flags(), timeout=120, **where)
+    (line,) = errors_in(done.stderr)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(lines) == 1 and lines[0].startswith(f"error: ranks meet at 127.0.0.1:{port}: another run uses this port; give torchrun")
+    assert line.startswith(f"error: ranks meet at 127.0.0.1:{port}: another run uses this port; give torchrun")
 
 
-def test_bf16_is_close_to_fp32_however_it_is_divided(settings, folders, tmp_path):
-    usual, cases = dict(steps=3, lr=1e-4, save_every=10, dtype="bf16"), []
-    for name in ("tiny-sd3", "tiny-flux"):
-        train.train(settings(**usual | {"dtype": "fp32"}, weights=folders / name, out=tmp_path / name / "fp32"))
-        for kind, changed in (("none", {}), ("zero2", {"shard": "zero2"}),
-                              ("zero3", {"shard": "zero3", "state": "bf16", "activations": "recompute", "ema": 0.9})):
-            cases.append({"flags": settings.flags(**usual, **changed, weights=folders / name, out=tmp_path / name / kind)})
-            (tmp_path / name).mkdir(exist_ok=True)
-    done = on_ranks(2, cases, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("tiny-sd3", "tiny-flux"):
-        exact = [row["loss"] for row in log_of(tmp_path / name / "fp32")]
-        for kind in ("none", "zero2", "zero3"):
-            assert [row["loss"] for row in log_of(tmp_path / name / kind)] == pytest.approx(exact, rel=0.01)
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
+def test_losses_in_bf16_are_close_to_fp32_however_the_work_is_divided(settings, folders, tmp_path, name):
+    usual = dict(steps=3, lr=1e-4, save_every=10, weights=folders / name)
+    kinds = {"none": {}, "zero2": {"shard": "zero2"},
+             "zero3": {"shard": "zero3", "state": "bf16", "activations": "recompute", "ema": 0.9}}
+    train.train(settings(**usual, out=tmp_path / "fp32"))
+    on_ranks(2, [{"flags": settings.flags(**usual, **changed, dtype="bf16", out=tmp_path / kind)}
+                 for kind, changed in kinds.items()], tmp_path)
+    for kind in kinds:
+        assert losses_of(tmp_path / kind) == pytest.approx(losses_of(tmp_path / "fp32"), rel=0.01)
 
 
 @pytest.mark.slow
-def test_two_ranks_train_from_captions_to_a_picture(settings, folders, photos, tmp_path):
-    """A minute or two: encode, train, export, draw, each by its command."""
+def test_two_ranks_encode_and_train_and_a_picture_is_drawn_with_the_result(settings, folders, photos, tmp_path):
+    """A minute or two: every step by its command."""
     def run(*command: object, ranks: int = 1) -> str:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *start, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = run_script(*command, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    data, out, weights = tmp_path / "data", tmp_path / "out", folders / "tiny-sd3"
-    data.mkdir()
-    for file in (*photos.glob("*.png"), photos / "metadata.jsonl"):
-        (data / file.name).write_bytes(file.read_bytes())
-    said = run("data.py", "encode", data, "--weights", weights, "--device", "cpu", "--latents", "--res", 64, ranks=2)
-    assert "rank 0 of 2: 3 captions encoded, 5 in" in said and "rank 1 of 2: 2 captions encoded, 5 in" in said
-    flags = settings.flags(weights=weights, data=data, out=out, batch=8, lr=1e-3, warmup=10, ema=0.98, cache_latents=True, drop_caption=0,
-                           save_every=50, sample_every=100, save_dtype="fp16")
-    said = run("train.py", *flags, "--steps=200", ranks=2)
-    assert said.endswith(f"wrote {out}/sd3.safetensors\n")
-    loss = [row["loss"] for row in log_of(out)]
+    data, out, weights = copy_of(photos, tmp_path / "data"), tmp_path / "out", folders / "tiny-sd3"
+    printed = run("data.py", "encode", data, "--weights", weights, "--device", "cpu", "--latents", "--res", 64, ranks=2)
+    for line in ("rank 0 of 2: 3 captions encoded, 5 in", "rank 1 of 2: 2 captions encoded, 5 in"):
+        assert line in printed
+    flags = settings.flags(weights=weights, data=data, out=out, batch=8, warmup=10, ema=0.98, cache_latents=True,
+                           drop_caption=0, steps=200, save_every=50, sample_every=100, save_dtype="fp16")
+    assert run("train.py", *flags, ranks=2).endswith(f"wrote {out}/sd3.safetensors\n")
+    loss = losses_of(out)
     assert sum(loss[-20:]) < 0.5 * sum(loss[:20])
     assert (out / "samples" / "step-00000200.png").exists() and newest(out).name == "step-00000200"
     run("train.py", "--export", "--out", out, "--save-dtype", "bf16")
-    run("sample.py", "--weights", weights, "--transformer", out / "sd3.safetensors", "--res", 64, "--steps", 4, "--device", "cpu",
-        "--prompt", "a red boat on a quiet lake at dawn", "--out", tmp_path / "boat.png")
+    run("sample.py", "--weights", weights, "--transformer", out / "sd3.safetensors", "--res", 64, "--steps", 4,
+        "--device", "cpu", "--prompt", CAPTIONS[0], "--out", tmp_path / "boat.png")
     assert (tmp_path / "boat.png").stat().st_size > 1000
 
 
@@ -216,31 +203,36 @@ class Chain(nn.Module):
         return x
 
 
-def test_buckets_are_launched_while_backward_is_under_way(group_of_one, monkeypatch):
+def test_buckets_are_sent_during_backward(group_of_one, monkeypatch):
     monkeypatch.setattr(train, "BUCKET_BYTES", 2 * 33 * 32 * 4)
     model, events, all_reduce = Chain(), [], dist.all_reduce
     model.idle.requires_grad_(False)
-    monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: events.append("launch") or all_reduce(*args, **options))
+
+    def watched(*inputs, **options):
+        events.append("launch")
+        return all_reduce(*inputs, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", watched)
     ddp = train.DDP(model)
     assert len(ddp.buckets) == 3 and sum(len(bucket.parameters) for bucket in ddp.buckets) == 10
     model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: events.append("first layer"))
     model.layers[2].weight.register_post_accumulate_grad_hook(lambda _: events.append("third layer"))
     ddp.zero()
     model(torch.randn(3, 32)).sum().backward()
-    assert events.index("launch") < events.index("third layer") < events.index("first layer") and events.count("launch") >= 2
+    assert events.index("launch") < events.index("third layer") < events.index("first layer")
+    assert events.count("launch") >= 2
     ddp.wait()
     assert events.count("launch") == 3
 
 
-def test_parameter_that_one_rank_or_none_uses_has_the_gradient_of_a_single_process(tmp_path):
-    done = on_ranks(2, [{"unused": True}], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["everywhere 1.5, first rank 0.5, nowhere None"]
+def test_parameter_that_some_ranks_do_not_use_has_the_gradient_of_a_single_process(tmp_path):
+    printed = on_ranks(2, [{"unused": True}], tmp_path)
+    assert printed.splitlines() == ["everywhere 1.5, first rank 0.5, nowhere None"]
 
 
 def test_nothing_is_sent_before_the_last_pass_of_an_accumulated_step(group_of_one, monkeypatch):
     model, calls, all_reduce = Chain(), [], dist.all_reduce
-    monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: calls.append(1) or all_reduce(*args, **options))
+    monkeypatch.setattr(dist, "all_reduce", lambda *inputs, **more: calls.append(1) or all_reduce(*inputs, **more))
     ddp, x = train.DDP(model), torch.randn(2, 3, 32)
     ddp.zero()
     ddp.last_backward = False

@@ -1,21 +1,23 @@
-"""Haar bands and the WLF loss: identities, the official numbers, refusals."""
+"""Haar bands, the WLF loss and the objectives: identities, the official numbers, refusals."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import seeded
 from golden import distance
 from safetensors.torch import load_file
 
 from flow import denoised, interpolate, loss_weight
-from wavelet import band_losses, haar_join, haar_split, wlf_loss
+from wavelet import band_losses, haar_join, haar_split, objective, wlf_loss
 
 DATA = Path(__file__).parent / "data"
 EVEN_SHAPES = ["1x4x8x12", "2x16x10x6"]  # the golden's other two cases have an odd side
 
 
 def pair(*shape: int, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
 
 
@@ -42,7 +44,7 @@ def test_bands_of_one_block_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_dtype_is_kept(dtype):
+def test_split_and_join_preserve_the_dtype(dtype):
     z, _ = pair(1, 2, 4, 4, dtype=dtype)
     assert haar_split(z).dtype == dtype and haar_join(haar_split(z)).dtype == dtype
     assert wlf_loss(z, z).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -183,3 +185,55 @@ def test_wrong_arguments_are_refused():
         wlf_loss(z, z[:1])
     with pytest.raises(ValueError, match="multiple of 4"):
         haar_join(torch.zeros(1, 6, 2, 2))
+
+
+# ---- the objectives
+
+EQUAL = (1.0, 1.0, 1.0, 1.0)
+
+
+def inputs_of_a_step() -> tuple[torch.Tensor, ...]:
+    """Velocity, latent and noise, (3, 16, 6, 4); sigma and weight, (3,)."""
+    generator = seeded(0)
+    velocity, latent, noise = torch.randn(3, 3, 16, 6, 4, generator=generator, dtype=torch.float64)
+    sigma, weight = torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    return velocity, latent, noise, sigma, weight
+
+
+@pytest.mark.parametrize("name, factor", [
+    ("paper", lambda sigma: 1), ("velocity", lambda sigma: 1), ("release", lambda sigma: sigma**2),
+    ("noise", lambda sigma: (1 - sigma) ** 2)])
+def test_objective_with_equal_bands_is_the_velocity_loss_times_its_factor(name, factor):
+    velocity, latent, noise, sigma, weight = inputs_of_a_step()
+    error = (velocity - (noise - latent)).square().mean((1, 2, 3))
+    expected = (weight * factor(sigma) * error).mean()
+    loss = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0)
+    assert abs(loss - expected) < (1e-6 if name == "velocity" else 1e-12)  # "velocity" is computed in fp32
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_gradients_differ_from_the_velocity_loss_only_with_bands_or_huber(name):
+    _, latent, noise, sigma, weight = inputs_of_a_step()
+
+    def gradient(bands: tuple[float, ...] | None, huber: float) -> torch.Tensor:
+        velocity = inputs_of_a_step()[0].requires_grad_()
+        if bands is None:
+            error = (velocity - (noise - latent)).square().mean((1, 2, 3))
+            loss = (weight * error * (sigma**2 if name == "release" else 1)).mean()
+        else:
+            loss = objective(name, velocity, latent, noise, sigma, weight, bands, huber)
+        return torch.autograd.grad(loss, velocity)[0]
+
+    plain = gradient(None, 0.0)
+    assert distance(gradient(EQUAL, 0.0), plain) < 1e-12
+    for bands, huber in (((1.0, 2.0, 2.0, 4.0), 0.0), (EQUAL, 0.1)):
+        other = gradient(bands, huber)
+        assert 1 - F.cosine_similarity(other.flatten(), plain.flatten(), dim=0) > 0.01
+
+
+def test_band_of_weight_zero_does_not_count():
+    _, latent, noise, sigma, weight = inputs_of_a_step()
+    velocity = noise - latent + 0.5  # the error is in LL alone: 0.5 everywhere is 1 in LL
+    only_ll = objective("paper", velocity, latent, noise, sigma, torch.ones_like(sigma), (1, 0, 0, 0), 0.0)
+    assert abs(only_ll - 0.25) < 1e-12
+    assert objective("paper", velocity, latent, noise, sigma, weight, (0, 1, 1, 1), 0.0) < 1e-24
