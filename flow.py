@@ -60,8 +60,7 @@ def sample_sigma(batch: int, density: str = "uniform", shift: float = 1.0, mean:
                logit_normal  sigmoid(mean + std·normal), the release's for SD3 (shift 3)
                mode          1 - u - 1.29·(cos²(πu/2) - 1 + u), u uniform
     shift      time shift applied after the draw
-    mean, std  of the logit. A mean above 0 draws noisier levels, as in the SD3 paper; in diffusers, which draws an
-               index into a falling table, it has the opposite sign
+    mean, std  of the logit. mean > 0 draws noisier levels (SD3's convention; the sign in diffusers is opposite)
     generator  it draws on its own device: a CPU generator gives the same levels on every device
     returns    (B,) fp32 in (0, 1], continuous (the release rounds to 1000 levels)
     """
@@ -110,8 +109,8 @@ def _check_steps(steps: int) -> None:
 def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
     """SD3's schedule, (steps + 1,) fp32 on the CPU from 1 to 0; the shift is 3 for SD3 and SD3.5, also at 4K.
 
-    The reference shifts twice: its lowest level is already shifted when it becomes the end of the line, and then the
-    line is shifted. The last level before 0 is therefore higher than one shift makes it, as in all published results.
+    The reference shifts twice: it shifts the lowest level, builds the linspace to it, then shifts all of it. The last
+    level before 0 is therefore higher than one shift makes it, as in all published results.
     """
     _check_steps(steps)
     lowest = time_shift(torch.tensor(1 / SD3_TIMESTEPS, dtype=torch.float64), shift).item()
@@ -120,7 +119,7 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
 
 
 def flux_mu(tokens: int) -> float:
-    """Log of Flux's time shift for a number of image tokens, on a line that extends beyond its two points."""
+    """Log of Flux's time shift, linear in the number of image tokens, extrapolated beyond FLUX_MU."""
     (x0, y0), (x1, y1) = FLUX_MU
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
@@ -179,7 +178,7 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: T
     progress  show a bar on stderr
     returns   (B, C, h, w), the latent if sigmas end at 0
     """
-    levels = sigmas.tolist()  # the only wait for the device, and free for a CPU schedule
+    levels = sigmas.tolist()  # synchronises once; no cost if sigmas are on the CPU
     steps = list(pairwise(levels))
     if not steps or any(low >= high for high, low in steps):
         raise ValueError(f"sigmas must be two or more decreasing levels, got {levels}")

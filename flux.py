@@ -10,8 +10,8 @@ Check     python -m pytest tests/test_flux.py
                 hidden_size  depth  depth_single  head_dim  axes_dim    guidance
 flux1-dev              3072     19            38       128  16, 56, 56  embedded: the model is distilled on it
 flux1-schnell          3072     19            38       128  16, 56, 56  none
-Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch: no table ends, but quality falls beyond the
-sizes trained at.
+Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch: there is no table and no limit of size, but
+quality falls beyond the sizes trained at.
 """
 
 import math
@@ -51,7 +51,7 @@ class FluxConfig:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring channels of x (B, T, H, d) by rope (T, d/2), complex of modulus 1; the product is in fp32."""
+    """Rotate adjacent channel pairs of x (B, T, H, d) by rope (T, d/2), complex of modulus 1; product in fp32."""
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope[:, None]).flatten(-2)
 
 
@@ -81,7 +81,7 @@ class QKNorm(nn.Module):
         self.query_norm, self.key_norm = Scale(head_dim), Scale(head_dim)
 
     def forward(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, 3D), thirds with the heads inside each -> q, k, v (B, T, H, d); q and k normalised, scaled, turned."""
+        """(B, T, 3D), thirds with the heads inside each -> q, k, v (B, T, H, d); q and k normalised and rotated."""
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         return rotate(self.query_norm(q), rope).to(v.dtype), rotate(self.key_norm(k), rope).to(v.dtype), v
 
@@ -140,7 +140,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side: linear1 is qkv over the MLP's first layer, linear2 takes cat(attention, MLP)."""
+    """Attention and MLP in parallel: linear1 stacks qkv and the MLP's first layer, linear2 takes their outputs."""
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -160,7 +160,7 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, gate, self.linear2(both))
 
     def in_parts(self, normed: Tensor, rope: Tensor) -> Tensor:
-        """linear2(cat(attention, gelu(mlp))) by the two parts of each weight, without the maps of width 7D and 5D."""
+        """linear2(cat(attention, gelu(mlp))) by parts of the weights: no activation of width 7D or 5D is stored."""
         (qkv, mlp), (qkv_bias, mlp_bias) = (t.split(self.parts[0]) for t in (self.linear1.weight, self.linear1.bias))
         of_attention, of_mlp = self.linear2.weight.split(self.parts[1], dim=1)
         attention = layers.attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope))

@@ -2,8 +2,8 @@
 
 Mirrors   sd3-ref `mmdit` and flux `modules.layers`; formulas and gradients are tested by tests/test_layers.py
 Shapes    B batch · N tokens · H heads · D hidden_size
-Memory    a modulated LayerNorm in two operations stores the normalised tokens beside the tokens; a GELU before a linear
-          layer stores the widest activation of a block twice, in inference too. Both are one operation here
+Memory    as two operations, a modulated LayerNorm also saves the normalised tokens for backward, and a GELU before a
+          linear layer stores the widest activation of a block twice, in inference too: both are one operation here
 Check     python -m pytest tests/test_layers.py
 """
 
@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm per image; backward needs x alone."""
+    """layer_norm(x)·(1 + scale) + shift for x (B, N, D): an affine LayerNorm per image; saves only x for backward."""
     weight, bias = (1 + scale).squeeze(1).to(x.dtype), shift.squeeze(1).to(x.dtype)        # (B, D)
     if len(x) == 1:
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS)
@@ -122,14 +122,14 @@ class GELULinear(torch.autograd.Function):
         hidden, weight, active = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         for_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden, approximate="tanh")
-        if active is None or torch.is_grad_enabled():  # a second derivative needs the GELU, not its stored result
+        if active is None or torch.is_grad_enabled():  # double backward needs the GELU in the graph
             active = F.gelu(hidden, approximate="tanh")
         for_weight = rows.T @ active.flatten(0, -2)
         return for_hidden, for_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
 def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
-    """Linear layer on cond, whose SiLU is applied once for all blocks; the linear has index 1 in the checkpoint."""
+    """adaLN's linear layer; SiLU(cond) is computed once outside, and Identity keeps the checkpoint's index 1."""
     return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, chunks * hidden_size))
 
 

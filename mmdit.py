@@ -49,8 +49,8 @@ class MMDiTConfig:
 def sincos_table(hidden_size: int, side: int, base: float | None = None, offset: float = 0.0) -> Tensor:
     """Position table of a side x side grid for a new model; published models bring their own.
 
-    base     positions are divided by side/base: 64 with side 192 gives SD3's, in steps of 1/3; None leaves 0, 1, 2 …
-    offset   added to the positions after that
+    base     positions run from 0 to base in `side` steps (SD3: base 64, side 192, steps of 1/3); None: base = side
+    offset   added to the positions
     returns  (side², hidden_size), row by row; channels: column sines, column cosines, row sines, row cosines
     """
     quarter = hidden_size // 4
@@ -103,7 +103,7 @@ class Embedder(nn.Module):
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its width, as a linear product over patches; the result is channels-last."""
+    """Patch embedding, a convolution whose kernel is its stride, computed as a linear layer; channels-last."""
 
     def forward(self, latent: Tensor) -> Tensor:
         p = self.kernel_size[0]
@@ -111,7 +111,7 @@ class PatchConv(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)         # (B, D, h/p, w/p)
 
 
-# Modulation of a stream in a block, (B, 1, D) each; the last block's context has the first two, dual blocks have all
+# Modulation of a stream in a block, (B, 1, D) each: the first 6; 2 of the last block's context; 9 in dual attention
 Chunks = namedtuple("Chunks", "shift scale gate shift_mlp scale_mlp gate_mlp shift_2 scale_2 gate_2", defaults=[None]*7)
 
 

@@ -10,7 +10,7 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
           python sample.py --prompt "a dandelion at sunset" --res 4096 --steps 8                    3 minutes, 2.2 GiB
           python sample.py --prompt "a dandelion at sunset" --model tiny-flux                       the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
-Seeds     picture k of a prompt has the seed SEED + k and its own noise, drawn on the CPU, whatever else is drawn
+Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Check     python -m pytest tests/test_sample.py
 """
 
@@ -50,7 +50,7 @@ MOST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels that th
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn and how: the command line, in which None is left open until settle()."""
+    """What is drawn and how: the command line. None means not given; settle() fills it in."""
 
     prompt: list[str]
     prompts: str | None
@@ -59,9 +59,9 @@ class Settings:
     seed: int                 # of the first picture of each prompt
     count: int                # pictures per prompt
     out: str                  # folder, or the name of one picture
-    model: str
-    weights: str | None
-    transformer: str | None
+    model: str                # folder in models/
+    weights: str | None       # another model folder, as downloaded
+    transformer: str | None   # instead of that folder's
     steps: int | None
     cfg: float | None
     guidance: float | None    # None after settle(): the model has no such input
@@ -88,7 +88,7 @@ class Picture:
 
 
 def run(settings: Settings) -> None:
-    """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Every refusal comes before the long work."""
+    """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Arguments and files are checked first."""
     folder = model_folder(settings.model, settings.weights)
     family, transformer, vae_path = find(folder, settings.transformer)
     settings = settle(settings, family, transformer)
@@ -111,7 +111,7 @@ def encode(prompts: list[str], settings: Settings, folder: Path, family: Family)
     """Prompt -> context (1, L, C), pooled (1, P). The encoders are freed on return: T5-XXL is large."""
     dtype = torch.bfloat16 if settings.dtype == "fp16" else DTYPES[settings.dtype]  # T5 overflows in fp16
     text = family.text.load(folder, settings.device, dtype, family.t5_length)
-    # one at a time: rounding depends on the batch, and a picture must not
+    # one at a time: batching changes rounding, and a picture must not depend on the other prompts
     return {prompt: text.encode([prompt]) for prompt in dict.fromkeys(prompts)}
 
 
@@ -119,13 +119,14 @@ def encode(prompts: list[str], settings: Settings, folder: Path, family: Family)
 def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT | Flux, vae: VAE,
          sigmas: Tensor) -> tuple[Tensor, float]:
     """An image (3, H, W) in [-1, 1], and the seconds per step."""
-    (width, height), factor, weight = settings.size, settings.factor, next(model.parameters())
+    (width, height), factor = settings.size, settings.factor
+    weight = next(model.parameters())       # for its device and dtype
     pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
     context, pooled = (torch.cat(pair).to(weight) for pair in pairs)                              # (2, L, C), (2, P)
     velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance)
     noise = draw_noise([picture.seed], (model.config.in_channels, height // factor, width // factor)).to(weight.device)
     began = time.time()
-    latent = euler(velocity, noise, sigmas, progress=True)
+    latent = euler(velocity, noise, sigmas, progress=True)                 # (1, 16, h, w), fp32 around a bf16 model
     finite = bool(latent.isfinite().all())  # waits for the device, so that the clock counts its work
     s_per_step = (time.time() - began) / settings.steps
     image = vae.decode(latent.to(weight.dtype), factor)[0].float().cpu()
@@ -162,7 +163,7 @@ def write_picture(picture: Picture, image: Tensor, settings: Settings, model: st
 
 
 def settle(settings: Settings, family: Family, transformer: Weights) -> Settings:
-    """Resolve what is left open from the file's metadata, then the family; ValueError if it cannot be drawn."""
+    """Fill in what was not given: from the file's metadata, then the family; ValueError if it cannot be drawn."""
     mu, shift = settings.mu, settings.time_shift
     family.check_guidance(settings.guidance)
     if mu is not None:
@@ -181,7 +182,7 @@ def settle(settings: Settings, family: Family, transformer: Weights) -> Settings
     check_ranges(settings)
     if not (family.sigmas(settings.steps, settings.time_shift).diff() < 0).all():
         flag, near = (f"--time-shift {settings.time_shift:g}", 1) if mu is None else (f"--mu {mu:g}", 0)
-        raise ValueError(f"{flag}: leaves no {settings.steps} falling levels of noise; give one nearer to {near}")
+        raise ValueError(f"{flag}: some of the {settings.steps} noise levels coincide; give a value nearer to {near}")
     check_size(settings, family.config(transformer.part("model.diffusion_model.")).table_side)
     return settings
 
@@ -232,7 +233,7 @@ def read_prompts(settings: Settings) -> list[str]:
 def name_pictures(prompts: list[str], settings: Settings) -> list[Picture]:
     """One Picture per prompt and seed. Creates their folder and checks that it is writable, before any long work."""
     out, suffix, number = Path(settings.out), Path(settings.out).suffix.lower(), len(prompts) * settings.count
-    if out.is_dir() or suffix not in Image.registered_extensions():
+    if out.is_dir() or suffix not in Image.registered_extensions():  # a folder
         slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-") or "empty" for prompt in prompts]
         pictures = [Picture(prompt, seed, out / f"{i:03d}-{slugs[i]}-{seed}.png") for i, prompt in enumerate(prompts)
                     for seed in range(settings.seed, settings.seed + settings.count)]
@@ -251,29 +252,31 @@ def name_pictures(prompts: list[str], settings: Settings) -> list[Picture]:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument_group("what").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompts", metavar="FILE", help="one prompt per line")
-    add("--negative", default="", metavar="TEXT", help="what cfg leads away from (default: the empty prompt)")
-    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (1024)")
-    add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")
+    add("--prompts", metavar="FILE", help="text file with one prompt per line")
+    add("--negative", default="", metavar="TEXT", help="negative prompt (default: the empty prompt)")
+    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (default: "
+        "the file's metadata, else 1024)")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures per prompt, with seeds SEED, SEED+1 ... (default: 1)")
-    add("--out", default="out", metavar="DIR", help="folder, or the name of one .png, .jpg or .webp; a picture of the "
+    add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; a picture of the "
         "same prompt and seed there is replaced (default: out)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
     add("--weights", metavar="DIR", help="another model folder, as downloaded")
-    add("--transformer", metavar="FILE", help="this transformer instead of the folder's, as train.py wrote it")
-    add = parser.add_argument_group("sampling (default: the file's metadata, else that of its family)").add_argument
+    add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
+    add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
     add("--steps", type=int, help="Euler steps (SD3: 28, Flux-dev: 50, Flux-schnell: 4)")
     add("--cfg", type=float, help="classifier-free guidance; 1 is none and twice as fast (SD3: 7.0, Flux: 1)")
     add("--guidance", type=float, help="the guidance input of Flux-dev (3.5); other models have no such input")
-    add("--time-shift", type=float, help="of the schedule; above 1 spends more steps on noise (SD3: 3.0, Flux-dev: by "
-        "the number of tokens, Flux-schnell: 1)")
+    add("--time-shift", type=float, help="time shift of the schedule; above 1 spends more steps on noise (SD3: 3.0, "
+        "Flux-dev: by the number of tokens, Flux-schnell: 1)")
     add("--mu", type=float, help="logarithm of the time shift, Flux's name for it")
-    add("--factor", type=int, default=16, choices=(8, 16), help="of the VAE: 8 published, 16 partitioned (default: 16)")
+    add("--factor", type=int, default=16, choices=(8, 16),
+        help="pixels per latent position: 8 as published, 16 by the partition trick (default: 16)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    add("--dtype", choices=tuple(DTYPES), help="of the arithmetic (default: bf16 on cuda, fp32 on cpu)")
+    add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")
     return Settings(**vars(parser.parse_args(argv)))
 
 

@@ -132,7 +132,7 @@ class DDP:
 
 
 class Sync:
-    """Gradients averaged over the ranks: by DDP, by FSDP's own hooks, or not at all on one process."""
+    """One interface to DDP, to FSDP, which averages by its own hooks, and to a single process."""
 
     def __init__(self, model: nn.Module, sharded: bool):
         self.model = model
@@ -264,7 +264,7 @@ def stop_on_signals() -> Iterator[Event]:
 
 def train(settings: Settings) -> None:
     """The complete run, from checks to the exported file; resumes from OUT/checkpoints."""
-    job = on_all(lambda: look(settings))                   # every refusal is here
+    job = on_all(lambda: look(settings))                   # arguments, files and memory are checked here
     settings, device = job.settings, job.device
     if not rank():
         print(json.dumps(asdict(settings), indent=1), flush=True)
@@ -276,11 +276,11 @@ def train(settings: Settings) -> None:
     optimizer = new_optimizer(settings, model)
     ema = EMA(model, settings.ema, settings.ema_on_host)
     run = Run(settings, job.identity(), model, ema.copies, optimizer)
-    start = done = run.resume()
-    texts, latents = prepare_caches(job, model, vae)       # T5 is gone after this line
-    shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]
-    context, _ = texts.read([""])
-    run.begin(start, device, settings.res // settings.factor, context.shape[1])
+    start = done = run.resume()                            # complete steps
+    texts, latents = prepare_caches(job, model, vae)       # the text encoders are freed here
+    shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]    # the empty prompt is for cfg
+    empty, _ = texts.read([""])
+    run.begin(start, device, settings.res // settings.factor, empty.shape[1])
     tally, drawing = Tally(device), drawing_of(job, vae.config.latent_channels)
 
     read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
@@ -291,30 +291,30 @@ def train(settings: Settings) -> None:
         bar = tqdm(upcoming, initial=start, total=settings.steps, file=sys.stderr, disable=bool(rank()))
         for step, parts in bar:
             sync.zero()
-            losses = []                                    # of each sample, for the message if the step diverges
+            losses = []                                    # velocity loss of each sample, named if the step diverges
             for k, part in enumerate(parts):               # --accumulate passes of forward and backward
-                # data: the posterior of each picture, its caption
+                # data: a latent drawn from each posterior, the embedding of its caption
                 latent = encode(vae, part, settings, latents)                   # (B, 16, h, w)
                 context, pooled = texts.read(part.captions)                     # (B, L, C), (B, P)
-                # noise, drawn by the sample's own generator: no rank and no split shows in it
+                # noise: from each sample's own generator, so that it does not depend on the split of the batch
                 noise, sigma = part.noise.to(device), part.sigma.to(device)     # (B, 16, h, w), (B,)
                 z = interpolate(latent, noise, sigma)                           # (1 - sigma)·latent + sigma·noise
                 # predict
                 guidance = None if settings.guidance is None else torch.full_like(sigma, settings.guidance)
-                with autocast(settings):                                        # fp32 weights, bf16 products
+                with autocast(settings):                                        # --dtype bf16 of fp32 weights
                     velocity = model(z, sigma, context, pooled, guidance)       # (B, 16, h, w)
-                # loss: equation 4
+                # loss: equation 4, or another --objective
                 weight = loss_weight(sigma, settings.weighting)
                 loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
                                  settings.huber)
-                # backward; gradients travel with the last pass only
+                # backward; DDP reduces in the last pass only, FSDP in every one
                 sync.last_is(k + 1 == len(parts))
                 (loss / len(parts)).backward()
                 losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
             sync.wait()                                    # from here every p.grad is the average over the ranks
 
             norm = clip(model, settings.clip)
-            if not norm.isfinite():                        # the same on all ranks; a step's one wait for the device
+            if not norm.isfinite():                        # the same on all ranks; the step waits for the device here
                 raise Agreed(what_diverged(step, norm, parts, losses, job))
             lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
             for group in optimizer.param_groups:
@@ -325,7 +325,7 @@ def train(settings: Settings) -> None:
             done = step + 1
             if run.due(settings.log_every, done):
                 bar.set_postfix_str(run.log(done, tally, norm, lr))
-            if run.due(settings.save_every, done):         # before drawing: a crash there loses nothing
+            if run.due(settings.save_every, done):         # before sampling: a crash while sampling loses nothing
                 run.save(done)
             if run.due(settings.sample_every, done):
                 with autocast(settings):

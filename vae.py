@@ -27,7 +27,7 @@ SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
-KIND = f"autoencoder, such as {SD3_DOWNLOAD} and the vae/ of its -diffusers hold"  # for messages
+KIND = f"autoencoder, such as {SD3_DOWNLOAD} or the vae/ folder of its -diffusers version has"  # for messages
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
 # ---- the partition trick: factor 16 with the weights of factor 8
 
 class HalvingConv(nn.Conv2d):
-    """The encoder's first convolution: at factor 16 it takes every second pixel."""
+    """The encoder's first convolution: at factor 16 it has stride 2, with dilation 2 (paper) or 1 (released)."""
 
-    def forward(self, image: Tensor, factor: int = 8, dilation: int = 2) -> Tensor:
+    def forward(self, image: Tensor, factor: int, dilation: int) -> Tensor:
         if factor == 8:
             return super().forward(image)
         return F.conv2d(image, self.weight, self.bias, stride=2, padding=dilation, dilation=dilation)
 
 
 class EnlargingConv(nn.Conv2d):
-    """A convolution of the twofold enlarged map: the decoder's last one at factor 16, and that of every upsampling."""
+    """Nearest 2x upsampling fused with a 3x3 convolution: in every upsampling and, at factor 16, as the last layer."""
 
     def forward(self, x: Tensor, enlarge: bool = True, offset: int = 2) -> Tensor:
         return enlarged_conv(x, self.weight, self.bias, offset) if enlarge else super().forward(x)
 
 
 def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> Tensor:
-    """Nearest twofold enlargement, then a 3x3 convolution, without ever storing the enlarged map.
+    """Nearest 2x upsampling, then a 3x3 convolution, without ever storing the enlarged map.
 
     A 3x3 window on the enlarged map covers only 2x2 distinct pixels. So each of the four output phases is a 2x2
     convolution of the small map, whose taps are sums of the 3x3 taps; a pixel shuffle interleaves the phases.
@@ -91,11 +91,11 @@ def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> T
     x        (B, C, h, w)
     weight   (O, C, 3, 3)
     bias     (O,)
-    offset   2 is exact; 1 is the released partition, whose picture lies one pixel too far down and right
+    offset   border pixels cut after the convolution: 2 is exact; 1 is the released partition, one pixel off
     returns  (B, O, 2h, 2w)
     """
     out_channels, channels = weight.shape[:2]
-    # window (i-1, i) gives output rows 2i-1 and 2i: which of the three taps fall on which of its two pixels
+    # small pixels (i-1, i) give output rows 2i-1 and 2i; taps[phase, pixel, tap]: which 3x3 taps fall on which pixel
     taps = weight.new_tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]])
     phases = torch.einsum("par,qbs,ocrs->opqcab", taps, taps, weight).reshape(4 * out_channels, channels, 2, 2)
     interleaved = F.pixel_shuffle(F.conv2d(x, phases, bias.repeat_interleave(4), padding=1), 2)  # (B, O, 2h+2, 2w+2)
@@ -104,10 +104,9 @@ def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> T
 
 
 def partitioned_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2, tiles: int = 2) -> Tensor:
-    """`enlarged_conv` as the paper describes it, to be read: enlarge and convolve tile by tile. Same numbers, slower.
+    """`enlarged_conv` as the paper describes it, to be read: upsample and convolve tile by tile. Same numbers, slower.
 
-    offset   pixels cut from each border after the convolution: a tile carries one pixel of its neighbours, which the
-             enlargement turns into 2; the release cuts 1
+    offset   as there: a tile carries one pixel of its neighbours, which upsampling turns into 2; the release cuts 1
     tiles    per side, a divisor of h and w; the other arguments are those of enlarged_conv
     """
     th, tw, padded = x.shape[2] // tiles, x.shape[3] // tiles, F.pad(x, (1, 1, 1, 1))
@@ -146,7 +145,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)                                # (B, C, h, w)
         q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None].contiguous() for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)     # (B, 1, hw, C); contiguous, or the (hw, hw) matrix is stored
+        y = F.scaled_dot_product_attention(q, k, v)     # (B, 1, hw, C); contiguous for the memory-efficient kernel
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 

@@ -56,7 +56,7 @@ def wlf_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, b
              huber: float = 0.0) -> Tensor:
     """Equation 4: the mean over images, bands and coefficients of weight · band weight · penalty(prediction - target).
 
-    prediction  (B, C, h, w), a velocity (paper) or a denoised latent (release); train.objective chooses
+    prediction  (B, C, h, w), a velocity (paper) or a denoised latent (release); `objective` below chooses
     target      (B, C, h, w), the same of the data
     weight      (B,), w_t of equation 4, from `flow.loss_weight`; None is 1
     bands       weights of LL, LH, HL, HH, each >= 0, not normalised: (1, 1, 1, 1) is the MSE
@@ -70,7 +70,7 @@ def wlf_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, b
     if huber < 0:
         raise ValueError(f"huber must be 0 (squared) or a positive width in units of the latent, got {huber}")
     penalty = _band_differences(prediction, target).square()
-    if huber > 0:  # the formula above, written without its cancellation at small d
+    if huber > 0:  # the formula above, rewritten to avoid cancellation at small d
         penalty = 2 * penalty / ((1 + penalty / huber**2).sqrt() + 1)
     per_band = penalty.mean(dim=(2, 3, 4)).unbind(1)    # four of (B,)
     per_image = sum(band * loss for band, loss in zip(bands, per_band, strict=True)) / len(BANDS)
@@ -87,7 +87,7 @@ def band_losses(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _band_differences(prediction: Tensor, target: Tensor) -> Tensor:
-    """(B, 4, C, h/2, w/2): bands of prediction - target in fp32 or better. The split is linear: one suffices."""
+    """(B, 4, C, h/2, w/2): bands of prediction - target in fp32 or better; linear, so one split does."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: shapes must agree")
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
@@ -115,4 +115,6 @@ def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma:
     z = interpolate(latent, noise, sigma)
     if name == "release":
         return wlf_loss(denoised(z, velocity, sigma), latent, weight, bands, huber)
-    return wlf_loss(denoised(z, velocity, sigma - 1), noise, weight, bands, huber)  # z + (1 - sigma)·velocity
+    if name == "noise":
+        return wlf_loss(denoised(z, velocity, sigma - 1), noise, weight, bands, huber)  # z + (1 - sigma)·velocity
+    raise ValueError(f"no objective {name!r}: there are {', '.join(OBJECTIVES)}")

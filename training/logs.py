@@ -1,7 +1,7 @@
 """Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed, grids of sample pictures.
 
-Units     loss and bands are mean squares of latents, averaged since the previous line; images/s over all ranks, without
-          the time of saving and drawing; peak memory in GiB, of the first rank; eta_s in seconds
+Units     loss; v_ll … v_by_sigma, the velocity's mean square error by band and by sigma: averages since the last line
+          images/s over all ranks, without the time of saving and sampling; peak GiB of the first rank; eta_s in seconds
           matmul_share: the model's matrix products (backward counted as twice forward, recomputation not counted) over
           what one large product reaches on this machine, measured as the run begins
 Check     python -m pytest tests/test_logs.py
@@ -33,16 +33,16 @@ ROUNDS = 3
 
 
 class Tally:
-    """Losses summed since the last log line. The sums stay on the device: adding to them never waits for it."""
+    """Losses summed since the last log line. The sums stay on the device: adding never synchronises with it."""
 
     def __init__(self, device: torch.device):
-        # loss, bands, loss per sigma bin, samples per sigma bin
+        # layout: loss | 4 bands | loss by sigma bin | samples by sigma bin
         self.sums = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)
         self.passes = 0
 
     @torch.no_grad()
     def add(self, loss: Tensor, velocity: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
-        """Add one backward pass; returns the velocity loss of each sample, (B,)."""
+        """Add the losses of one backward pass; returns the velocity loss of each sample, (B,)."""
         bands = band_losses(velocity, target)  # (B, 4)
         of_sample = bands.mean(1)
         bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)

@@ -29,7 +29,7 @@ from vae import VAE
 
 
 class Run:
-    """What a run keeps on disk."""
+    """Resume, save, log, sample and export of one run."""
 
     def __init__(self, settings: Settings, identity: Mapping[str, object], model: nn.Module, ema: Mapping[str, Tensor],
                  optimizer: torch.optim.Optimizer):
@@ -39,9 +39,9 @@ class Run:
         """
         self.settings, self.out, self.identity = settings, Path(settings.out), identity
         self.model, self.ema, self.optimizer = model, ema, optimizer
-        self.saved = self.logged = 0
-        self.began, self.elsewhere = 0.0, 0.0  # seconds: start of this log interval; of it, spent saving and drawing
-        self.flop_share = 0.0                  # share of the machine's matmul rate per image, second and rank
+        self.saved_step = self.logged_step = 0
+        self.began, self.excluded_s = 0.0, 0.0  # start of the log interval; seconds of it spent saving and sampling
+        self.matmul_s_per_image = 0.0           # at the rate of one large product
 
     def resume(self) -> int:
         """Load the newest complete checkpoint; returns its step, 0 without any. ValueError if it is of another run."""
@@ -50,8 +50,8 @@ class Run:
             dist.broadcast_object_list(newest_here, 0)
         if folder := newest_here[0]:
             tensors = tensors_of(self.model, self.ema, self.optimizer, step_of(folder))
-            self.saved = on_all(lambda: load_run(folder, self.identity, tensors, self.settings))
-        return self.saved
+            self.saved_step = on_all(lambda: load_run(folder, self.identity, tensors, self.settings))
+        return self.saved_step
 
     def begin(self, step: int, device: torch.device, latent_side: int, context_tokens: int) -> None:
         """Open the log, save the settings, measure the machine."""
@@ -60,43 +60,44 @@ class Run:
             (self.out / "settings.json").write_text(text)
             self.log_file = Log(self.out, step)
             flop = flop_of_image(type(self.model), self.model.config, latent_side, context_tokens)
-            self.flop_share = flop / matmul_rate(device, DTYPES[self.settings.dtype])
+            self.matmul_s_per_image = flop / matmul_rate(device, DTYPES[self.settings.dtype])
 
         on_first(open_log)
-        self.device, self.logged, self.began, self.elsewhere = device, step, time.time(), 0.0
+        self.device, self.logged_step, self.began, self.excluded_s = device, step, time.time(), 0.0
 
     def due(self, every: int, done: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens after `done` of them; every 0: never."""
+        """True every `every` steps and after the last one; never if `every` is 0."""
         return every > 0 and (done % every == 0 or done == self.settings.steps)
 
     def log(self, done: int, tally: Tally, norm: Tensor, lr: float) -> str:
         """Write one line about the steps since the last one; returns the loss as text."""
         row = tally.row()
-        images_per_s = (done - self.logged) * self.settings.batch / (time.time() - self.began - self.elsewhere)
+        images_per_s = (done - self.logged_step) * self.settings.batch / (time.time() - self.began - self.excluded_s)
         row = {"step": done} | row | {
             "grad_norm": norm.item(), "lr": lr, "peak_gib": round(peak_memory_gib(self.device), 2),
-            "images_per_s": round(images_per_s, 3), "matmul_share": round(self.flop_share * images_per_s / world(), 3),
+            "images_per_s": round(images_per_s, 3),
+            "matmul_share": round(self.matmul_s_per_image * images_per_s / world(), 3),
             "eta_s": round((self.settings.steps - done) * self.settings.batch / images_per_s)}
         on_first(lambda: self.log_file.write(row))
-        self.logged, self.began, self.elsewhere = done, time.time(), 0.0
+        self.logged_step, self.began, self.excluded_s = done, time.time(), 0.0
         return f"loss {row['loss']:.4f}"
 
     def save(self, done: int) -> None:
-        """Write a checkpoint of the state after `done` steps, unless it is there."""
+        """Write a checkpoint of the state after `done` steps, unless they are saved already."""
         start = time.time()
-        if self.saved < done:
+        if self.saved_step < done:
             tensors = tensors_of(self.model, self.ema, self.optimizer, done)
             save_checkpoint(self.out, done, tensors, self.identity, self.settings.keep)
-            self.saved = done
+            self.saved_step = done
             on_first(lambda: self.log_file.plot())
-        self.elsewhere += time.time() - start
+        self.excluded_s += time.time() - start
 
     def draw(self, done: int, vae: VAE, context: Tensor, pooled: Tensor, drawing: Drawing) -> None:
         """Write a grid of sample pictures. Every rank draws, since each may hold a part of the model."""
         start = time.time()
         images = draw_samples(self.model, vae, context, pooled, drawing)
         on_first(lambda: write_grid(self.out / "samples" / f"step-{done:08d}.png", images))
-        self.elsewhere += time.time() - start
+        self.excluded_s += time.time() - start
 
     def finish(self, done: int, family: Family, transformer: Weights, vae_path: Path) -> None:
         """Export the complete run, or save the stopped one."""

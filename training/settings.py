@@ -1,6 +1,6 @@
 """The settings of a training run: the command line of train.py, resolved once into a frozen Settings.
 
-Order     parse() reads the flags, settle() resolves what recipe and family decide, check() refuses values out of range
+Order     parse() reads the flags, check() refuses values out of range, settle() resolves what recipe and family decide
 Recipes   "paper" and "release" set everything in which the two differ; single flags override them (docs/differences.md)
 Resume    a run resumes only with equal IDENTITY; all other settings may change
 Check     python -m pytest tests/test_settings.py ; python train.py --help
@@ -77,12 +77,12 @@ class Settings:
     plan: Machine | None = flag(
         None, "print the memory the run takes on such cards, 8x80 for example, then exit; needs no weights and no GPU",
         type=ranks_and_gigabytes, metavar="RANKSxGB")
-    dry_run: bool = flag(False, "check settings, listing and headers of all files, print the settings, then exit")
+    dry_run: bool = flag(False, "check settings, metadata.jsonl and the headers of all files, print the settings, exit")
     # pictures
     res: int = flag(1024, "side of the training squares, pixels")
-    aspect: bool = flag(False, "not squares: the nearest of eleven aspects, about RES x RES pixels")
-    factor: int = flag(16, "down-sampling of the VAE", choices=(8, 16))
-    dilation: int | None = flag(None, "of the VAE's first convolution at factor 16; the release has 1 (default: 2)",
+    aspect: bool = flag(False, "aspect-ratio buckets instead of squares: eleven, each of about RES x RES pixels")
+    factor: int = flag(16, "pixels per latent position: 8, or 16 by the partition trick", choices=(8, 16))
+    dilation: int | None = flag(None, "of the VAE's first convolution at factor 16; 1: as released (default: 2)",
                                 choices=(1, 2))
     latent_shift: bool | None = flag(None, "latent = (raw - shift) * scale; without it raw * scale (default: with)")
     flip: bool | None = flag(None, "mirror each crop with probability 1/2 (default: yes)")
@@ -90,14 +90,14 @@ class Settings:
     drop_caption: float = flag(0.1, "probability of the empty caption, which cfg needs")
     t5_length: int | None = flag(None, "tokens of T5 (default: SD3 77, Flux-dev 512, Flux-schnell 256)")
     # objective
-    recipe: str | None = flag(None, "everything in which paper and released trainer differ; single flags override it",
+    recipe: str | None = flag(None, "all settings in which paper and released trainer differ; single flags override it",
                               choices=tuple(RECIPES))
     objective: str | None = flag(
         None, "paper: bands of the velocity; release: of the denoised latent; velocity: no bands; noise: bands of the "
         "noise (default: paper)", choices=OBJECTIVES)
-    bands: tuple[float, ...] = flag((1.0, 1.0, 1.0, 1.0), "weights of LL,LH,HL,HH", type=four_numbers)
+    bands: tuple[float, ...] = flag("1,1,1,1", "weights of LL,LH,HL,HH", type=four_numbers)
     huber: float = flag(0.0, "width of the pseudo-Huber penalty in latent units; 0: squared error")
-    density: str | None = flag(None, "of sigma (default: SD3 logit_normal, Flux uniform)", choices=DENSITIES)
+    density: str | None = flag(None, "density of sigma (default: SD3 logit_normal, Flux uniform)", choices=DENSITIES)
     time_shift: float | str | None = flag(
         None, 'shift of sigma; above 1 is noisier; "tokens": as Flux-dev samples at --res (default: SD3 3, Flux 1)',
         type=shift_or_tokens, metavar="S")
@@ -108,29 +108,30 @@ class Settings:
     batch: int = flag(32, "pictures per step, over all ranks")
     lr: float = flag(1e-6, "learning rate, constant after the warm-up")
     warmup: int = flag(0, "steps of linear warm-up")
-    weight_decay: float = flag(1e-4, "of AdamW")
-    clip: float = flag(1.0, "largest gradient norm")
+    weight_decay: float = flag(1e-4, "weight decay of AdamW")
+    clip: float = flag(1.0, "clip gradients to this norm")
     ema: float = flag(0.0, "decay per step of averaged weights, which are then exported; 0: none")
     state: str = flag("fp32", "weights and moments: fp32, 12 bytes per parameter, or bf16, 6, stochastically rounded",
                       choices=("fp32", "bf16"))
     # memory
-    shard: str = flag("none", "split weights, gradients, moments over ranks; zero2 keeps gathered weights to backward",
-                      choices=("none", "zero2", "zero3"))
+    shard: str = flag("none", "split weights, gradients, moments over ranks; gathered weights stay until backward in "
+                      "zero2 and are gathered again in zero3", choices=("none", "zero2", "zero3"))
     offload: bool = flag(False, "with --shard on GPUs: weights, gradients, moments and AdamW on the host")
     accumulate: int = flag(1, "backward passes per step, each of batch / N / ranks pictures", metavar="N")
     activations: str | None = flag(
-        None, "recompute each block in backward; host: its inputs wait there (default: recompute from 16,384 tokens)",
+        None, "of the blocks: kept; recomputed in backward; or recomputed, with their inputs in host memory (default: "
+        "recompute from 16,384 tokens)",
         choices=("keep", "recompute", "host"))
     ema_on_host: bool = flag(False, "averaged weights in host memory")
-    # machine
+    # machine, run
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
-    dtype: str | None = flag(None, "of the arithmetic (default: bf16 on cuda, fp32 on cpu)", choices=("fp32", "bf16"))
-    save_dtype: str = flag("fp16", "of the exported file", choices=tuple(DTYPES))
+    dtype: str | None = flag(None, "compute dtype (default: bf16 on cuda, fp32 on cpu)", choices=("fp32", "bf16"))
+    save_dtype: str = flag("fp16", "dtype of the exported file", choices=tuple(DTYPES))
     save_every: int = flag(500, "steps between checkpoints")
     keep: int = flag(2, "newest checkpoints to keep", metavar="N")
     log_every: int = flag(10, "steps between log lines")
     sample_every: int = flag(0, "steps between sample pictures; 0: never")
-    seed: int = flag(0, "of every random draw")
+    seed: int = flag(0, "seed of every random draw")
     threads: int | None = flag(None, "CPU threads per rank (default: the cores, divided by the ranks of this host)")
 
     @property
@@ -195,8 +196,8 @@ def check(s: Settings, ranks: int) -> None:
 
 # ---- the command line
 
-GROUPS = {"model": "what", "res": "pictures", "recipe": "objective", "steps": "optimizer", "shard": "memory",
-          "device": "machine"}  # the first flag of each
+GROUPS = {"model": "input and output", "res": "pictures", "recipe": "objective", "steps": "optimizer",
+          "shard": "memory", "device": "machine", "save_dtype": "run"}  # the first flag of each
 
 
 def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Sequence[str] | None) -> T:
