@@ -140,7 +140,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Checkpoints, exported files and their metadata are equal bit for bit."""
     a, b = one / "sd3.safetensors", other / "sd3.safetensors"
     for x, y in ((state_of(one), state_of(other)), (load_file(a), load_file(b))):
-        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+        assert x.keys() == y.keys() and not [name for name in x if not torch.equal(x[name], y[name])]
     assert metadata_of(a) == metadata_of(b)
 
 
@@ -182,7 +182,9 @@ def broken_folder(photos: Path, folder: Path, kind: str) -> Path:
         third.write_bytes(third.read_bytes()[:-400])
     elif kind == "missing":
         third.unlink()
-    else:
+    elif kind == "line":
         with open(folder / "metadata.jsonl", "a") as listing:
             listing.write("\n{")
+    else:
+        raise ValueError(kind)
     return folder

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,16 +40,18 @@ class TorchDDP:
         def forward(self, *inputs):
             return self.run(*inputs)
 
-    def __init__(self, model: nn.Module):
-        self.model, self.last_backward = model, True
+    def __init__(self, model: nn.Module, passes: int):
+        self.model, self.passes, self.passed = model, passes, 0
         self.wrapped = DistributedDataParallel(self.Shim(model))
         model.forward = self.forward
 
     def forward(self, *inputs):
-        self.wrapped.require_backward_grad_sync = self.last_backward
+        self.passed += 1  # torch decides in forward whether this pass reduces gradients, ours in backward
+        self.wrapped.require_backward_grad_sync = self.passed == self.passes
         return self.wrapped(*inputs)
 
     def zero(self) -> None:
+        self.passed = 0
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -87,7 +90,9 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return loss
 
-        train.objective, train.DDP = watched, TorchDDP if case.get("ddp") == "torch" else ddp
+        train.objective, train.DDP = watched, ddp
+        if case.get("ddp") == "torch":
+            train.DDP = partial(TorchDDP, passes=settings.accumulate)
         error = ""
         try:
             train.train(settings)
