@@ -2,9 +2,8 @@
 
 Paper     Diffusion-4K section 3.1 "Comprehensive Evaluation Metrics", tables 1 to 4
 Mirrors   the released eval.py and generate_and_eval_fid.py; tested by tests/test_metrics.py and those of scores/
-Scores    GLCM Score         0 to 16 bits, higher is better; two definitions, see scores/glcm.py
-          compression ratio  above 0, lower is better; raw bytes / JPEG bytes at quality 95; of a set, the ratio of sums
-          PSNR, SSIM, NMSE, SRCC, PLCC: scores/compare.py; FID: sets.py; CLIPScore: clip.py; others: perceptual.py
+Scores    GLCM Score: scores/glcm.py; compression ratio (lower is better; of a set, the ratio of sums): jpeg.py;
+          PSNR, SSIM, NMSE, SRCC, PLCC: compare.py; FID: sets.py; CLIPScore: clip.py; Aesthetics, LPIPS: perceptual.py
 Run       python metrics.py detail PICTURES… [--maps DIR]
           python metrics.py pair REFERENCE PICTURE
           python metrics.py vae DIR --model tiny-sd3 --factor 16
@@ -19,20 +18,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import read_picture
 from scores.compare import bootstrap, frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size
-from scores.results import Results, identity
+from scores.results import Results, each, identity
 from scores.sheet import detail_sheet
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
@@ -55,7 +51,7 @@ def find_pictures(paths: Sequence[str]) -> list[Path]:
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8, upright RGB; see data.read_picture."""
+    """(H, W, 3) uint8, upright RGB."""
     return np.array(read_picture(path))
 
 
@@ -88,34 +84,25 @@ DETAIL_COLUMNS = {"picture": "", "width": "d", "height": "d", "glcm_release": ".
 
 
 def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> dict:
-    """The row of a picture, or its "error"; a sheet of heat maps is written into `maps`."""
+    """The row of a picture; a sheet of heat maps is written into `maps`."""
     def measure(pixels: np.ndarray) -> dict:
         jpeg_bytes = jpeg_size(pixels)
         return {"width": pixels.shape[1], "height": pixels.shape[0],
                 **{f"glcm_{name}": glcm_score(pixels, name, threads=threads) for name in DEFINITIONS},
                 "jpeg_bytes": jpeg_bytes, "raw_bytes": pixels.nbytes, "ratio": pixels.nbytes / jpeg_bytes}
 
-    try:
-        arrays = results.of_picture(("detail", 1), path, measure)
-        if maps:
-            detail_sheet(read_pixels(path), path.name).save(maps / f"{path.stem}_{path.suffix[1:]}.jpg", quality=90)
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"picture": str(path), **{name: value.item() for name, value in arrays.items()}}
+    row = {"picture": str(path)} | results.of_picture(("detail", 1), path, measure)
+    if maps:
+        detail_sheet(read_pixels(path), path.name).save(maps / f"{path.stem}_{path.suffix[1:]}.jpg", quality=90)
+    return row
 
 
-def details(paths: Sequence[Path], results: Results, workers: int,
-            maps: Path | None = None) -> tuple[list[dict], list[str]]:
-    """`detail_of` all pictures, in processes if there are many: the rows and the errors, in order."""
+def details(paths: Sequence[Path], results: Results, workers: int, errors: list[str],
+            maps: Path | None = None) -> list[dict]:
+    """`detail_of` all pictures, in processes if there are many; `errors` gets a line per picture without scores."""
     processes = min(workers, max(1, len(paths) // 8))  # a process takes a second to start
-    row_of = partial(detail_of, results=results, maps=maps, threads=workers if processes == 1 else 1)
-    bar = partial(tqdm, total=len(paths), desc="pictures", file=sys.stderr, disable=len(paths) < 2)
-    if processes == 1:
-        rows = list(bar(map(row_of, paths)))
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            rows = list(bar(pool.map(row_of, paths)))
-    return [row for row in rows if "error" not in row], [row["error"] for row in rows if "error" in row]
+    score = partial(detail_of, results=results, maps=maps, threads=workers if processes == 1 else 1)
+    return list(each(score, paths, "pictures", errors, processes).values())
 
 
 def mean_of(rows: Sequence[dict]) -> dict[str, float]:
@@ -126,12 +113,12 @@ def mean_of(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def run_detail(pictures: list[str], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
-    paths = find_pictures(pictures)
+    paths, errors = find_pictures(pictures), []
     if maps:
         if len({path.name for path in paths}) < len(paths):
             raise ValueError("--maps: two of the pictures have the same name; give one folder at a time")
         maps.mkdir(parents=True, exist_ok=True)
-    rows, errors = details(paths, Results(cache, read_pixels), workers, maps)
+    rows = details(paths, Results(cache, read_pixels), workers, errors, maps)
     means = mean_of(rows) if rows else {}
     last = [{"picture": f"all {len(rows)}: means, ratio of sums", **means}] if rows else []
     conclude(as_json, {"pictures": rows, "all": means}, table(rows + last, DETAIL_COLUMNS), errors)
@@ -148,9 +135,8 @@ def load_or_note(notes: list[str], what: str, load: Callable):
         return None
 
 
-def pair_scores(reference: np.ndarray, image: np.ndarray, lpips: Callable | None = None) -> dict[str, float]:
-    scores = {"psnr": psnr, "ssim": ssim, "nmse": nmse} | ({"lpips": lpips} if lpips else {})
-    return {name: score(reference, image) for name, score in scores.items()}
+def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    return {"psnr": psnr(reference, image), "ssim": ssim(reference, image), "nmse": nmse(reference, image)}
 
 
 def run_pair(reference: str, picture: str, weights: Path, device: str | None, as_json: bool) -> None:
@@ -162,8 +148,7 @@ def run_pair(reference: str, picture: str, weights: Path, device: str | None, as
     scores = pair_scores(*pixels)  # pictures of two sizes are refused before a network is loaded
     if lpips := load_or_note(notes, "LPIPS", partial(load_lpips, weights, device)):
         scores["lpips"] = lpips(*pixels)
-    lines = [table([scores], dict.fromkeys(scores, ".4f")), *notes]
-    conclude(as_json, scores | {"notes": notes}, "\n".join(lines))
+    conclude(as_json, scores | {"notes": notes}, "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes]))
 
 
 def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights: Path, device: str | None,
@@ -173,30 +158,28 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
     from scores import sets
     from vae import VAE
 
-    device, path, results = check_device(device), Path(model), Results(cache, read_pixels)
+    device, path, results, notes, errors = check_device(device), Path(model), Results(cache, read_pixels), [], []
     file = path if path.is_file() else locate(path if path.is_dir() else model_folder(model))[1]
-    vae, notes, errors, rows, features = VAE.load(file, device), [], [], [], []
+    vae = VAE.load(file, device)
     if res % (step := sets.side_step(vae, factor)):
         raise ValueError(f"--res {res}: must be a multiple of {step} at factor {factor}")
-    inception = load_or_note(notes, "rFID", partial(sets.load_inception, weights, device))
+    inception = load_or_note(notes, "rFID", partial(sets.Extractor, weights, device))
     lpips = load_or_note(notes, "LPIPS", partial(sets.load_lpips, weights, device))
 
     def measure(pixels: np.ndarray) -> dict:
         pixels, again = sets.round_trip(vae, pixels, factor, res)
-        row = {"width": pixels.shape[1], "height": pixels.shape[0], **pair_scores(pixels, again, lpips)}
-        both = [inception.features(side[None]) for side in (pixels, again)] if inception else []
-        return row | ({"features": np.concatenate(both)} if both else {})
+        row = {"width": pixels.shape[1], "height": pixels.shape[0], **pair_scores(pixels, again)}
+        if lpips:
+            row["lpips"] = lpips(pixels, again)
+        if inception:
+            row["features"] = np.concatenate([inception(side[None]) for side in (pixels, again)])
+        return row
 
-    networks = [identity(file)] + ([identity(weights)] if inception or lpips else [])
-    key = ("vae", 1, factor, res, bool(inception), bool(lpips), networks)
-    for path in tqdm(find_pictures([folder]), desc="pictures", file=sys.stderr):
-        try:
-            arrays = results.of_picture(key, path, measure)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        features += [arrays.pop("features")] if inception else []
-        rows.append({"picture": str(path), **{name: value.item() for name, value in arrays.items()}})
+    files = [identity(path) for path in ([file, weights] if inception or lpips else [file])]
+    key = ("vae", 1, factor, res, bool(inception), bool(lpips), files)
+    measured = each(lambda path: results.of_picture(key, path, measure), find_pictures([folder]), "pictures", errors)
+    features = [row.pop("features") for row in measured.values()] if inception else []
+    rows = [{"picture": str(path)} | row for path, row in measured.items()]
     columns = {"psnr": ".3f", "ssim": ".4f", "nmse": ".5f"} | ({"lpips": ".4f"} if lpips else {})
     means = {name: float(np.mean([row[name] for row in rows])) for name in columns} if rows else {}
     last = {"picture": f"mean of {len(rows)}, factor {factor}", **means}
@@ -218,17 +201,14 @@ def pair_captions(listing: str, pictures: Sequence[Path], notes: list[str]) -> d
     listing  lines of JSON with "text" and, as in a data folder, "file_name"; a ValueError names the line
     """
     prompts = []
-    try:
-        lines = Path(listing).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{listing}: not UTF-8 ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            prompts += [(Path(row.get("file_name", "")).stem, str(row["text"]))] if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{listing}:{number}: each line is a JSON object with "text" '
-                             f"({type(error).__name__}: {error})") from None
+    for number, line in enumerate(Path(listing).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)  # UTF-8, with or without a byte order mark
+                prompts.append((Path(row.get("file_name", "")).stem, str(row["text"])))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                why = f"{type(error).__name__}: {error}"
+                raise ValueError(f'{listing}:{number}: each line is a JSON object with "text" ({why})') from None
     by_name, stems = dict(prompts), {picture.stem for picture in pictures}
     if stems <= by_name.keys():
         if unused := len(by_name.keys() - stems):
@@ -247,17 +227,17 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
     from checkpoint import check_device
     from scores import sets
 
-    device, results, notes, scores = check_device(device), Results(cache, read_pixels), [], {}
+    device, results, notes, errors, scores = check_device(device), Results(cache, read_pixels), [], [], {}
     pictures, originals = find_pictures([generated]), find_pictures([reference]) if reference else []
     captions = pair_captions(prompts, pictures, notes) if prompts else {}
-    rows, errors = details(pictures, results, workers)
+    rows = details(pictures, results, workers, errors)
     if not rows:
         return conclude(as_json, {"notes": notes}, "no picture could be scored", errors)
     pictures = [Path(row["picture"]) for row in rows]
     res = res or min(min(row["width"], row["height"]) for row in rows)
     if not originals:
         notes.append("note: FID left out: give --reference DIR")
-    elif inception := load_or_note(notes, "FID", partial(sets.load_inception, weights, device)):
+    elif inception := load_or_note(notes, "FID", partial(sets.Extractor, weights, device)):
         try:
             scores |= sets.fid_scores(pictures, originals, res, results, inception, notes, errors)
         except ValueError as error:
@@ -270,10 +250,9 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
         notes.append("note: CLIPScore left out: give --prompts metadata.jsonl")
     aesthetics = load_or_note(notes, "Aesthetics", partial(sets.aesthetics_scores, pictures, weights, device, results))
     scores |= {"aesthetics": float(np.mean(aesthetics))} if aesthetics else {}
-    means = mean_of(rows)
-    scores |= {name: means[name] for name in ("glcm_release", "glcm_entropy", "ratio")}
-    lines = [f"{len(pictures)} generated, {len(originals)} reference pictures"]
-    lines += [f"{name:13} {value:10.4f}" for name, value in scores.items()]
+    scores |= {name: mean_of(rows)[name] for name in ("glcm_release", "glcm_entropy", "ratio")}
+    lines = [f"{len(pictures)} generated, {len(originals)} reference pictures",
+             *(f"{name:13} {value:10.4f}" for name, value in scores.items())]
     report = {"generated": len(pictures), "reference": len(originals), **scores, "notes": notes}
     conclude(as_json, report, "\n".join(lines + notes), errors)
 
@@ -332,41 +311,38 @@ def run_correlate(ratings: str, as_json: bool) -> None:
     conclude(as_json, {"n": len(rating), "metrics": rows}, text)
 
 
-# ---- the command line
-
 def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = {
+        "cache": dict(metavar="DIR", type=Path, help="where results are stored (default: ~/.cache/diffusion-4k)"),
+        "workers": dict(metavar="N", type=int, default=cores(), help="processes (default: one per core, %(default)s)"),
+        "weights": dict(metavar="DIR", type=Path, default=Path("weights"),
+                        help="folder with official weights, never downloaded (default: %(default)s)"),
+        "device": dict(help="cpu or cuda (default: cuda if there is one)")}
 
-    def command(run: Callable, about: str, *shared: str) -> Callable:
+    def command(run: Callable, about: str, *flags: str) -> Callable:
         sub = commands.add_parser(run.__name__.removeprefix("run_"), help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", dest="as_json", help="print JSON; infinity and NaN become null")
-        if "cache" in shared:
-            sub.add_argument("--cache", metavar="DIR", type=Path,
-                             help="where results are stored (default: ~/.cache/diffusion-4k)")
-        if "workers" in shared:
-            sub.add_argument("--workers", type=int, default=cores(), metavar="N",
-                             help="processes (default: the cores of this machine, %(default)s)")
-        if "networks" in shared:
-            sub.add_argument("--weights", metavar="DIR", type=Path, default=Path("weights"),
-                             help="folder with official weights, never downloaded (default: %(default)s)")
-            sub.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+        for flag in flags:
+            sub.add_argument(f"--{flag}", **shared[flag])
         return sub.add_argument
 
     add = command(run_detail, "both GLCM Scores and the compression ratio of pictures", "cache", "workers")
     add("pictures", nargs="+", metavar="PICTURE", help="files and folders")
     add("--maps", metavar="DIR", type=Path, help="write a sheet of heat maps per picture")
-    add = command(run_pair, "PSNR, SSIM, NMSE and LPIPS of two pictures", "networks")
+    add = command(run_pair, "PSNR, SSIM, NMSE and LPIPS of two pictures", "weights", "device")
     add("reference", metavar="REFERENCE")
     add("picture", metavar="PICTURE")
-    add = command(run_vae, "rFID, NMSE, PSNR, SSIM and LPIPS of an autoencoder, without tiles", "cache", "networks")
+    about = "rFID, NMSE, PSNR, SSIM and LPIPS of an autoencoder, without tiles"
+    add = command(run_vae, about, "cache", "weights", "device")
     add("folder", metavar="DIR", help="pictures; sides are cut to the multiple that the factor needs")
     add("--model", default="tiny-sd3", help="folder in models/, another model folder, or a file (default: %(default)s)")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the autoencoder (default: %(default)s)")
     add("--res", type=int, default=0, metavar="PX", help="resize and crop to a square first (default: 0, no)")
     about = "FID, patch-FID, CLIPScore, Aesthetics, GLCM Scores and compression ratio of a set"
-    add = command(run_set, about, "cache", "workers", "networks")
+    add = command(run_set, about, "cache", "workers", "weights", "device")
     add("generated", metavar="GENERATED", help="folder of pictures")
     add("--reference", metavar="DIR", help="folder of real pictures, for FID")
     add("--prompts", metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
@@ -380,24 +356,19 @@ def main() -> None:
     args = vars(new_parser().parse_args())
     run = args.pop("run")
     try:
-        if "cache" in args and args["cache"] is None:
-            args["cache"] = home_cache()
-        if args.get("workers", 1) < 1:
-            raise ValueError(f"--workers {args['workers']}: give 1 or more")
-        if args.get("res", 0) < 0:
-            raise ValueError(f"--res {args['res']}: give pixels, or 0 for pictures as they are")
+        if args.get("cache", "") is None:
+            args["cache"] = Path.home() / ".cache" / "diffusion-4k"
+    except RuntimeError:
+        raise SystemExit("error: no home folder for the results; name a folder with --cache") from None
+    try:
+        for flag, least in (("workers", 1), ("res", 0)):
+            if args.get(flag, least) < least:
+                raise ValueError(f"--{flag} {args[flag]}: give {least} or more")
         run(**args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except BrokenProcessPool:
         raise SystemExit("error: a worker process died, probably out of memory; give fewer --workers") from None
-
-
-def home_cache() -> Path:
-    try:
-        return Path.home() / ".cache" / "diffusion-4k"
-    except RuntimeError:
-        raise ValueError("no home folder for the results; name a folder with --cache") from None
 
 
 if __name__ == "__main__":

@@ -39,24 +39,26 @@ T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")      # preferred
 # ---- CLIP
 
 class CLIPAttention(nn.Module):
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, causal: bool):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads) for project in projections)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, width: int, mlp_width: int, num_heads: int, activation: str):
+    """A layer of CLIP's text tower; without the causal mask, of its image tower."""
+
+    def __init__(self, width: int, mlp_width: int, num_heads: int, activation: str, causal: bool = True):
         super().__init__()
         self.activation = activation
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.self_attn = CLIPAttention(width, num_heads)
+        self.self_attn = CLIPAttention(width, num_heads, causal)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
 
@@ -99,6 +101,12 @@ class CLIPText(nn.Module):
             weights = Weights(named, weights.metadata, weights.source)
         for name in CLIP_UNUSED:
             weights.pop(name, None)
+        return cls.of(weights, activation, num_heads, eos, device, dtype)
+
+    @classmethod
+    def of(cls, weights: Weights, activation: str | None = None, num_heads: int | None = None, eos: int | None = None,
+           device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "CLIPText":
+        """The encoder with these tensors, under transformers' names; arguments and errors as in `load`."""
         kind = "CLIP text encoder"
         vocabulary, _ = weights.shape_of("text_model.embeddings.token_embedding.weight", 2, kind)
         width, = weights.shape_of("text_model.final_layer_norm.weight", 1, kind)

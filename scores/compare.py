@@ -37,7 +37,7 @@ def _square_difference(reference: np.ndarray, image: np.ndarray) -> int:
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, peak 255; inf for equal pictures. Both uint8, of the same shape."""
+    """Peak signal-to-noise ratio in dB; inf for equal pictures. Both uint8, of the same shape."""
     error = _square_difference(reference, image)
     return 10 * math.log10(255**2 * reference.size / error) if error else math.inf
 
@@ -51,11 +51,7 @@ def nmse(reference: np.ndarray, image: np.ndarray) -> float:
 
 
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
-    """Structural similarity: Gaussian window (sigma 1.5, 11x11), peak 255, population covariance, mean of channels.
-
-    reference, image  (H, W, 3) or (H, W), uint8, sides of at least 11 pixels
-    returns           mean over the pixels whose window lies inside the picture
-    """
+    """Structural similarity, the mean over windows inside the picture; (H, W, 3) or (H, W), sides of at least 11."""
     check_same_shape(reference, image)
     size = 2 * SSIM_RADIUS + 1
     if min(reference.shape[:2]) < size:
@@ -65,8 +61,7 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
     c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
 
     def blur(x: np.ndarray) -> np.ndarray:
-        height, width = x.shape[0] - size + 1, x.shape[1] - size + 1
-        x = sum(weight * x[k : k + height] for k, weight in enumerate(window))
+        x = sum(weight * x[k : k + len(x) - size + 1] for k, weight in enumerate(window))
         return sum(weight * x[:, k : k + width] for k, weight in enumerate(window))
 
     total, step = 0.0, max(1, (1 << 17) // reference.shape[1])  # strips fit in the processor's cache
@@ -117,10 +112,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    """|difference of means|² + tr(A) + tr(B) - 2 tr (A B)^½.
-
-    The last trace is the sum of the singular values of Aroot.T @ Broot, which unlike a root of A B is never complex.
-    """
+    """|difference of means|² + tr(A) + tr(B) - 2 tr (A B)^½."""
+    # the last trace: singular values of Aroot.T @ Broot, which unlike a root of A B is never complex
     shared = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
     return max(float(distance), 0.0)

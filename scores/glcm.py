@@ -3,20 +3,18 @@
 Paper     Diffusion-4K section 3.1: patches of 64 pixels, 64 gray levels, radii 1 to 4, angles 0°, 45°, 90°, 135°
 Mirrors   the released eval.py: OpenCV's gray, skimage's graycomatrix (not symmetric, normalised) and shannon_entropy;
           tested against both by tests/test_glcm.py
-Scores    release  0 to 16 bits, higher is better: entropy of the histogram of the values in all 16 matrices of a patch,
-                   mean over patches; what the release computes and the paper's tables print
-          entropy  0 to 12 bits, higher is better: mean of -Σ p log2 p over matrices and patches; the paper's formula
-                   but for its sign
-Method    no matrix is made: pairs of levels are 16-bit codes, and the runs of equal codes, once sorted, are the nonzero
-          entries, on which alone both scores depend
+Scores    higher is better; means over patches
+          release  0 to 16 bits: entropy of the histogram of values in all 16 matrices of a patch; the paper's tables
+          entropy  0 to 12 bits: mean of -Σ p log2 p over the matrices; the paper's formula but for its sign
+Method    no matrix is made: pairs of levels are 16-bit codes; runs of equal codes, once sorted, are the nonzero entries
 Shapes    H and W pixels, R and C patch rows and columns; a border that fills no patch is left out
 Run       python bench/speed.py glcm
 """
 
 import os
-import time
+import timeit
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -46,33 +44,6 @@ def _offsets(radii: Sequence[int]) -> Counter:
     return Counter((round(r * np.sin(angle)), round(r * np.cos(angle))) for r in radii for angle in angles)
 
 
-def _check_glcm(pixels: np.ndarray, patch: int, levels: int, radii: Sequence[int]) -> None:
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3):
-        raise ValueError(f"GLCM needs uint8 pixels, (H, W, 3) or gray (H, W), got {pixels.dtype} {pixels.shape}")
-    if not 2 <= levels <= 256:
-        raise ValueError(f"levels: 2 to 256, got {levels}")
-    if not radii or any(radius != int(radius) or not 1 <= radius < patch for radius in radii):
-        raise ValueError(f"radii: whole numbers from 1 to {patch - 1}, below the patch, got {tuple(radii)}")
-    if min(pixels.shape[:2]) < patch:
-        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels: smaller than one patch of {patch}x{patch}")
-
-
-def _by_band(function: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray, patch: int, levels: int,
-             threads: int) -> np.ndarray:
-    """Apply a function to the gray levels of each row of patches, (C, patch, patch) uint16, in threads."""
-    columns = pixels.shape[1] // patch
-
-    def of_band(top: int) -> np.ndarray:
-        band = gray_levels(pixels[top : top + patch, : columns * patch], levels)
-        return function(np.ascontiguousarray(band.reshape(patch, columns, patch).transpose(1, 0, 2)))
-
-    tops = range(0, pixels.shape[0] - patch + 1, patch)
-    if threads == 1 or len(tops) == 1:
-        return np.stack([of_band(top) for top in tops])
-    with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(pool.map(of_band, tops)))
-
-
 def _pairs(a: np.ndarray, down: int, across: int) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of pixels of each patch at an offset; `across` may be negative."""
     height, width = a.shape[1:]
@@ -84,13 +55,8 @@ def _pairs(a: np.ndarray, down: int, across: int) -> tuple[np.ndarray, np.ndarra
 def _sort_kind() -> str:
     """The faster sort of 16-bit integers here: quicksort where NumPy has vector instructions for it, else radix."""
     codes = np.random.default_rng(0).integers(0, 4096, (8, 4032), dtype=np.uint16)
-
-    def seconds(kind: str) -> float:
-        began = time.perf_counter()
-        np.sort(codes, axis=1, kind=kind)
-        return time.perf_counter() - began
-
-    return min(("quicksort", "stable"), key=lambda kind: min(seconds(kind) for _ in range(3)))
+    kinds = "quicksort", "stable"
+    return min(kinds, key=lambda kind: min(timeit.repeat(lambda: np.sort(codes, 1, kind), number=1, repeat=3)))
 
 
 def _counts(a: np.ndarray, down: int, across: int, levels: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -157,7 +123,7 @@ def _matrix_entropy(a: np.ndarray, levels: int, radii: Sequence[int]) -> np.ndar
 
 def glcm_map(pixels: np.ndarray, definition: str = "release", patch: int = PATCH, levels: int = LEVELS,
              radii: Sequence[int] = RADII, threads: int | None = None) -> np.ndarray:
-    """GLCM Score of every patch.
+    """GLCM Score of every patch: (R, C) bits; ValueError on other arguments.
 
     pixels      (H, W, 3) or gray (H, W), uint8, at least one patch
     definition  "release" or "entropy", see Scores above
@@ -165,15 +131,30 @@ def glcm_map(pixels: np.ndarray, definition: str = "release", patch: int = PATCH
     levels      gray levels, 2 to 256
     radii       distances of the pairs, pixels, below `patch`
     threads     None is one per core
-    returns     (R, C) bits
-    raises      ValueError on other arguments
     """
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r}: there are {', '.join(DEFINITIONS)}")
-    _check_glcm(pixels, patch, levels, radii)
-    entropy = _release_entropy if definition == "release" else _matrix_entropy
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3):
+        raise ValueError(f"GLCM needs uint8 pixels, (H, W, 3) or gray (H, W), got {pixels.dtype} {pixels.shape}")
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels: 2 to 256, got {levels}")
+    if not radii or any(radius != int(radius) or not 1 <= radius < patch for radius in radii):
+        raise ValueError(f"radii: whole numbers from 1 to {patch - 1}, below the patch, got {tuple(radii)}")
+    if min(pixels.shape[:2]) < patch:
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels: smaller than one patch of {patch}x{patch}")
+    entropy, columns = _release_entropy if definition == "release" else _matrix_entropy, pixels.shape[1] // patch
+
+    def of_row(top: int) -> np.ndarray:
+        gray = gray_levels(pixels[top : top + patch, : columns * patch], levels)
+        patches = gray.reshape(patch, columns, patch).transpose(1, 0, 2)
+        return entropy(np.ascontiguousarray(patches), levels, radii)
+
+    tops = range(0, pixels.shape[0] - patch + 1, patch)
     threads = cores() if threads is None else threads
-    return _by_band(lambda a: entropy(a, levels, radii), pixels, patch, levels, threads)
+    if threads == 1 or len(tops) == 1:
+        return np.stack([of_row(top) for top in tops])
+    with ThreadPoolExecutor(threads) as pool:
+        return np.stack(list(pool.map(of_row, tops)))
 
 
 def glcm_score(rgb: np.ndarray, definition: str = "release", patch: int = PATCH, levels: int = LEVELS,

@@ -25,8 +25,7 @@ LUMINANCE = np.array([
 CHROMINANCE = np.full((8, 8), 99)
 CHROMINANCE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 
-# Huffman tables (K.3 to K.6): number of codes of 1 to 16 bits, then the symbols in order of their codes.
-# An AC symbol is run << 4 | size; end of block is 0x00, sixteen zeros are 0xF0.
+# Huffman tables (K.3 to K.6): number of codes of 1 to 16 bits, then the symbols in order of their codes
 DC_LUMA = bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), bytes(range(12))
 DC_CHROMA = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]), bytes(range(12))
 AC_LUMA = (bytes([0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125]), bytes.fromhex(
@@ -38,7 +37,7 @@ AC_CHROMA = (bytes([0, 2, 1, 2, 4, 4, 3, 4, 7, 5, 4, 4, 0, 1, 2, 119]), bytes.fr
     "3738393a434445464748494a535455565758595a636465666768696a737475767778797a82838485868788898a92939495969798999a"
     "a2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9bac2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9dae2e3e4e5e6e7e8e9eaf2f3f4f5f6f7f8f9fa"))
 HUFFMAN = (DC_LUMA, AC_LUMA, DC_CHROMA, AC_CHROMA)
-END, ZEROS = 0x00, 0xF0
+END, ZEROS = 0x00, 0xF0  # AC symbols: end of block, sixteen zeros; the others are run << 4 | size
 
 # One pass of the accurate DCT (Loeffler, Ligtenberg and Moschytz) before its rounding, in units of 2^-13. The constants
 # are rounded before they are summed, hence 10703 beside 10704.
@@ -74,7 +73,8 @@ def quantisation(quality: int, chroma: bool) -> np.ndarray:
     return (((CHROMINANCE if chroma else LUMINANCE).ravel() * percent + 50) // 100).clip(1, 255)
 
 
-def _check(pixels: np.ndarray, quality: int, subsampling: str) -> None:
+def _luma_blocks(pixels: np.ndarray, quality: int, subsampling: str) -> tuple[int, int]:
+    """Blocks of Y across and down in an MCU; ValueError on arguments that the encoder does not take."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3):
         raise ValueError(f"JPEG needs uint8 pixels, (H, W, 3) or gray (H, W), got {pixels.dtype} {pixels.shape}")
     if not 1 <= min(pixels.shape[:2]) <= max(pixels.shape[:2]) <= MOST_SIDE:
@@ -83,6 +83,7 @@ def _check(pixels: np.ndarray, quality: int, subsampling: str) -> None:
         raise ValueError(f"quality is a whole number from 1 to 100, got {quality}")
     if subsampling not in SUBSAMPLING:
         raise ValueError(f"subsampling is one of {', '.join(SUBSAMPLING)}, got {subsampling!r}")
+    return (1, 1) if pixels.ndim == 2 else SUBSAMPLING[subsampling]
 
 
 # ---- from pixels to coefficients
@@ -139,11 +140,9 @@ def _component(plane: np.ndarray, across: int, down: int, mcu_rows: int, mcu_col
     return z.reshape(mcu_rows, mcu_columns, down * across, 64)
 
 
-def _scan(pixels: np.ndarray, quality: int, subsampling: str) -> Iterator[np.ndarray]:
+def _scan(pixels: np.ndarray, quality: int, across: int, down: int) -> Iterator[np.ndarray]:
     """Yield (mcu_rows, mcu_columns, blocks per MCU, 64) coefficients from top to bottom, DC levels as differences."""
     height, width = pixels.shape[:2]
-    gray = pixels.ndim == 2
-    across, down = (1, 1) if gray else SUBSAMPLING[subsampling]
     mcu_columns = -(-width // (8 * across))
     step = 8 * down * max(1, CHUNK // (8 * down * width))
     divisors = [quantisation(quality, chroma) for chroma in (False, True, True)]
@@ -151,7 +150,7 @@ def _scan(pixels: np.ndarray, quality: int, subsampling: str) -> Iterator[np.nda
     for top in range(0, height, step):
         strip = pixels[top : top + step]
         mcu_rows = -(-strip.shape[0] // (8 * down))
-        planes = [strip] if gray else _ycc(strip)
+        planes = [strip] if pixels.ndim == 2 else _ycc(strip)
         parts = [_component(planes[0], across, down, mcu_rows, mcu_columns, divisors[0])]
         for plane in planes[1:]:
             # columns are padded before halving, rows after
@@ -216,15 +215,13 @@ def _pack(codes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, int, int]
     return words[:complete].astype(">u4").view(np.uint8), int(words[complete]) >> (32 - over), over
 
 
-def _header(pixels: np.ndarray, quality: int, subsampling: str) -> bytes:
+def _header(pixels: np.ndarray, quality: int, across: int, down: int) -> bytes:
     """Everything before the scan, in libjpeg's order."""
     def segment(marker: int, *parts: bytes) -> bytes:
         body = b"".join(parts)
         return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2) + body
 
-    gray = pixels.ndim == 2
-    across, down = (1, 1) if gray else SUBSAMPLING[subsampling]
-    kinds, components = (1, 1) if gray else (2, 3)
+    kinds, components = (1, 1) if pixels.ndim == 2 else (2, 3)
     divisors = [quantisation(quality, bool(k))[ZIGZAG].astype(np.uint8).tobytes() for k in range(kinds)]
     tables = [segment(0xDB, bytes([k]), table) for k, table in enumerate(divisors)]
     frame = segment(0xC0, b"\x08", *(side.to_bytes(2) for side in pixels.shape[:2]), bytes([components]),
@@ -239,13 +236,11 @@ def _header(pixels: np.ndarray, quality: int, subsampling: str) -> bytes:
 def jpeg_encode(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:2:0") -> bytes:
     """The file that Pillow's save(…, "JPEG", quality=…, subsampling=…) writes; ValueError on other arguments.
 
-    pixels       (H, W, 3) or gray (H, W), uint8; sides of 1 to 65,500
-    quality      1 to 100
-    subsampling  of chroma, one of SUBSAMPLING
+    pixels  (H, W, 3) or gray (H, W), uint8, sides of 1 to 65,500; quality is 1 to 100, subsampling in SUBSAMPLING
     """
-    _check(pixels, quality, subsampling)
-    out, rest, over = [_header(pixels, quality, subsampling)], 0, 0
-    for z in _scan(pixels, quality, subsampling):
+    blocks = _luma_blocks(pixels, quality, subsampling)
+    out, rest, over = [_header(pixels, quality, *blocks)], 0, 0
+    for z in _scan(pixels, quality, *blocks):
         codes, lengths, _ = _codes(z)
         stream, rest, over = _pack(np.append(rest, codes), np.append(over, lengths))
         out.append(np.insert(stream, np.flatnonzero(stream == 0xFF) + 1, 0).tobytes())
@@ -266,10 +261,9 @@ def compression_ratio(rgb: np.ndarray, quality: int = 95) -> float:
 
 def jpeg_bits(pixels: np.ndarray, quality: int = 95, subsampling: str = "4:2:0") -> np.ndarray:
     """Bits of every 8x8 block of Y with an even share of its MCU's chroma, (R, C) float; sums to the scan's length."""
-    _check(pixels, quality, subsampling)
-    across, down = (1, 1) if pixels.ndim == 2 else SUBSAMPLING[subsampling]
+    across, down = _luma_blocks(pixels, quality, subsampling)
     strips = []
-    for z in _scan(pixels, quality, subsampling):
+    for z in _scan(pixels, quality, across, down):
         bits = _codes(z)[2].reshape(z.shape[:3]).astype(np.float64)
         bits = bits[..., : across * down] + bits[..., across * down :].sum(-1, keepdims=True) / (across * down)
         rows = bits.reshape(*bits.shape[:2], down, across).transpose(0, 2, 1, 3)

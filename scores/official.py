@@ -6,7 +6,6 @@ Trust     a pickle is a program: it can name any function and call it. torch.loa
           archives below accept a few harmless names each and refuse all others before anything is called
 """
 
-import hashlib
 import os
 import pickle
 import re
@@ -52,25 +51,16 @@ WEIGHTS = {name: Download(use, f"{folder}/{name}", sha256, tuple(also)) for name
     ("alex.pth", "LPIPS (alex)", _LPIPS, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"))}
 
 
-def find_weights(folder: str | os.PathLike, name: str, check: bool = False) -> Path:
-    """The path of one of WEIGHTS in a folder, under any of its names; a FileNotFoundError has address and SHA-256.
-
-    check  compare the SHA-256 with the published one, ValueError if it differs; Hugging Face's folders have none
-    """
+def find_weights(folder: str | os.PathLike, name: str) -> Path:
+    """The path of one of WEIGHTS in a folder, under any of its names; a FileNotFoundError has address and SHA-256."""
     download, folder = WEIGHTS[name], Path(folder)
-    paths = [folder / other for other in (name, *download.also) if (folder / other).exists()]
-    if not paths:
-        other = f" (or {', '.join(download.also)})" if download.also else ""
-        begins = "is" if len(download.sha256) == 64 else "begins with"
-        raise FileNotFoundError(f"{folder}: no {name}{other}, which {download.use} needs: get it from {download.url}; "
-                                f"its sha256 {begins} {download.sha256}")
-    if check and paths[0].is_file():
-        with open(paths[0], "rb") as f:
-            actual = hashlib.file_digest(f, "sha256").hexdigest()
-        if not actual.startswith(download.sha256):
-            raise ValueError(f"{paths[0]}: its sha256 is {actual}, the published one begins with {download.sha256}: "
-                             f"download it again from {download.url}")
-    return paths[0]
+    for path in (folder / other for other in (name, *download.also)):
+        if path.exists():
+            return path
+    other = f" (or {', '.join(download.also)})" if download.also else ""
+    begins = "is" if len(download.sha256) == 64 else "begins with"
+    raise FileNotFoundError(f"{folder}: no {name}{other}, which {download.use} needs: get it from {download.url}; "
+                            f"its sha256 {begins} {download.sha256}")
 
 
 def open_official(path: str | os.PathLike) -> Weights:
@@ -107,11 +97,10 @@ STORAGES = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "Double
 def _torchscript_tensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a TorchScript archive by their dotted names, as state_dict would name them.
 
-    Its classes and functions are made anew per call, for safety: what a pickle does to them ends with the call.
     torch.jit.load compiles code/ and can run it. Here only data.pkl, the tree of modules, is parsed, and bytes under
     data/ are read. A pickle acts only through the globals it names, and those resolve to four things: tensors known by
-    shape, storage types as dtypes, an empty class for modules (`__torch__.…`), the identity for typed lists. Any other
-    name ends the parse. A module that saves a custom state keeps it: only plain attributes are read.
+    shape, storage types as dtypes, an empty class for modules, the identity for typed lists. They are made anew per
+    call, so that what a pickle does to them ends with it. A module's custom state is not read, only its attributes.
     """
     archive = zipfile.ZipFile(path)
     names = archive.namelist()
@@ -129,9 +118,6 @@ def _torchscript_tensors(path: Path) -> dict[str, LazyTensor]:
             raise pickle.UnpicklingError(f"{key} is missing")
         return LazyTensor(tuple(shape), partial(_read_tensor, archive, root + key, dtype, offset, shape, stride))
 
-    def same(value, *unused):
-        return value
-
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
             if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
@@ -143,7 +129,7 @@ def _torchscript_tensors(path: Path) -> dict[str, LazyTensor]:
             if (module, name) == ("collections", "OrderedDict"):
                 return OrderedDict
             if module == "torch.jit._pickle" and (name == "restore_type_tag" or name.startswith("build_")):
-                return same
+                return lambda value, *unused: value
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
         def persistent_load(self, saved):

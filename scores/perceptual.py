@@ -3,10 +3,7 @@
 Paper     Diffusion-4K sections 3.1 and 4.2: FID, Aesthetics; rFID and LPIPS of the partitioned VAE
 Mirrors   torch-fidelity FeatureExtractorInceptionV3, improved-aesthetic-predictor MLP, richzhang/PerceptualSimilarity
           LPIPS 0.1; tested against them by tests/test_perceptual.py
-Networks  network     input                                     output                    better
-          Inception   uint8, any size, to 299x299 as in TF1     (B, 2048) features        FID: lower
-          Aesthetics  CLIP ViT-L/14 embedding (B, 768)          (B,), about 1 to 10       higher
-          LPIPS       two images in [-1, 1], the same size      (B,), 0 for equal images  lower
+Scores    FID: lower is better; Aesthetics: about 1 to 10, higher is better; LPIPS: 0 for equal images, lower is better
 Images    uint8 (B, 3, H, W), or a list of (3, H, W) whose sizes may differ; each network resizes them
 """
 
@@ -23,14 +20,12 @@ from checkpoint import Weights, fill
 from scores.official import open_official
 
 Images = Tensor | Sequence[Tensor]
-INCEPTION_SIDE = 299
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-AESTHETICS_WIDTHS = (768, 1024, 128, 64, 16, 1)
 LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def filled(build: Callable[[], nn.Module], weights: Weights, device: str | torch.device) -> nn.Module:
-    """A frozen network, built without storage, with its weights in float32; ValueError if names or shapes differ."""
+    """A frozen network, built without storage, with these weights; ValueError if names or shapes differ."""
     with torch.device("meta"):
         network = build()
     fill(network.requires_grad_(False).eval(), weights, device)
@@ -39,36 +34,40 @@ def filled(build: Callable[[], nn.Module], weights: Weights, device: str | torch
 
 # ---- pictures
 
-def _checked(images: Images) -> Images:
+def checked(images: Images) -> Images:
+    """ValueError unless they are uint8 pictures, one or more."""
+    if not len(images):
+        raise ValueError("no pictures given")
     for image in images:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
             raise ValueError(f"a picture of shape {tuple(image.shape)} and {image.dtype}: give uint8 pictures, "
                              "(B, 3, H, W) or a list of (3, H, W)")
-    if not len(images):
-        raise ValueError("no pictures given")
     return images
 
 
-def resize_crop(images: Images, size: int) -> Tensor:
-    """uint8 pictures -> uint8 (B, 3, size, size): torchvision's antialiased resize of the short side, center_crop."""
+def _resized_crop(images: Images, size: int, resize: Callable[[Tensor, tuple], Tensor], half_down: bool) -> Tensor:
+    """uint8 (B, 3, size, size): short sides resized to `size`, centres; half of odd margins rounds down or to even."""
     crops = []
-    for image in _checked(images):
-        shape = _covering(image, size)
-        if shape != image.shape[1:]:
-            resized = F.interpolate(image[None].float(), shape, mode="bilinear", align_corners=False, antialias=True)
-            image = resized.round().to(torch.uint8)[0]
-        top, left = (round((side - size) / 2) for side in shape)      # halves round to even
+    for image in checked(images):
+        height, width = image.shape[1:]
+        shape = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+        image = resize(image, shape)
+        top, left = ((side - size) // 2 if half_down else round((side - size) / 2) for side in shape)
         crops.append(image[:, top:top + size, left:left + size])
     return torch.stack(crops)
 
 
-def _covering(image: Tensor, size: int) -> tuple[int, int]:
-    """(height, width) with the short side at `size`."""
-    height, width = image.shape[1:]
-    return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+def resize_crop(images: Images, size: int) -> Tensor:
+    """uint8 pictures -> uint8 (B, 3, size, size): torchvision's antialiased resize of the short side, center_crop."""
+    def bilinear(image: Tensor, shape: tuple) -> Tensor:
+        if shape == image.shape[1:]:
+            return image
+        resized = F.interpolate(image[None].float(), shape, mode="bilinear", align_corners=False, antialias=True)
+        return resized.round().to(torch.uint8)[0]
+    return _resized_crop(images, size, bilinear, half_down=False)
 
 
-def tf1_resize(image: Tensor, size: int = INCEPTION_SIDE) -> Tensor:
+def tf1_resize(image: Tensor, size: int = 299) -> Tensor:
     """uint8 (3, H, W) -> float (3, size, size), bilinear as in TensorFlow 1: output i samples i * (side / size)."""
     def places(side: int) -> tuple[Tensor, Tensor, Tensor]:
         scale = torch.tensor(side / size, dtype=torch.float32)
@@ -89,16 +88,13 @@ def clip_pixels(images: Images, size: int = 224, crop: str = "transformers") -> 
 
     crop  half of an odd margin is rounded down by "transformers" (and torchmetrics), to even by "openai" (Aesthetics)
     """
+    def bicubic(image: Tensor, shape: tuple) -> Tensor:
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        return torch.tensor(np.asarray(picture.resize(shape[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)
+
     if crop not in ("transformers", "openai"):
         raise ValueError(f'crop {crop!r}: give "transformers" or "openai"')
-    crops = []
-    for image in _checked(images):
-        shape = _covering(image, size)
-        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        small = np.asarray(picture.resize(shape[::-1], Image.Resampling.BICUBIC))
-        top, left = ((side - size) // 2 if crop == "transformers" else round((side - size) / 2) for side in shape)
-        crops.append(torch.tensor(small[top:top + size, left:left + size]).permute(2, 0, 1))
-    pixels = torch.stack(crops).float() / 255
+    pixels = _resized_crop(images, size, bicubic, half_down=crop == "transformers").float() / 255
     mean, deviation = (torch.tensor(rgb)[:, None, None] for rgb in (CLIP_MEAN, CLIP_STD))
     return (pixels - mean) / deviation
 
@@ -108,8 +104,7 @@ def clip_pixels(images: Images, size: int = 224, crop: str = "transformers") -> 
 class BasicConv2d(nn.Module):
     def __init__(self, channels: int, width: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(k // 2 for k in kernel) if pad and stride == 1 else 0
+        padding = "same" if pad and stride == 1 else 0
         self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=1e-3)
         del self.bn.num_batches_tracked      # unused; not in every copy of the file
@@ -121,8 +116,8 @@ class BasicConv2d(nn.Module):
 class Mixed(nn.Module):
     """Parallel branches, concatenated in the order given, then the pooled branch.
 
-    branches  name -> consecutive convolutions, (width, kernel) each. Official names are `name` for one, `name_1`,
-              `name_2`, … for several; a pair of convolutions in the last place, `_3a` and `_3b`, shares its input
+    branches  official name -> consecutive convolutions, (width, kernel) each: `name` if it is one, `name_1`, `name_2`,
+              … if several; a pair in the last place, `_3a` and `_3b`, shares its input
     pool      "avg" or "max"; pool_width is the width of the 1x1 convolution after it, 0 for none
     stride    of the pool and of the last convolution of every branch
     """
@@ -195,15 +190,14 @@ class Inception(nn.Module):
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "Inception":
         """Read weights-inception-2015-12-05-6726825d.pth or pytorch-fid's pt_inception-2015-12-05-6726825d.pth."""
         weights = open_official(path)
-        for name in [name for name in weights if name.endswith(".num_batches_tracked")]:
-            del weights[name]
-        return filled(Inception, weights, device)
+        named = {name: t for name, t in weights.items() if not name.endswith(".num_batches_tracked")}
+        return filled(Inception, Weights(named, {}, weights.source), device)
 
     @torch.no_grad()
     def forward(self, images: Images) -> Tensor:
         """uint8 pictures -> (B, 2048), float32; resized as in TensorFlow 1 (torchmetrics from 1.8 on antialiases)."""
         weight = self.fc.weight
-        x = torch.stack([tf1_resize(image.to(weight.device)) for image in _checked(images)])
+        x = torch.stack([tf1_resize(image.to(weight.device)) for image in checked(images)])
         x = ((x - 128) / 128).to(weight.dtype)                                          # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))               # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))               # (B, 192, 71, 71)
@@ -213,17 +207,14 @@ class Inception(nn.Module):
         return x.mean((2, 3)).float()
 
 
-# ---- Aesthetics
-
 class Aesthetics(nn.Module):
     """The aesthetics head: five linear layers without activations, one affine map in effect; made by `load`."""
 
     def __init__(self):
         super().__init__()
-        a, b, c, d, e, f = AESTHETICS_WIDTHS
         skip = nn.Identity()       # dropout, 1, 3 and 5 in the official names
-        first = (nn.Linear(a, b), skip, nn.Linear(b, c), skip, nn.Linear(c, d), skip)
-        self.layers = nn.Sequential(*first, nn.Linear(d, e), nn.Linear(e, f))
+        first = (nn.Linear(768, 1024), skip, nn.Linear(1024, 128), skip, nn.Linear(128, 64), skip)
+        self.layers = nn.Sequential(*first, nn.Linear(64, 16), nn.Linear(16, 1))
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "Aesthetics":
@@ -235,15 +226,12 @@ class Aesthetics(nn.Module):
         return self.layers(F.normalize(embedding.float(), dim=1))[:, 0]
 
 
-# ---- LPIPS
-
 # Convolutions as (width, kernel, stride, padding), a ReLU after each, and pools as their kernel; the entries of
-# torchvision's `features` after which features are compared.
+# torchvision's `features` after which features are compared; the least side, pixels, below which a pool is empty.
 LPIPS_NETS = {
     "vgg": ([(64, 3, 1, 1)] * 2 + [2] + [(128, 3, 1, 1)] * 2 + [2] + [(256, 3, 1, 1)] * 3 + [2] + [(512, 3, 1, 1)] * 3
-            + [2] + [(512, 3, 1, 1)] * 3, (3, 8, 15, 22, 29)),
-    "alex": ([(64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)], (1, 4, 7, 9, 11))}
-LPIPS_SIDES = {"vgg": 16, "alex": 31}       # pixels; smaller pictures vanish in the pools
+            + [2] + [(512, 3, 1, 1)] * 3, (3, 8, 15, 22, 29), 16),
+    "alex": ([(64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), *[(256, 3, 1, 1)] * 2], (1, 4, 7, 9, 11), 31)}
 
 
 class LPIPS(nn.Module):
@@ -251,8 +239,8 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str):
         super().__init__()
-        rows, self.taps = LPIPS_NETS[net]
-        self.net, layers, channels = net, [], 3
+        rows, self.taps, self.least = LPIPS_NETS[net]
+        layers, channels = [], 3
         for row in rows:
             if isinstance(row, int):
                 layers.append(nn.MaxPool2d(row, 2))
@@ -276,10 +264,9 @@ class LPIPS(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Two batches of pictures (B, 3, H, W) in [-1, 1] -> distances (B,)."""
-        least = LPIPS_SIDES[self.net]
-        if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < least:
+        if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < self.least:
             raise ValueError(f"pictures of shape {tuple(a.shape)} and {tuple(b.shape)}: LPIPS compares (B, 3, H, W) of "
-                             f"the same size, sides of at least {least} pixels")
+                             f"the same size, sides of at least {self.least} pixels")
         shift, scale = (torch.tensor(rgb, device=a.device)[:, None, None] for rgb in (LPIPS_SHIFT, LPIPS_SCALE))
         a, b, distances = (a - shift) / scale, (b - shift) / scale, []
         for i, layer in enumerate(self.features):

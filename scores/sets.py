@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from scores.clip import CLIP, CLIPImage
 from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
 from scores.official import find_weights
 from scores.perceptual import LPIPS, Aesthetics, Inception, resize_crop
-from scores.results import Results, identity
+from scores.results import Results, each, identity
 from vae import VAE, to_image, to_pixels
 
 FEATURES = 2048       # width of Inception's
@@ -40,8 +39,7 @@ def square(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def load_lpips(weights: Path, device: str) -> Callable[[np.ndarray, np.ndarray], float]:
     """The LPIPS distance of two pictures of the same size, on VGG-16."""
-    files = find_weights(weights, "vgg16-397923af.pth"), find_weights(weights, "vgg.pth")
-    network = LPIPS.load("vgg", *files, device)
+    network = LPIPS.load("vgg", *(find_weights(weights, name) for name in ("vgg16-397923af.pth", "vgg.pth")), device)
 
     @torch.inference_mode()
     def lpips(reference: np.ndarray, image: np.ndarray) -> float:
@@ -50,21 +48,17 @@ def load_lpips(weights: Path, device: str) -> Callable[[np.ndarray, np.ndarray],
     return lpips
 
 
-class Extractor(NamedTuple):
-    """Inception: its file, and the function from pictures (N, H, W, 3) to features (N, 2048) float32."""
+class Extractor:
+    """Inception's features, (N, 2048) float32, of pictures (N, H, W, 3)."""
 
-    file: Path
-    features: Callable[[np.ndarray], np.ndarray]
+    def __init__(self, weights: Path, device: str):
+        self.file, self.device = find_weights(weights, "weights-inception-2015-12-05-6726825d.pth"), device
+        self.network = Inception.load(self.file, device)
 
-
-def load_inception(weights: Path, device: str) -> Extractor:
-    file = find_weights(weights, "weights-inception-2015-12-05-6726825d.pth")
-    network = Inception.load(file, device)
-
-    def features(pictures: np.ndarray, batch: int = 16) -> np.ndarray:
-        chunks = [network(as_images(pictures[k : k + batch]).to(device)) for k in range(0, len(pictures), batch)]
+    def __call__(self, pictures: np.ndarray, batch: int = 16) -> np.ndarray:
+        images = (as_images(pictures[k : k + batch]).to(self.device) for k in range(0, len(pictures), batch))
+        chunks = list(map(self.network, images))
         return torch.cat(chunks).float().cpu().numpy() if chunks else np.zeros((0, FEATURES), np.float32)
-    return Extractor(file, features)
 
 
 def set_statistics(paths: Sequence[Path], res: int, results: Results, inception: Extractor,
@@ -75,24 +69,18 @@ def set_statistics(paths: Sequence[Path], res: int, results: Results, inception:
     """
     def measure(pixels: np.ndarray) -> dict:
         pixels = square(pixels, res)
-        return {"whole": inception.features(pixels[None]), "patches": inception.features(patches_of(pixels))}
+        return {"whole": inception(pixels[None]), "patches": inception(patches_of(pixels))}
 
     def of_part(part: str) -> dict:
         features = [row[part] for row in rows.values()] or [np.zeros((0, FEATURES))]
         return statistics(np.concatenate(features), f"{paths[0].parent}, {part}")._asdict()
 
-    key, rows = (1, res, identity(inception.file)), {}
-    for path in tqdm(paths, desc=f"Inception, {paths[0].parent.name}", file=sys.stderr):
-        try:
-            rows[path] = results.of_picture(("features", key), path, measure)
-        except ValueError as error:
-            errors.append(str(error))
-    sets = {}
-    for part in ("whole", "patches"):
-        if part == "whole" or sum(len(row[part]) for row in rows.values()) > 1:
-            arrays = results.get(("statistics", part, key, tuple(map(identity, rows))), partial(of_part, part))
-            sets[part] = Statistics(int(arrays["n"]), arrays["mean"], arrays["covariance"])
-    return sets
+    key = 1, res, identity(inception.file)
+    features_of = partial(results.of_picture, ("features", key), measure=measure)
+    rows = each(features_of, paths, f"Inception, {paths[0].parent.name}", errors)
+    parts = ["whole", "patches"] if sum(len(row["patches"]) for row in rows.values()) > 1 else ["whole"]
+    files = tuple(map(identity, rows))
+    return {part: Statistics(**results.get(("statistics", part, key, files), partial(of_part, part))) for part in parts}
 
 
 def number_note(name: str, least: int, numbers: str = "") -> str:
@@ -123,7 +111,7 @@ def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: 
 
     def measure(caption: str, pixels: np.ndarray) -> dict:
         return {"score": float(clip.score(as_images(pixels[None]), [caption])[0])}
-    return [float(results.of_picture(("clip", 1, identity(file), caption), path, partial(measure, caption))["score"])
+    return [results.of_picture(("clip", 1, identity(file), caption), path, partial(measure, caption))["score"]
             for path, caption in tqdm(captions.items(), desc="CLIPScore", file=sys.stderr)]
 
 
@@ -135,8 +123,8 @@ def aesthetics_scores(paths: Sequence[Path], weights: Path, device: str, results
     def measure(pixels: np.ndarray) -> dict:
         return {"score": float(head(tower.embed(as_images(pixels[None]), "openai"))[0])}
     key = ("aesthetics", 1, *map(identity, files))
-    return [float(results.of_picture(key, path, measure)["score"])
-            for path in tqdm(paths, desc="Aesthetics", file=sys.stderr)]
+    pictures = tqdm(paths, desc="Aesthetics", file=sys.stderr)
+    return [results.of_picture(key, path, measure)["score"] for path in pictures]
 
 
 def side_step(vae: VAE, factor: int) -> int:

@@ -16,7 +16,7 @@ from checkpoint import LazyTensor, Weights
 from scores import clip
 from scores.clip import CLIP, CLIPImage, clip_score
 from scores.perceptual import clip_pixels
-from text import CLIPTokenizer
+from text import CLIPText, CLIPTokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
@@ -256,8 +256,8 @@ def test_clip_takes_exactly_the_published_names(name, layout, monkeypatch):
         raise Built
     official = Weights({key: LazyTensor(shape, built) for key, shape in shapes.items()}, {}, name)
     monkeypatch.setattr(clip, "open_official", lambda path: official)
-    towers = clip.read_towers(name)
-    for build in (lambda: clip.image_tower(towers, "cpu"), lambda: clip.text_tower(towers, 49407, "cpu")):
+    image, text = clip.read_towers(name)
+    for build in (lambda: CLIPImage.of(image, "cpu"), lambda: CLIPText.of(text)):
         with pytest.raises(Built):
             build()
 

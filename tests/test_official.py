@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scores.official import WEIGHTS, Download, find_weights, open_official
+from scores.official import WEIGHTS, find_weights, open_official
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 
@@ -185,12 +185,9 @@ def test_a_missing_file_says_what_needs_it_from_where_and_its_hash(tmp_path):
     assert all(WEIGHTS[name].sha256 in WEIGHTS[name].url for name in ("ViT-B-16.pt", "ViT-L-14.pt"))
 
 
-def test_files_are_found_by_other_names_and_their_hash_is_checked_on_request(tmp_path, monkeypatch):
+def test_files_are_found_by_other_names(tmp_path):
     name, other = "weights-inception-2015-12-05-6726825d.pth", tmp_path / "pt_inception-2015-12-05-6726825d.pth"
-    other.write_bytes(b"something")
+    other.touch()
     assert find_weights(tmp_path, name) == other
-    with pytest.raises(ValueError, match="its sha256 is 3fc9b689.*begins with 6726825d: download it again from https"):
-        find_weights(tmp_path, name, check=True)
-    monkeypatch.setitem(WEIGHTS, name, Download("FID", "https://x", "3fc9b689"))
-    other.rename(tmp_path / name)
-    assert find_weights(tmp_path, name, check=True) == tmp_path / name
+    (tmp_path / name).touch()
+    assert find_weights(tmp_path, name) == tmp_path / name
