@@ -37,10 +37,10 @@ from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training.batches import Part, batches, read_batch
 from training.cache import Embeddings, Latents
-from training.logs import Drawing, Tally
+from training.logs import SampleSettings, Tally
 from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer
 from training.plan import check_memory, plan_of, this_machine
-from training.ranks import Agreed, device_of, join, on_all, rank, world
+from training.ranks import SharedError, device_of, join, on_all, rank, world
 from training.resume import identity_of
 from training.run import Run, export_newest
 from training.settings import Settings, check, parse, settle
@@ -145,7 +145,7 @@ class Sync:
         else:
             self.model.zero_grad(set_to_none=True)
 
-    def last_is(self, last: bool) -> None:
+    def set_last(self, last: bool) -> None:
         """Before each backward: DDP sends gradients with the last one of a step only."""
         if self.ddp:
             self.ddp.last_backward = last
@@ -192,7 +192,7 @@ class Job:
         return identity_of(self.settings, self.family, self.config, listing)
 
 
-def look(settings: Settings) -> Job:
+def open_job(settings: Settings) -> Job:
     """Open everything a run needs and refuse what cannot work, before anything is loaded or written."""
     device, folder = device_of(settings.device), model_folder(settings.model, settings.weights)
     family, transformer, vae_path = find(folder, settings.transformer)
@@ -210,7 +210,7 @@ def look(settings: Settings) -> Job:
     return Job(settings, device, family, transformer, config, folder, vae_path, items, pictures, sizes)
 
 
-def load(job: Job) -> tuple[MMDiT | Flux, VAE]:
+def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     """The transformer, sharded if asked for, and the frozen VAE."""
     settings, weights = job.settings, job.transformer.part("model.diffusion_model.")
     split = partial(shard, settings=settings, device=job.device)
@@ -238,13 +238,12 @@ def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings,
     return texts, latents
 
 
-def drawing_of(job: Job, channels: int) -> Drawing:
+def sample_settings_of(job: Job, channels: int) -> SampleSettings:
     """How sample pictures are drawn: as sample.py would, at --res."""
     settings, sampling = job.settings, job.family.sampling(job.transformer)
-    side = settings.res // settings.factor
-    shift = sampling.time_shift or math.exp(flux_mu(settings.tokens))
-    sigmas = job.family.sigmas(sampling.steps, shift)
-    return Drawing(sigmas, (channels, side, side), sampling.cfg, settings.guidance, settings.factor, settings.seed)
+    shape = channels, settings.res // settings.factor, settings.res // settings.factor
+    sigmas = job.family.sigmas(sampling.steps, sampling.time_shift or math.exp(flux_mu(settings.tokens)))
+    return SampleSettings(sigmas, shape, sampling.cfg, settings.guidance, settings.factor, settings.seed)
 
 
 @contextmanager
@@ -264,14 +263,14 @@ def stop_on_signals() -> Iterator[Event]:
 
 def train(settings: Settings) -> None:
     """The complete run, from checks to the exported file; resumes from OUT/checkpoints."""
-    job = on_all(lambda: look(settings))                   # arguments, files and memory are checked here
+    job = on_all(lambda: open_job(settings))               # arguments, files and memory are checked here
     settings, device = job.settings, job.device
     if not rank():
         print(json.dumps(asdict(settings), indent=1), flush=True)
     if settings.dry_run:
         return
 
-    model, vae = load(job)                                 # meta -> shard -> fill
+    model, vae = load_models(job)                          # meta -> shard -> fill
     sync = Sync(model, settings.sharded)                   # the DDP above, FSDP, or nothing
     optimizer = new_optimizer(settings, model)
     ema = EMA(model, settings.ema, settings.ema_on_host)
@@ -281,7 +280,7 @@ def train(settings: Settings) -> None:
     shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]    # the empty prompt is for cfg
     empty, _ = texts.read([""])
     run.begin(start, device, settings.res // settings.factor, empty.shape[1])
-    tally, drawing = Tally(device), drawing_of(job, vae.config.latent_channels)
+    tally, how = Tally(device), sample_settings_of(job, vae.config.latent_channels)
 
     read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
                    resized=job.pictures.resized, channels=vae.config.latent_channels)
@@ -308,14 +307,14 @@ def train(settings: Settings) -> None:
                 loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
                                  settings.huber)
                 # backward; DDP reduces in the last pass only, FSDP in every one
-                sync.last_is(k + 1 == len(parts))
+                sync.set_last(k + 1 == len(parts))
                 (loss / len(parts)).backward()
                 losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
             sync.wait()                                    # from here every p.grad is the average over the ranks
 
             norm = clip(model, settings.clip)
             if not norm.isfinite():                        # the same on all ranks; the step waits for the device here
-                raise Agreed(what_diverged(step, norm, parts, losses, job))
+                raise SharedError(what_diverged(step, norm, parts, losses, job))
             lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -329,7 +328,7 @@ def train(settings: Settings) -> None:
                 run.save(done)
             if run.due(settings.sample_every, done):
                 with autocast(settings):
-                    run.draw(done, vae, *texts.read(shown), drawing)
+                    run.draw(done, vae, *texts.read(shown), how)
         run.finish(done, job.family, job.transformer, job.vae_path)    # exports, or saves the stopped run
 
 
@@ -378,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
         if rank():
-            raise SystemExit(1 if isinstance(error, Agreed) else f"error: rank {rank()}: {error}") from None
+            raise SystemExit(1 if isinstance(error, SharedError) else f"error: rank {rank()}: {error}") from None
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("error: interrupted before the first step") from None

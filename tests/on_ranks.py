@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from training.ranks import Agreed  # noqa: E402
+from training.ranks import SharedError  # noqa: E402
 from training.settings import parse  # noqa: E402
 
 
@@ -96,7 +96,7 @@ def main() -> None:
         error = ""
         try:
             train.train(settings)
-        except Agreed as failure:
+        except SharedError as failure:
             error = str(failure)
         out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)

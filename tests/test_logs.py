@@ -13,7 +13,7 @@ from PIL import Image
 from family import SD3
 from mmdit import MMDiT
 from training import logs
-from training.logs import Drawing, Log, Tally, draw_samples, matmul_rate, write_grid
+from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
 from vae import VAE
 
 
@@ -115,7 +115,7 @@ def test_sample_picture_depends_on_its_prompt_and_seed_alone(model):
             p.add_(0.05 * torch.randn(p.shape, generator=seeded(p.numel())))
     generator = seeded(0)
     context, pooled = torch.randn(3, 5, 192, generator=generator), torch.randn(3, 192, generator=generator)
-    drawing = Drawing(SD3.sigmas(3, 3.0), (16, 4, 4), cfg=2.0, guidance=None, factor=16, seed=7)
+    drawing = SampleSettings(SD3.sigmas(3, 3.0), (16, 4, 4), cfg=2.0, guidance=None, factor=16, seed=7)
     two = draw_samples(transformer, vae, context, pooled, drawing)
     (second,) = draw_samples(transformer, vae, context[[0, 2]], pooled[[0, 2]], replace(drawing, seed=8))
     assert len(two) == 2 and two[0].shape == (3, 64, 64) and torch.allclose(two[1], second, atol=1e-5)

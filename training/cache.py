@@ -88,7 +88,7 @@ class Latents:
         digest = hashlib.sha256(f"{factor} {dilation}".encode())
         for name, tensor in vae.encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        self.folder = Path(folder) / digest.hexdigest()[:16]
+        self.folder, self._files = Path(folder) / digest.hexdigest()[:16], {}
 
     def fill(self, sizes: Sequence[tuple[int, int]], rank: int = 0, world: int = 1) -> int:
         """Encode the crops that the cache lacks, every world-th picture from the rank-th; returns this share's size."""
@@ -110,8 +110,12 @@ class Latents:
         self.folder.mkdir(parents=True, exist_ok=True)
         save(self._file(index, height, width), {"mean": mean, "logvar": logvar}, {"picture": self.paths[index].name})
 
-    def _file(self, index: int, height: int, width: int) -> Path:
-        return self.folder / f"{_digest([self.paths[index]], f'{height} {width}')[:32]}.safetensors"
+    def _file(self, *crop: int) -> Path:
+        """Of (index, height, width); the picture is hashed once."""
+        if crop not in self._files:
+            index, height, width = crop
+            self._files[crop] = self.folder / f"{_digest([self.paths[index]], f'{height} {width}')[:32]}.safetensors"
+        return self._files[crop]
 
 
 def _digest(files: Sequence[Path], more: str = "") -> str:

@@ -124,7 +124,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleSettings:
     """How sample pictures are drawn during training."""
 
     sigmas: Tensor             # the schedule, (steps + 1,)
@@ -136,7 +136,7 @@ class Drawing:
 
 
 @torch.no_grad()
-def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor, drawing: Drawing) -> list[Tensor]:
+def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor, how: SampleSettings) -> list[Tensor]:
     """One picture per prompt from the model under training.
 
     context, pooled  (P + 1, L, C) and (P + 1, D): of the empty prompt, then of P prompts
@@ -144,9 +144,9 @@ def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor,
     """
     images = []
     for k in range(1, len(context)):
-        velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], drawing.cfg, drawing.guidance)
-        noise = draw_noise([drawing.seed + k - 1], drawing.shape).to(context.device)
-        images.append(vae.decode(euler(velocity, noise, drawing.sigmas), drawing.factor)[0].float().cpu())
+        velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], how.cfg, how.guidance)
+        noise = draw_noise([how.seed + k - 1], how.shape).to(context.device)
+        images.append(vae.decode(euler(velocity, noise, how.sigmas), how.factor)[0].float().cpu())
     return images
 
 

@@ -67,8 +67,7 @@ def new_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer
     if settings.state == "bf16":
         seed = settings.seed + (rank() if settings.sharded else 0)
         return RoundedAdamW(model.parameters(), settings.lr, BETAS, settings.weight_decay, seed)
-    decay = settings.weight_decay
-    return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=BETAS, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), settings.lr, BETAS, weight_decay=settings.weight_decay, fused=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class EMA:
 
 
 def autocast(settings: Settings) -> torch.autocast:
-    """bf16 products of fp32 weights; under FSDP and --state bf16 the weights are bf16 already."""
+    """bf16 products of fp32 weights, for --dtype bf16; FSDP casts the weights by itself."""
     enabled = settings.dtype == "bf16" and not settings.sharded
     return torch.autocast(settings.device.partition(":")[0], torch.bfloat16, enabled=enabled)
 

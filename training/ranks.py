@@ -63,7 +63,7 @@ def join(device: torch.device, sharded: bool) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-class Agreed(ValueError):
+class SharedError(ValueError):
     """An error that every rank knows: only the first one prints it."""
 
 
@@ -85,7 +85,7 @@ def together(work: Callable[[], Result], stop: bool = False) -> tuple[Result, bo
         replies *= world()
         dist.all_gather_object(replies, (error, stop))
     if errors := [f"{text} (rank {k})" if k else text for k, (text, _) in enumerate(replies) if text]:
-        raise Agreed(errors[0])
+        raise SharedError(errors[0])
     return result, any(asked for _, asked in replies)
 
 

@@ -34,7 +34,7 @@ from family import Family
 from flux import FluxConfig
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW
-from training.ranks import Agreed, rank, world
+from training.ranks import SharedError, rank, world
 from training.settings import IDENTITY, Settings
 
 FILE_BYTES = 1 << 31
@@ -78,7 +78,7 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
     tensors  name -> tensor, a DTensor where it is sharded
     about    what run.json records beside the step and the files
     keep     how many checkpoints remain, the newest
-    raises   OSError on the first rank, Agreed on the others, if one could not write; earlier checkpoints are untouched
+    raises   OSError on the first rank, SharedError on the others, if one could not write; earlier ones are untouched
     """
     folder = out / "checkpoints" / f"step-{step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -98,7 +98,7 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
     if errors[0]:
         if not rank():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise (Agreed if rank() else OSError)(
+        raise (SharedError if rank() else OSError)(
             f"{folder}: could not be written ({errors[0].splitlines()[0]}); the checkpoints before it are untouched")
     if not rank():
         _remove_old(out, step, keep)

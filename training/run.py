@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, read_json, save
 from family import SAMPLING, Family, find
-from training.logs import Drawing, Log, Tally, draw_samples, matmul_rate, write_grid
+from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
 from training.plan import flop_of_image
 from training.ranks import on_all, on_first, rank, world
 from training.resume import ABOUT, load_run, newest, save_checkpoint, step_of, tensors_of, weights_of
@@ -92,10 +92,10 @@ class Run:
             on_first(lambda: self.log_file.plot())
         self.excluded_s += time.time() - start
 
-    def draw(self, done: int, vae: VAE, context: Tensor, pooled: Tensor, drawing: Drawing) -> None:
+    def draw(self, done: int, vae: VAE, context: Tensor, pooled: Tensor, how: SampleSettings) -> None:
         """Write a grid of sample pictures. Every rank draws, since each may hold a part of the model."""
         start = time.time()
-        images = draw_samples(self.model, vae, context, pooled, drawing)
+        images = draw_samples(self.model, vae, context, pooled, how)
         on_first(lambda: write_grid(self.out / "samples" / f"step-{done:08d}.png", images))
         self.excluded_s += time.time() - start
 
