@@ -237,7 +237,7 @@ def check(folder: str) -> int:
 def encode(folder: str, model: str, weights: str | None, t5_length: int | None, batch: int, device: str | None,
            latents: bool, res: int, aspect: bool, factor: int, dilation: int) -> None:
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
-    from checkpoint import check_device, model_folder
+    from checkpoint import check_device, model_folder, need
     from family import find
     from text import check_t5_length
     from training.cache import Embeddings, Latents
@@ -247,10 +247,8 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     device = check_device(device)
     check_t5_length(t5_length)
     step = 2 * factor
-    if batch < 1:
-        raise ValueError(f"--batch {batch}: give 1 or more")
-    if res < step or res % step:
-        raise ValueError(f"--res {res}: give a multiple of {step} at --factor {factor}")
+    need(batch >= 1, "batch", batch, "1 or more")
+    need(res >= step and res % step == 0, "res", res, f"a multiple of {step} at --factor {factor}")
     rank, world = launched()
     device, share = device_of(device), f"rank {rank} of {world}: " if world > 1 else ""
     items, source = read_folder(folder), model_folder(model, weights)
@@ -274,19 +272,22 @@ def main() -> None:
     about = "open every picture and line, list what is wrong"
     add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
-    add = commands.add_parser("encode", help="compute the text embeddings of all captions once", allow_abbrev=False,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    about = "compute the text embeddings of all captions once"
+    encodes = commands.add_parser("encode", help=about, description=about, allow_abbrev=False)
+    add = encodes.add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
-    add("--model", default="tiny-sd3", help="name of a folder in models/")
+    add("--model", default="tiny-sd3", help="name of a folder in models/ (default: %(default)s)")
     add("--weights", metavar="DIR", help="another model folder")
-    add("--t5-length", type=int, help="tokens of T5, the same as in training (SD3: 77, Flux-dev: 512)")
-    add("--batch", type=int, default=16, help="captions encoded together")
+    add("--t5-length", type=int, help="tokens of T5, the same as in training (default: SD3 77, Flux-dev 512)")
+    add("--batch", type=int, default=16, help="captions encoded together (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--latents", action="store_true", help="encode central crops too, for train.py --cache-latents")
-    add("--res", type=int, default=1024, help="latents: side of the squares, pixels")
-    add("--aspect", action="store_true", help="latents: aspect buckets instead of squares")
-    add("--factor", type=int, default=16, choices=(8, 16), help="latents: down-sampling of the VAE")
-    add("--dilation", type=int, default=2, choices=(1, 2), help="latents: of the first convolution at factor 16")
-    add("--device", help="cpu or cuda; cuda where there is one")
+    add = encodes.add_argument_group("with --latents, the same as in training").add_argument
+    add("--res", type=int, default=1024, help="side of the squares, pixels (default: %(default)s)")
+    add("--aspect", action="store_true", help="aspect-ratio buckets instead of squares")
+    add("--factor", type=int, default=16, choices=(8, 16), help="pixels per latent position (default: %(default)s)")
+    add("--dilation", type=int, default=2, choices=(1, 2),
+        help="of the VAE's first convolution at factor 16; 1: as released (default: %(default)s)")
     options = vars(parser.parse_args())
     try:
         if options.pop("command") == "check":
