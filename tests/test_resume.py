@@ -300,7 +300,8 @@ def test_twenty_kills_at_random_moments_lose_nothing_before_the_last_checkpoint(
         wait_for_checkpoint(out, process, after=before)
         time.sleep(moments.random() / 10)
         process.kill()
-        process.communicate()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         during_a_save += bool(list((out / "checkpoints").glob(".step-*.tmp")))
         steps.append(steps_of(out))
         assert steps[-1] > steps[-2]
