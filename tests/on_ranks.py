@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from training.ranks import SharedError  # noqa: E402
+from training.ranks import SharedError, join  # noqa: E402
 from training.settings import parse  # noqa: E402
 
 
@@ -73,7 +73,7 @@ def unused() -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join(torch.device("cpu"), sharded=False)
     ddp, formula = train.DDP, train.objective
     for case in json.loads(Path(sys.argv[1]).read_text()):
         if "unused" in case:
