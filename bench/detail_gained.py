@@ -1,9 +1,7 @@
 """Detail before and after fine-tuning at 1024 px: the same prompts and seed drawn by the base and the fine-tuned model.
 
 The base is drawn twice: at its training size, enlarged, and at 1024 px, where it repeats the texture of small pictures.
-More is not better by itself: noise has the most detail, and a photograph has less per pixel the larger it is. Look at
-the pictures beside the figures; the last line is of the photographs, on which both models were trained.
-
+More detail is not better by itself: noise has the most. The last line is of the photographs that both were trained on.
 Prints  mean absolute Laplacian (levels of 255, gray) and bytes of the JPEG at quality 95
 Writes  OUT/before_after.jpg, from top to bottom: base enlarged, base at 1024 px, fine-tuned; the middle of the first
         and of the third at full size
@@ -36,7 +34,7 @@ def laplacian(pixels: np.ndarray) -> float:
     return float(np.abs(neighbours - 4 * gray[1:-1, 1:-1]).mean())
 
 
-def enlarged(pixels: np.ndarray, side: int) -> np.ndarray:
+def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
 
 
@@ -66,7 +64,7 @@ def main() -> None:
         return [to_pixels(paint(item.captions[0])[0]) for item in tqdm(items, desc=f"{side} px", file=sys.stderr)]
 
     own, photographs = int(base.metadata["res"]), Pictures([item.path for item in items])  # training size of the base
-    rows = {f"base at {own} px, enlarged": [enlarged(pixels, res) for pixels in drawn_by(base, own)],
+    rows = {f"base at {own} px, enlarged": [resized(pixels, res) for pixels in drawn_by(base, own)],
             f"base at {res} px": drawn_by(base, res), f"fine-tuned at {res} px": drawn_by(tuned, res),
             "the photographs": [photographs.central_crop(i, res, res) for i in range(len(items))]}
     for name, row in rows.items():
@@ -74,7 +72,7 @@ def main() -> None:
               f"JPEG {np.mean([jpeg_size(pixels) for pixels in row]):9,.0f} bytes   ({len(row)} pictures)")
     first, second, third, _ = rows.values()  # the photographs have their own licences
     crop = slice((res - SHEET) // 2, (res + SHEET) // 2)
-    parts = [[enlarged(pixels, SHEET) for pixels in row] for row in (first, second, third)]
+    parts = [[resized(pixels, SHEET) for pixels in row] for row in (first, second, third)]
     parts += [[pixels[crop, crop] for pixels in row] for row in (first, third)]
     args.out.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([np.hstack(row) for row in parts])).save(args.out / "before_after.jpg", quality=85)

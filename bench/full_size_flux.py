@@ -1,11 +1,10 @@
 """Flux-dev at its full size, without its weights and without the memory for them: one velocity, block by block.
 
-Writes  FILE: every tensor of flux1-dev.safetensors by its published name and shape, random, bf16, 23.8 GB, one at a
-        time; kept for the next run unless --delete is given. Never committed
+Writes  FILE: every tensor of flux1-dev.safetensors by its published name and shape, random, bf16, 23.8 GB; kept for the
+        next run unless --delete is given. Never committed; the run is skipped if the disk has no room for it
 Runs    one velocity at 512x512 px, factor 16, 256 + 512 tokens. The file is mapped; a block's weights become fp32 when
         the block begins. They and the mapping are let go when it ends, so that no second copy stays in memory
 Prints  seconds, peak resident memory; exit status 1 if the peak is over 8 GiB or the velocity is not finite
-Skips   with the reason if the disk has no room for FILE
 Run     python bench/full_size_flux.py --file runs/flux1-dev-random.safetensors
 """
 
@@ -55,13 +54,13 @@ def load_block_by_block(path: Path) -> Flux:
     with torch.device("meta"):
         model = Flux(read_config(weights))
     for name, module in model.named_children():
-        blocks = module.named_children() if isinstance(module, nn.ModuleList) else ()
-        for index, block in blocks:
+        if not isinstance(module, nn.ModuleList):
+            fill(module, weights.part(name + "."))
+            continue
+        for index, block in module.named_children():
             part = f"{name}.{index}."
             block.register_forward_pre_hook(lambda block, _, part=part: fill(block, open_weights(path).part(part)))
             block.register_forward_hook(lambda block, *_: block.to("meta") and None)  # None leaves the output as it is
-        if not blocks:
-            fill(module, weights.part(name + "."))
     return model
 
 
@@ -79,16 +78,14 @@ def main() -> None:
     size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        free = shutil.disk_usage(path.parent).free
-        if free < size + SPARE_BYTES:
+        if (free := shutil.disk_usage(path.parent).free) < size + SPARE_BYTES:
             print(f"skipped: {path} needs {size / 1e9:.1f} GB and 2 to spare, the disk has {free / 1e9:.1f} GB")
             return
         write_random(path, shapes)
     print(f"{path}: {len(shapes)} tensors, {size / GIB:.2f} GiB in bf16; peak so far {peak_memory_gib('cpu'):.2f} GiB")
 
-    generator = torch.Generator().manual_seed(1)
-    latent, context, pooled = (torch.randn(shape, generator=generator)
-                               for shape in ((1, 16, 32, 32), (1, 512, 4096), (1, 768)))
+    generator, sizes = torch.Generator().manual_seed(1), ((1, 16, 32, 32), (1, 512, 4096), (1, 768))
+    latent, context, pooled = (torch.randn(shape, generator=generator) for shape in sizes)
     start = time.time()
     velocity = load_block_by_block(path)(latent, torch.tensor([0.7]), context, pooled, torch.tensor([3.5]))
     finite, peak = bool(velocity.isfinite().all()), peak_memory_gib("cpu")

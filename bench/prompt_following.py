@@ -2,7 +2,6 @@
 
 Each caption is drawn once, on the CPU in fp32 at factor 16. The picture and the central squares of all photographs are
 area-averaged to 16 x 16 pixels; the nearest photograph by RMSE should be the caption's own.
-
 Run     python bench/prompt_following.py --data photos --res 256 --transformer models/tiny-sd3/base_256.safetensors
         python bench/prompt_following.py --data photos --captions text --limit 20
 Check   python -m pytest tests/test_prompt_following.py    painter() draws what sample.py draws
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import Weights, model_folder  # noqa: E402
+from checkpoint import Weights, model_folder, need  # noqa: E402
 from data import Item, Pictures, read_folder  # noqa: E402
 from family import Family, Sampling, find  # noqa: E402
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg  # noqa: E402
@@ -32,12 +31,8 @@ ALTS = 3  # "alt" captions that describe a photograph; the others were added for
 
 def painter(family: Family, transformer: Weights, text: SD3Text | FluxText, vae: VAE, sampling: Sampling, res: int,
             seed: int = 0) -> Callable[[str], Tensor]:
-    """A function that draws a prompt as (1, 3, res, res) in about [-1, 1], always from the same noise.
-
-    raises  ValueError if res is not a multiple of 32 px
-    """
-    if res < 32 or res % 32:
-        raise ValueError(f"--res {res}: give a multiple of 32")
+    """A function that draws a prompt as (1, 3, res, res) in about [-1, 1], always from the same noise."""
+    need(res >= 32 and res % 32 == 0, "res", res, "a multiple of 32")
     model, shift = family.model.load(transformer.source), sampling.time_shift
     sigmas = family.sigmas(sampling.steps, math.exp(flux_mu((res // 32) ** 2)) if shift is None else shift)
     noise = draw_noise([seed], (model.config.in_channels, res // 16, res // 16))
@@ -91,8 +86,8 @@ def main() -> None:
     text, vae = family.text.load(folder, t5_length=family.t5_length), VAE.load(vae_path)
     paint = painter(family, transformer, text, vae, sampling, args.res, args.seed)
     items = read_folder(args.data)
-    pictures = Pictures([item.path for item in items])
-    known = torch.cat([thumbnail(to_image(pictures.central_crop(i, 256, 256))[None]) for i in range(len(items))])
+    photographs = Pictures([item.path for item in items])
+    known = torch.cat([thumbnail(to_image(photographs.central_crop(i, 256, 256))[None]) for i in range(len(items))])
     hits: dict[str, list[bool]] = {}
     for kind, index, caption in tqdm(tasks_of(items, args.captions, args.limit, args.prompts), file=sys.stderr):
         nearest = int((known - thumbnail(paint(caption).clamp(-1, 1))).square().mean(1).argmin())

@@ -1,16 +1,15 @@
 """Speed and memory beside the usual implementation, on the same weights or the same picture, in one run.
 
-Mirrors   diffusers.SD3Transformer2DModel, FluxTransformer2DModel; outputs must agree before anything is timed
-Cases     mmdit, flux: the transformer at its real width, a few blocks deep, against diffusers
-          vae    last convolution of the factor-16 decoder: sub-pixel phases, the paper's partition, the complete map
-          glcm   GLCM Score of a 4096x4096 photograph against the release's loop over scikit-image's functions
-          jpeg   its JPEG size at quality 95 against Pillow
+Cases     mmdit, flux: diffusers.SD3Transformer2DModel, FluxTransformer2DModel at their real width, a few blocks deep
+          vae   last convolution of the factor-16 decoder: sub-pixel phases, the paper's partition, the complete map
+          glcm  GLCM Score of a 4096x4096 photograph against the release's loop over scikit-image's functions
+          jpeg  its JPEG size at quality 95 against Pillow
 Time      sides take turns (A B A B ...), so a slow machine slows all; ratio: median over neighbouring pairs
 Share     FLOP of the matrix products / time / the rate of one large matmul measured in between
 Memory    MiB, each side alone in a fresh process. Peak: everything, Python and loading included. Forward: what one more
           call adds to what was held before it. CPU: resident set (Linux), GPU: torch's allocator
 Run       python bench/speed.py mmdit --threads 2   2 minutes on two cores (flux: 8 GB); needs requirements-dev.txt
-Check     python -m pytest tests/test_speed.py      tiny sizes; asserts agreement, never a time
+Check     python -m pytest tests/test_speed.py      the outputs agree before anything is timed
 """
 
 import argparse
@@ -97,40 +96,35 @@ def forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+@torch.inference_mode()
 def memory(build: Build, device: str, threads: int) -> tuple[float, float]:
-    """Peak and forward memory of one side, MiB; call it through `fresh`.
-
-    Weights are mapped and read at first use: the first call belongs to loading, the second is the forward.
-    """
+    """Peak and forward memory of one side, MiB; call it through `fresh`."""
     torch.set_num_threads(threads)
-    with torch.inference_mode():
-        step = build()
-        step()
-        loading = peak_mib(device)
-        forget_peak(device)
-        before = peak_mib(device)
-        step()
-        return max(loading, peak_mib(device)), peak_mib(device) - before
-
-
-def milliseconds(step: Step, device: str) -> float:
-    """Duration of one call, until the device has finished its work."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
+    step = build()
+    step()  # weights are mapped and read at first use: this call belongs to loading, the next one is the forward
+    loading = peak_mib(device)
+    forget_peak(device)
+    before = peak_mib(device)
     step()
-    wait()
-    return (time.perf_counter() - start) * 1000
+    return max(loading, peak_mib(device)), peak_mib(device) - before
 
 
 def take_turns(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round after the warm-up."""
-    rows = [[milliseconds(step, device) for step in steps.values()] for _ in range(WARM_UP + rounds)][WARM_UP:]
-    return {side: list(values) for side, values in zip(steps, zip(*rows, strict=True), strict=True)}
+    """Milliseconds of every step in every round after the warm-up, each until the device has finished its work."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {side: [] for side in steps}
+    for _ in range(WARM_UP + rounds):
+        for side, step in steps.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            times[side].append((time.perf_counter() - start) * 1000)
+    return {side: values[WARM_UP:] for side, values in times.items()}
 
 
 def largest_difference(steps: dict[str, Step], relative: bool = False) -> float:
-    """Largest difference of any output from the first side's; RuntimeError if the sides do not compute the same."""
+    """Largest difference of any output from the first side's; RuntimeError if it is over TOLERANCE."""
     first, *others = (step().float() for step in steps.values())
     worst = torch.stack([(first - x).abs() / (x.abs() if relative else 1) for x in others]).max().item()
     if not worst <= TOLERANCE:  # NaN too
@@ -155,11 +149,7 @@ def report(title: str, times: dict[str, list[float]], columns: dict[str, dict[st
 @torch.inference_mode()
 def measure(sides: dict[str, Build], device: str, threads: int, rounds: int, beside: dict[str, Step] | None = None
             ) -> tuple[dict[str, list[float]], dict[str, dict[str, str]], str]:
-    """Memory, agreement and time of every side, without gradients, in the form that report() prints.
-
-    beside   steps that take turns with the sides and are timed, not compared
-    returns  milliseconds of every round; the columns of memory; a line on the agreement
-    """
+    """Times, memory and agreement of every side, without gradients, as report() prints them; `beside` is timed only."""
     torch.set_num_threads(threads)
     memories = {side: fresh(memory, build, device, threads) for side, build in sides.items()}
     columns = {name: {side: f"{mib[k]:.0f}" for side, mib in memories.items()}
@@ -173,14 +163,20 @@ def where(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
+def bench_pixels(title: str, pixels: int, sides: dict[str, Build], device: str, threads: int, rounds: int) -> None:
+    """Print time, megapixels per second and memory of every side."""
+    times, memories, remark = measure(sides, device, threads, rounds)
+    rates = {side: f"{pixels / 1e3 / statistics.median(values):.1f}" for side, values in times.items()}
+    report(f"{title}, {where(device)}", times, {"Mpixel/s": rates} | memories, remark)
+
+
 # ---- the transformers
 
 def inputs_of(case: Case, device: str) -> tuple[Tensor, ...]:
     """latent, sigma, context, pooled; for Flux guidance too."""
     generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(1, 16, case.side, case.side, generator=generator)
-    context = torch.randn(1, case.context_tokens, case.context_width, generator=generator)
-    pooled = torch.randn(1, case.pooled_width, generator=generator)
+    shapes = (16, case.side, case.side), (case.context_tokens, case.context_width), (case.pooled_width,)
+    latent, context, pooled = (torch.randn(1, *shape, generator=generator) for shape in shapes)
     guidance = [torch.tensor([3.5])] if case.model is Flux else []
     return tuple(x.to(device) for x in (latent, torch.tensor([0.6]), context, pooled, *guidance))
 
@@ -228,15 +224,15 @@ def diffusers_transformer(case: Case, folder: str, device: str) -> Step:
 
 def bench_transformer(case: Case, device: str = "cpu", threads: int = 1, rounds: int = ROUNDS,
                       matmul_side: int = 2048) -> None:
-    """Print time, share and memory of a transformer beside diffusers'; the matmul of the share is of matmul_side²."""
+    """A transformer beside diffusers'; the share is of the rate of a square matmul."""
     blocks = f"{case.depth} double and {case.depth_single} single" if case.model is Flux else case.depth
     a, b = torch.randn(2, matmul_side, matmul_side, device=device)
     with tempfile.TemporaryDirectory() as folder:
         fresh(write_transformer, case, folder)
         config = case.model.load(Path(folder) / OFFICIAL).config
         flop = flop_of_image(case.model, config, case.side, case.context_tokens) / 3  # of the forward pass
-        sides = {side: partial(build, case, folder, device)
-                 for side, build in (("ours", our_transformer), ("diffusers", diffusers_transformer))}
+        sides = {"ours": partial(our_transformer, case, folder, device),
+                 "diffusers": partial(diffusers_transformer, case, folder, device)}
         times, memories, remark = measure(sides, device, threads, rounds, {"matmul": lambda: torch.mm(a, b)})
     rate = 2 * matmul_side**3 / statistics.median(times.pop("matmul"))  # FLOP per ms
     share = {side: f"{flop / statistics.median(values) / rate:.0%}" for side, values in times.items()}
@@ -248,29 +244,26 @@ def bench_transformer(case: Case, device: str = "cpu", threads: int = 1, rounds:
 
 # ---- the last convolution of the decoder
 
-CONVOLUTIONS = {"sub-pixel": enlarged_conv, "partition": partitioned_conv,
-                "complete map": lambda x, weight, bias: F.conv2d(
-                    F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)}
+def complete_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+
+
+CONVOLUTIONS = {"sub-pixel": enlarged_conv, "partition": partitioned_conv, "complete map": complete_conv}
 
 
 def conv_step(name: str, channels: int, side: int, device: str) -> Step:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, channels, side, side, generator=generator).to(device)
-    weight = torch.randn(3, channels, 3, 3, generator=generator).to(device) / (3 * channels**0.5)
-    bias = torch.randn(3, generator=generator).to(device)
+    shapes = (1, channels, side, side), (3, channels, 3, 3), (3,)
+    x, weight, bias = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    weight /= 3 * channels**0.5
     return lambda: CONVOLUTIONS[name](x, weight, bias)
 
 
-def megapixels_per_s(pixels: int, times: dict[str, list[float]]) -> dict[str, dict[str, str]]:
-    return {"Mpixel/s": {side: f"{pixels / 1e3 / statistics.median(values):.1f}" for side, values in times.items()}}
-
-
 def bench_vae(device: str, threads: int, rounds: int = ROUNDS, channels: int = 128, side: int = 512) -> None:
-    """Print time and memory of three forms of the last convolution of a published decoder, for a picture of 2·side."""
-    times, memories, remark = measure({name: partial(conv_step, name, channels, side, device) for name in CONVOLUTIONS},
-                                      device, threads, rounds)
-    report(f"last convolution at factor 16: {channels} x {side} x {side} -> 3 x {2 * side} x {2 * side}, fp32, "
-           f"batch 1, {where(device)}", times, megapixels_per_s((2 * side) ** 2, times) | memories, remark)
+    """Three forms of the last convolution of a published decoder, for a picture of 2·side."""
+    sides = {name: partial(conv_step, name, channels, side, device) for name in CONVOLUTIONS}
+    bench_pixels(f"last convolution at factor 16: {channels} x {side} x {side} -> 3 x {2 * side} x {2 * side}, fp32, "
+                 "batch 1", (2 * side) ** 2, sides, device, threads, rounds)
 
 
 # ---- the detail metrics, on one photograph
@@ -299,17 +292,15 @@ DETAIL = {"glcm": {"ours": lambda rgb, threads: glcm_score(rgb, threads=threads)
 
 
 def detail_step(case: str, side: str, path: str, pixels: int, threads: int) -> Step:
-    """The middle of the picture, scaled where needed."""
     rgb = np.asarray(ImageOps.fit(read_picture(path), (pixels, pixels), Image.Resampling.LANCZOS))
     return lambda: torch.tensor(DETAIL[case][side](rgb, threads), dtype=torch.float64)
 
 
 def bench_detail(case: str, path: str, threads: int = 1, rounds: int = ROUNDS, pixels: int = 4096) -> None:
-    """Print time and memory of a metric beside the usual tool, on one photograph scaled to a square of `pixels`."""
+    """A metric beside the usual tool, on the middle of one photograph, scaled to a square of `pixels`."""
     sides = {side: partial(detail_step, case, side, path, pixels, threads) for side in DETAIL[case]}
-    times, memories, remark = measure(sides, "cpu", threads, rounds)
-    report(f"{case}: {Path(path).name} at {pixels} x {pixels} px, {sides['ours']()().item():.10g}, CPU, "
-           f"{threads} threads", times, megapixels_per_s(pixels**2, times) | memories, remark)
+    bench_pixels(f"{case}: {Path(path).name} at {pixels} x {pixels} px, {sides['ours']()().item():.10g}", pixels**2,
+                 sides, "cpu", threads, rounds)
 
 
 def main() -> None:

@@ -3,12 +3,11 @@
 Mirrors   step: the released trainer's step on diffusers.SD3Transformer2DModel: wavelet bands by pytorch_wavelets,
                 torch autograd, clip_grad_norm_, torch.optim.AdamW with its defaults
           ddp:  torch.nn.parallel.DistributedDataParallel on two gloo ranks, the same model and step on both sides
-Agreement loss and gradient norm of both sides, before anything is timed
 Memory    of step: the peak of three steps in a fresh process, loading included, MiB. Ours tells the allocator to return
           freed blocks, as train.py does; while times are taken that holds for both sides
 Run       python bench/train_step.py step --threads 2    needs requirements-dev.txt and 12 GB of memory
           python bench/train_step.py ddp
-Check     python -m pytest tests/test_train_step.py      tiny sizes; asserts agreement, never a time
+Check     python -m pytest tests/test_train_step.py      loss and gradient norm agree before anything is timed
 """
 
 import argparse
@@ -50,7 +49,6 @@ def batch_of(case: Case, batch: int) -> tuple[Tensor, ...]:
 
 
 def our_loss(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The objective `name` of train.py with its defaults."""
     latent, noise, sigma, context, pooled = inputs
     velocity = model(interpolate(latent, noise, sigma), sigma, context, pooled)
     return objective(name, velocity, latent, noise, sigma, torch.ones_like(sigma), (1, 1, 1, 1), 0.0)
@@ -60,13 +58,12 @@ def step_of(model: nn.Module, loss_of: Callable[[], Tensor], ddp: DDP | None = N
     """A training step that returns (loss, gradient norm)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=fused)
 
-    zero, wait = (ddp.zero, ddp.wait) if ddp else (partial(model.zero_grad, set_to_none=True), lambda: None)
-
     def step() -> Tensor:
-        zero()
+        (ddp.zero if ddp else model.zero_grad)()
         loss = loss_of()
         loss.backward()
-        wait()
+        if ddp:
+            ddp.wait()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         return torch.stack((loss.detach(), norm))
@@ -74,10 +71,7 @@ def step_of(model: nn.Module, loss_of: Callable[[], Tensor], ddp: DDP | None = N
     return step
 
 
-# ---- one process
-
 def our_step(case: Case, folder: str, batch: int) -> Step:
-    """The released objective with this project's model and losses."""
     return_freed_memory()  # as train.py does
     model, inputs = MMDiT.load(Path(folder) / speed.OFFICIAL), batch_of(case, batch)
     return step_of(model, lambda: our_loss("release", model, inputs))
@@ -115,12 +109,12 @@ def peak_of(build: speed.Build, threads: int) -> float:
 
 
 def bench_step(name: str, case: Case, batch: int, threads: int, rounds: int) -> None:
-    """Print time and memory of a training step of `batch` pictures on both sides."""
+    """A training step of `batch` pictures beside the release's: time and memory."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         speed.fresh(speed.write_transformer, case, folder)
-        sides = {side: partial(build, case, folder, batch)
-                 for side, build in (("ours", our_step), ("diffusers", diffusers_step))}
+        sides = {"ours": partial(our_step, case, folder, batch),
+                 "diffusers": partial(diffusers_step, case, folder, batch)}
         peaks = {side: speed.fresh(peak_of, build, threads) for side, build in sides.items()}
         steps = {side: build() for side, build in sides.items()}
         worst = speed.largest_difference(steps, relative=True)
@@ -130,8 +124,6 @@ def bench_step(name: str, case: Case, batch: int, threads: int, rounds: int) -> 
                  times, {"peak MiB": {side: f"{peak:.0f}" for side, peak in peaks.items()}},
                  f"peak ours / diffusers: {peaks['ours'] / peaks['diffusers']:.3f}", f"{AGREEMENT}: {worst:.1e}")
 
-
-# ---- two ranks
 
 def ddp_rank(rank: int, ranks: int, meet: str, case: Case, batch: int, threads: int, rounds: int) -> None:
     """One rank of bench_ddp, `batch` pictures per step; rank 0 reports."""
@@ -155,7 +147,7 @@ def ddp_rank(rank: int, ranks: int, meet: str, case: Case, batch: int, threads: 
 
 
 def bench_ddp(case: Case, batch: int, threads: int, rounds: int, ranks: int = 2) -> None:
-    """Print the time of a training step under the hand-written DDP beside torch's."""
+    """A training step under the hand-written DDP beside torch's."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(ddp_rank, (ranks, f"{folder}/meet", case, batch, threads, rounds), nprocs=ranks)
 

@@ -1,12 +1,10 @@
 """Make the folders of a small SD3 and a small Flux: everything that train_vae.py and train.py do not train.
 
-Mirrors      the layout of the official downloads
-             CLIP-L, T5 and their vocabularies are the same in both: the Flux folder links to the SD3 folder beside it
+Mirrors      the layout of the official downloads. CLIP-L and T5 of the Flux folder are links into the SD3 folder
 Vocabulary   byte-level BPE (CLIP) and unigram (T5), learnt from the captions by the real libraries
 Encoders     official architecture, frozen seeded weights. Queries and keys are small, so attention nearly averages;
              values are large: the vector at the end token is a bag of words, and T5's tokens keep their own word
-Transformer  untrained, width 256. SD3: depth 4, a table of 128 x 128 patches (4096 px at factor 16).
-             Flux: 4 heads of 64, 2 double and 4 single blocks, a guidance input
+Transformer  untrained; SD3's position table reaches 4096 px at factor 16
 Run          python models/make_tiny.py --data photos --vae runs/vae/vae.safetensors --out runs/tiny-sd3 \\
                  --flux runs/tiny-flux     seconds; the results are model folders for `train.py --weights`
 """
@@ -37,6 +35,7 @@ LINKS = {"tokenizer": "tokenizer", "tokenizer_2": "tokenizer_3",  # in the Flux 
          "text_encoder/model.safetensors": "text_encoders/clip_l.safetensors",
          "text_encoder_2/model.safetensors": "text_encoders/t5xxl_fp16.safetensors"}
 GAINS = {"q_proj": 0.3, "k_proj": 0.3, "q": 0.1, "k": 0.1, "v_proj": 2.0, "fc2": 0.3, "wo": 0.3}  # others: 1
+TABLES = {"token_embedding": 1.0, "embed_tokens": 1.0, "position_embedding": 0.1, "relative_attention_bias": 0.1}
 CLIP_LENGTH, T5_LENGTH = 32, 40  # tokens, enough for the captions: padding costs as much time as text
 
 
@@ -46,13 +45,13 @@ def write_clip_vocabulary(folder: Path, captions: list[str], pad: str) -> int:
     trainer = trainers.BpeTrainer(vocab_size=CLIP_MERGES, end_of_word_suffix="</w>", initial_alphabet=alphabet)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    splits = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(alphabet)  # "!" comes first, as in CLIP's
-    pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
-    words = [*pieces, CLIP_START, CLIP_END]
+    words = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges),
+             CLIP_START, CLIP_END]
     config = {"bos_token": CLIP_START, "eos_token": CLIP_END, "unk_token": CLIP_END, "pad_token": pad,
               "model_max_length": CLIP_LENGTH}
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,36 +76,31 @@ def seeded(encoder: nn.Module, generator: torch.Generator) -> dict[str, torch.Te
     """Weights of a frozen encoder: embeddings 1, queries and keys small, values as large as the words, quiet MLPs."""
     for name, parameter in encoder.named_parameters():
         leaf = name.split(".")[-2]
-        if "norm" in leaf:
+        if parameter.ndim == 1:  # biases are 0, scales of norms 1
             nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif leaf in ("token_embedding", "embed_tokens"):
-            nn.init.normal_(parameter, generator=generator)
-        elif leaf in ("position_embedding", "relative_attention_bias"):
-            nn.init.normal_(parameter, std=0.1, generator=generator)
         else:
-            nn.init.normal_(parameter, std=GAINS.get(leaf, 1.0) * parameter.shape[1] ** -0.5, generator=generator)
+            std = TABLES.get(leaf, GAINS.get(leaf, 1.0) * parameter.shape[1] ** -0.5)
+            nn.init.normal_(parameter, std=std, generator=generator)
     return {name: t.half() for name, t in encoder.state_dict().items()}
 
 
 def write_encoders(folder: Path, vocabulary: int, pieces: int, seed: int, generator: torch.Generator) -> None:
-    """text_encoders/ of the SD3 folder, for vocabularies of these sizes."""
-    (folder / "text_encoders").mkdir(exist_ok=True)
+    """The three text encoders, for vocabularies of these sizes."""
+    folder.mkdir(exist_ok=True)
     for (name, width), activation in zip(CLIP_WIDTHS.items(), ("quick_gelu", "gelu"), strict=True):
         projection, end = width if name == "clip_g" else None, vocabulary - 1
         clip = CLIPText(vocabulary, CLIP_LENGTH, width, width, DEPTH, HEADS, activation, end, projection)
-        save(folder / "text_encoders" / f"{name}.safetensors", seeded(clip, generator),
+        save(folder / f"{name}.safetensors", seeded(clip, generator),
              {"num_attention_heads": HEADS, "hidden_act": activation, "eos_token_id": end, "seed": seed})
     t5 = seeded(T5Encoder(pieces, T5_WIDTH, T5_WIDTH, T5_WIDTH, DEPTH, (32, HEADS)), generator)
-    save(folder / "text_encoders" / "t5xxl_fp16.safetensors", t5, {"length": T5_LENGTH, "seed": seed})
+    save(folder / "t5xxl_fp16.safetensors", t5, {"length": T5_LENGTH, "seed": seed})
 
 
 def write_sd3(folder: Path, vae: Weights, generator: torch.Generator) -> int:
     """sd3.safetensors, the transformer and the VAE in one file; returns the number of parameters to train."""
-    config = MMDiTConfig(hidden_size=256, depth=4, context_dim=T5_WIDTH, pooled_dim=sum(CLIP_WIDTHS.values()),
-                         table_side=128, mlp_hidden=1024, qk_norm=True)
-    transformer = new_mmdit(config, generator)
+    transformer = new_mmdit(MMDiTConfig(
+        hidden_size=256, depth=4, context_dim=T5_WIDTH, pooled_dim=sum(CLIP_WIDTHS.values()), table_side=128,
+        mlp_hidden=1024, qk_norm=True), generator)
     tensors = {f"model.diffusion_model.{name}": t.half() for name, t in transformer.state_dict().items()}
     tensors |= {f"first_stage_model.{name}": t.read().half() for name, t in vae.items()}
     save(folder / "sd3.safetensors", tensors, vae.metadata | {"steps": 28, "cfg": 2.0, "time_shift": 3.0, "res": 1024})
@@ -121,9 +115,9 @@ def write_flux(folder: Path, sd3: Path, vae: Weights, generator: torch.Generator
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(sd3 / shared, link.parent))
     save(folder / "ae.safetensors", {name: t.read().half() for name, t in vae.items()}, vae.metadata)
-    config = FluxConfig(hidden_size=256, depth=2, depth_single=4, head_dim=64, context_dim=T5_WIDTH,
-                        pooled_dim=CLIP_WIDTHS["clip_l"], mlp_hidden=1024, axes_dim=(8, 28, 28))
-    transformer = new_flux(config, generator)
+    transformer = new_flux(FluxConfig(
+        hidden_size=256, depth=2, depth_single=4, head_dim=64, context_dim=T5_WIDTH, pooled_dim=CLIP_WIDTHS["clip_l"],
+        mlp_hidden=1024, axes_dim=(8, 28, 28)), generator)
     save(folder / "flux.safetensors", {name: t.half() for name, t in transformer.state_dict().items()},
          {"axes_dim": "8, 28, 28", "steps": 28, "guidance": 3.5, "res": 1024})
     return sum(p.numel() for p in transformer.parameters())
@@ -145,7 +139,7 @@ def main() -> None:
     vocabulary = write_clip_vocabulary(args.out / "tokenizer", captions, pad=CLIP_END)
     write_clip_vocabulary(args.out / "tokenizer_2", captions, pad="!")
     pieces = write_t5_vocabulary(args.out / "tokenizer_3", captions)
-    write_encoders(args.out, vocabulary, pieces, args.seed, generator)
+    write_encoders(args.out / "text_encoders", vocabulary, pieces, args.seed, generator)
     parameters = write_sd3(args.out, vae, generator)
     print(f"{args.out}: CLIP vocabulary {vocabulary}, T5 vocabulary {pieces}, {parameters:,} parameters to train")
     if args.flux:

@@ -17,19 +17,14 @@ from einops import rearrange
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import open_weights, save  # noqa: E402
+from checkpoint import need, open_weights, save  # noqa: E402
 
 
 def stretched(table: Tensor, scale: float) -> Tensor:
-    """A position table whose places lie `scale` times closer together, by cubic interpolation.
-
-    table    (1, side², hidden_size), row by row
-    scale    above 0: 2 to continue a 256 px model at 512 px; the places around the centre stay there
-    returns  like `table`
-    """
+    """A (1, side², hidden_size) table with its places `scale` times closer together, by cubic interpolation."""
     side = math.isqrt(table.shape[1])
-    places = torch.linspace(-1, 1, side, device=table.device) / scale           # of the new table in the old one
-    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)   # (side, side, 2): column, row
+    places = torch.linspace(-1, 1, side, device=table.device) / scale          # of the new table in the old one
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1)  # (side, side, 2): column, row
     old = rearrange(table.float(), "b (h w) d -> b d h w", h=side)
     new = F.grid_sample(old, grid[None], mode="bicubic", align_corners=True)
     return rearrange(new, "b d h w -> b (h w) d").to(table.dtype)
@@ -37,16 +32,15 @@ def stretched(table: Tensor, scale: float) -> Tensor:
 
 def write_stretched(file: str, scale: float, out: str) -> None:
     """Write `file` to `out` with its position table stretched; ValueError if it has none or scale is not above 0."""
-    if not 0 < scale < math.inf:
-        raise ValueError(f"--by {scale:g}: give a number above 0")
+    need(0 < scale < math.inf, "by", f"{scale:g}", "a number above 0")
     weights = open_weights(file)
-    tables = [name for name in weights if name.removeprefix("model.diffusion_model.") == "pos_embed"]
-    if not tables:
+    table = next((name for name in weights if name.removeprefix("model.diffusion_model.") == "pos_embed"), None)
+    if not table:
         flux = any("double_blocks." in name for name in weights)
         kind = "a Flux transformer, which computes its positions" if flux else "no SD3 transformer"
         raise ValueError(f"{file}: holds {kind}; there is no pos_embed to stretch")
-    tensors = {name: stretched(t.read(), scale) if name in tables else t.read() for name, t in weights.items()}
-    save(out, tensors, weights.metadata)
+    tensors = {name: t.read() for name, t in weights.items()}
+    save(out, tensors | {table: stretched(tensors[table], scale)}, weights.metadata)
 
 
 def main() -> None:

@@ -1,10 +1,8 @@
 """Add thinned wordings of every caption to a data folder: each word left out with a probability, one word always stays.
 
 A model that trains on few photographs then learns which words matter, and follows prompts it has never seen.
-
-Writes    DIR/metadata.jsonl: --copies more "alt" entries per caption, and their number as "thinned", atomically. The
-          same settings give the same bytes however often the script runs; other settings replace the thinned entries
-Seed      the words that stay depend on (seed, copy, caption) alone
+Writes    DIR/metadata.jsonl: --copies more "alt" entries per caption, and their number as "thinned", atomically. A
+          second run replaces them. The words that stay depend on (seed, copy, caption) alone
 Run       python models/thin_captions.py photos           after fetch_photos.py, which writes metadata.jsonl anew
 Check     python -m pytest tests/test_thin_captions.py
 """
@@ -16,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import replacing  # noqa: E402
+from checkpoint import need, replacing  # noqa: E402
 from data import read_folder  # noqa: E402
 
 
@@ -28,29 +26,21 @@ def thinned(caption: str, drop: float, seed: int, copy: int) -> str:
 
 
 def thin_folder(folder: Path, copies: int, drop: float, seed: int) -> tuple[int, int]:
-    """Rewrite DIR/metadata.jsonl.
-
-    copies   thinned wordings per caption, from 0; one that is already there is not repeated
-    drop     probability of each word to be left out
-    returns  number of captions, number of thinned wordings
-    raises   ValueError, FileNotFoundError as data.read_folder, or if a setting is out of range
-    """
-    if copies < 0:
-        raise ValueError(f"--copies {copies}: give 0 or more")
-    if not 0 <= drop <= 1:
-        raise ValueError(f"--drop {drop:g}: give a probability")
-    read_folder(folder)  # names the line that is broken
-    listing, rows, captions, wordings = folder / "metadata.jsonl", [], 0, 0
+    """Rewrite DIR/metadata.jsonl; returns the number of captions and of thinned wordings, none of them twice."""
+    need(copies >= 0, "copies", copies, "0 or more")
+    need(0 <= drop <= 1, "drop", f"{drop:g}", "a probability")
+    read_folder(folder)  # ValueError that names the line that is broken
+    listing, text, captions, wordings = folder / "metadata.jsonl", "", 0, 0
     for line in filter(str.strip, listing.read_text(encoding="utf-8-sig").split("\n")):
         row = json.loads(line)
         alt = row.get("alt", [])
         own = [row["text"], *alt[:len(alt) - row.get("thinned", 0)]]
         new = dict.fromkeys(thinned(caption, drop, seed, copy) for caption in own for copy in range(copies))
         new = [wording for wording in new if wording not in own]
-        rows.append(row | {"alt": own[1:] + new, "thinned": len(new)})
+        text += json.dumps(row | {"alt": own[1:] + new, "thinned": len(new)}, ensure_ascii=False) + "\n"
         captions, wordings = captions + len(own), wordings + len(new)
     with replacing(listing) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return captions, wordings
 
 
