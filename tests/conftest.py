@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import train
 from checkpoint import open_weights, save
 from data import Pictures
+from flux import FluxConfig, new_flux
 from mmdit import MMDiTConfig, new_mmdit
 from models import make_tiny
 from train_vae import latent_statistics, new_vae
@@ -30,6 +32,7 @@ from training.settings import Settings, parse
 from vae import VAEConfig, to_pixels
 
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog",
             "a street in the rain, seen from above", "snow on the roofs of a small town"]
 
@@ -114,6 +117,18 @@ def settings(photos, model, tmp_path):
     torch.set_num_threads(threads)
 
 
+def flux_tensors(config: FluxConfig) -> dict[str, torch.Tensor]:
+    """Weights of a small Flux in which every part changes the velocity."""
+    generator = torch.Generator().manual_seed(1)
+    model = new_flux(config, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "_mod." in name or ".modulation." in name or name.startswith("final_layer"):
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+        elif name.startswith(("time_in", "vector_in", "guidance_in")):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.state_dict()
+
+
 # ---- what a run wrote
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -138,7 +153,7 @@ def steps_of(out: Path) -> int:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Checkpoints, exported files and their metadata are equal bit for bit."""
-    a, b = one / "sd3.safetensors", other / "sd3.safetensors"
+    (a,), (b,) = one.glob("*.safetensors"), other.glob("*.safetensors")
     for x, y in ((state_of(one), state_of(other)), (load_file(a), load_file(b))):
         assert x.keys() == y.keys() and not [name for name in x if not torch.equal(x[name], y[name])]
     assert metadata_of(a) == metadata_of(b)
@@ -154,7 +169,7 @@ def run_script(*command: object, ranks: int = 1, restarts: int = 0, timeout: int
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                    f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     return subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+                          env=ONE_THREAD | environment)
 
 
 def refusal_of(settings, **changed: object) -> str:

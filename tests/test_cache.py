@@ -9,7 +9,9 @@ import torch
 from conftest import CAPTIONS
 
 from data import Pictures
-from text import SD3Text
+from family import FLUX_DEV, FLUX_SCHNELL, SD3
+from models import make_tiny
+from text import FluxText, SD3Text
 from train_vae import new_vae
 from training.cache import Embeddings, Latents
 from vae import VAEConfig, to_image
@@ -39,6 +41,19 @@ def test_cached_embeddings_equal_those_of_the_encoders(model, tmp_path):
     by_two.fill(captions, batch=2)
     for one, other in zip(by_two.read(captions), again, strict=True):  # rounding differs with the batch
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_embeddings_of_flux_are_those_of_its_encoders_and_apart_from_those_of_schnell(folders, tmp_path):
+    flux = folders / "tiny-flux"
+    embeddings = Embeddings(tmp_path, flux, family=FLUX_DEV)
+    embeddings.fill(CAPTIONS)
+    context, pooled = embeddings.read(CAPTIONS)
+    assert context.shape == (4, make_tiny.T5_LENGTH, 192) and pooled.shape == (4, 64)
+    expected = FluxText.load(flux).encode(CAPTIONS)
+    assert torch.allclose(context, expected[0], atol=1e-5) and torch.allclose(pooled, expected[1], atol=1e-5)
+    caches = {Embeddings(tmp_path, model, family=family).cache
+              for model, family in ((flux, FLUX_DEV), (flux, FLUX_SCHNELL), (folders / "tiny-sd3", SD3))}
+    assert len(caches) == 3
 
 
 def test_cache_of_another_t5_length_is_not_read(model, tmp_path):

@@ -1,13 +1,18 @@
 """Several processes: every division of the work gives the same run; gradient buckets; ranks fail and stop together."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CAPTIONS, broken_folder, copy_of, log_of, run_script
+from conftest import CAPTIONS, ONE_THREAD, ROOT, broken_folder, copy_of, log_of, run_script
 from safetensors.torch import load_file
 from torch import nn
 
@@ -104,6 +109,28 @@ def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings
     train.train(settings(**usual, out=tmp_path / "one"))
     on_ranks(2, [{"flags": settings.flags(**usual, out=tmp_path / "out"), "die": [1, 5]}], tmp_path, restarts=3)
     assert len(seen(tmp_path / "out")["losses"]) == 2  # of steps 5 and 6, after the checkpoint of step 4
+    losses, weights = difference(tmp_path / "one", tmp_path / "out")
+    assert losses < 1e-5 and weights < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, tmp_path, victim):
+    """train.py itself, killed from outside at any place of a step."""
+    usual = dict(weights=folders / "tiny-sd3", steps=30, save_every=3, lr=1e-4)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "train.py"]
+    process = subprocess.Popen([sys.executable, *command, *settings.flags(**usual, out=tmp_path / "out")], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    try:
+        while not newest(tmp_path / "out") and process.poll() is None:
+            time.sleep(0.02)
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[victim]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    train.train(settings(**usual, out=tmp_path / "one"))
     losses, weights = difference(tmp_path / "one", tmp_path / "out")
     assert losses < 1e-5 and weights < 1e-5
 

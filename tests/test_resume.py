@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, copy_of, log_of, refusal_of, seeded, state_of, steps_of
+from conftest import ONE_THREAD, ROOT, assert_same_run, copy_of, log_of, refusal_of, seeded, state_of, steps_of
 from golden import diffusers_names, distance, shapes_of
 from PIL import Image
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ from training.resume import load_checkpoint, newest, save_checkpoint, saved_shap
 
 def start(flags: list[str]) -> subprocess.Popen:
     """train.py in its own process, to be stopped."""
-    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=ONE_THREAD,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flux_tensors
 from golden import diffusers_names
 from PIL import Image
 from safetensors.torch import load, load_file
@@ -21,7 +22,7 @@ import sample
 from checkpoint import locate, open_weights, save
 from family import find
 from flow import flux_mu, flux_sigmas
-from flux import Flux, FluxConfig, new_flux
+from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
 from models.make_tiny import seeded, write_clip_vocabulary, write_t5_vocabulary
 from text import CLIPText, FluxText, SD3Text, T5Encoder
@@ -53,18 +54,6 @@ def transformer_tensors(config: MMDiTConfig, seed: int = 0) -> dict[str, torch.T
         if "adaLN_modulation" in name or name.startswith("final_layer"):
             nn.init.normal_(parameter, std=0.2, generator=generator)
         elif name.startswith(("t_embedder", "y_embedder")):
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model.state_dict()
-
-
-def flux_tensors(config: FluxConfig = FLUX) -> dict[str, torch.Tensor]:
-    """As above."""
-    generator = torch.Generator().manual_seed(1)
-    model = new_flux(config, torch.Generator().manual_seed(0))
-    for name, parameter in model.named_parameters():
-        if "_mod." in name or ".modulation." in name or name.startswith("final_layer"):
-            nn.init.normal_(parameter, std=0.2, generator=generator)
-        elif name.startswith(("time_in", "vector_in", "guidance_in")):
             nn.init.normal_(parameter, std=0.1, generator=generator)
     return model.state_dict()
 
@@ -104,7 +93,7 @@ def flux(sd3, tmp_path_factory) -> Path:
     vae = open_weights(sd3 / "sd3.safetensors").part("first_stage_model.")
     save(folder / "ae.safetensors", {name: t.read() for name, t in vae.items()},
          {"norm_groups": GROUPS, "scale_factor": 1.5305, "shift_factor": 0.0609})
-    save(folder / "flux.safetensors", flux_tensors(), FLUX_RECORDED)
+    save(folder / "flux.safetensors", flux_tensors(FLUX), FLUX_RECORDED)
     return folder
 
 
@@ -112,7 +101,7 @@ def flux(sd3, tmp_path_factory) -> Path:
 def schnell(tmp_path_factory) -> Path:
     """A transformer without guidance_in, for the Flux folder."""
     file = tmp_path_factory.mktemp("schnell") / "flux1-schnell.safetensors"
-    save(file, {name: t for name, t in flux_tensors().items() if not name.startswith("guidance_in")}, {})
+    save(file, {name: t for name, t in flux_tensors(FLUX).items() if not name.startswith("guidance_in")}, {})
     return file
 
 
@@ -380,7 +369,7 @@ def test_defaults_are_those_of_sd3_where_the_file_records_none(settled, diffuser
 
 @pytest.mark.parametrize("name", ["tiny-flux"])
 def test_defaults_are_those_of_flux_dev_where_the_file_records_none(settled, tmp_path):
-    save(tmp_path / "plain.safetensors", flux_tensors(), {})
+    save(tmp_path / "plain.safetensors", flux_tensors(FLUX), {})
     settings = settled("--transformer", tmp_path / "plain.safetensors", "--res", "128x64")
     assert values(settings, "steps", "cfg", "guidance", "size", "time_shift") == {
         "steps": 50, "cfg": 1, "guidance": 3.5, "size": (128, 64), "time_shift": math.exp(flux_mu(8))}
@@ -408,7 +397,7 @@ def test_defaults_are_those_of_schnell_and_its_256_tokens(settled, draw, schnell
     ("tiny-sd3", {"steps": 7, "time_shift": 3, "res": 96, "cfg": 2}),
     ("tiny-flux", {"steps": 7, "time_shift": 3, "res": 96, "cfg": 2, "guidance": 2})])
 def test_metadata_override_the_family_and_the_command_line_overrides_both(settled, name, recorded, tmp_path):
-    tensors = flux_tensors() if name == "tiny-flux" else transformer_tensors(TRANSFORMER)
+    tensors = flux_tensors(FLUX) if name == "tiny-flux" else transformer_tensors(TRANSFORMER)
     save(tmp_path / "small.safetensors", tensors, recorded)
     settings = settled("--transformer", tmp_path / "small.safetensors")
     assert values(settings, *recorded) == recorded | {"res": "96"}

@@ -1,6 +1,9 @@
 """Fine-tuning: overfitting four pictures, the log, the written files, options that change no number, refusals."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,20 +12,25 @@ from conftest import (
     assert_same_run,
     broken_folder,
     copy_of,
+    flux_tensors,
     log_of,
     metadata_of,
     refusal_of,
     run_script,
+    seeded,
     state_of,
     steps_of,
 )
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 import train
 from checkpoint import save
+from flow import flux_mu
+from flux import Flux, FluxConfig, new_flux
 from mmdit import MMDiT
-from text import SD3Text
+from text import FluxText, SD3Text
 from training import batches, run
 from training.cache import Embeddings
 from vae import VAE
@@ -314,3 +322,109 @@ def test_script_without_a_model_ends_with_one_line(settings, tmp_path):
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and done.stdout == "" and line.startswith(f"error: {tmp_path}/nowhere: no such folder")
     assert not (tmp_path / "out").exists()
+
+
+# ---- Flux
+
+FLUX = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_dim=192, pooled_dim=64,
+                    mlp_hidden=128, axes_dim=(4, 14, 14))
+
+
+@pytest.fixture(scope="module")
+def flux(folders, tmp_path_factory) -> Path:
+    """tiny-flux as models/make_tiny.py makes it, with a smaller transformer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    shutil.copytree(folders / "tiny-flux", folder)
+    save(folder / "flux.safetensors", flux_tensors(FLUX), {"steps": 2, "res": 64})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def schnell( tmp_path_factory) -> Path:
+    """A transformer without guidance_in, for the same folder."""
+    file = tmp_path_factory.mktemp("schnell") / "flux1-schnell.safetensors"
+    save(file, {name: t for name, t in flux_tensors(FLUX).items() if not name.startswith("guidance_in")}, {})
+    return file
+
+
+@pytest.fixture
+def training(settings, flux, tmp_path):
+    """training("run", steps=2, ...): run train.py on the four pictures; the flux it wrote."""
+    def training(out="run", **changed) -> Path:
+        train.main(settings.flags(**dict(weights=flux, out=tmp_path / out, steps=4, save_every=2) | changed))
+        return tmp_path / out
+
+    return training
+
+
+def test_written_file_has_official_names_alone_and_records_how_to_draw(training, flux):
+    run = training(steps=2)
+    written, before = run / "flux.safetensors", load_file(flux / "flux.safetensors")
+    assert {name: t.shape for name, t in load_file(written).items()} == {name: t.shape for name, t in before.items()}
+    records = metadata_of(written)
+    assert {key: records[key] for key in ("steps", "res", "factor", "axes_dim")} == {
+        "steps": "2", "res": "64", "factor": "16", "axes_dim": "4, 14, 14"}
+    assert "scale_factor" not in records
+    settings = json.loads(records["training"])
+    assert (settings["density"], settings["time_shift"], settings["guidance"]) == ("uniform", 1.0, 3.5)
+
+
+def test_written_file_draws(training, flux, tmp_path):
+    run = training(steps=2)
+    sample.run(sample.parse([f"--weights={flux}", "--prompt=a hill", "--device=cpu", f"--out={tmp_path}/a.png",
+                             "--steps=1", f"--transformer={run}/flux.safetensors"]))
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
+
+
+def test_sigma_in_training_may_be_drawn_otherwise(training):
+    run = training(steps=1, density="logit_normal", time_shift="tokens")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["density"] == "logit_normal" and settings["time_shift"] == math.exp(flux_mu(4))
+    assert json.loads((training("b", steps=1, time_shift=6) / "settings.json").read_text())["time_shift"] == 6
+
+
+def test_guidance_is_fed_as_a_number_per_image_and_not_to_schnell(training, schnell, monkeypatch):
+    fed, forward = [], Flux.forward
+
+    def heard(self, *inputs):
+        if not inputs[0].is_meta:  # train.py counts its operations on meta
+            fed.append(inputs[4])
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(Flux, "forward", heard)
+    training(steps=1)
+    training("five", steps=1, guidance=5)
+    training("none", steps=1, transformer=schnell)
+    assert fed[0].tolist() == [3.5] * 4 and fed[1].tolist() == [5] * 4 and fed[2] is None
+
+
+def test_guidance_is_refused_where_there_is_no_input_for_it(training, schnell):
+    with pytest.raises(SystemExit, match="--guidance 3.5: this is Flux-schnell"):
+        training(transformer=schnell, guidance=3.5)
+
+
+def test_a_transformer_of_the_other_family_is_refused(training, folders):
+    with pytest.raises(SystemExit, match="is a transformer of SD3"):
+        training(transformer=folders / "tiny-sd3" / "sd3.safetensors")
+
+
+@pytest.mark.parametrize("model, repository", [("flux", "FLUX.1-dev"), ("flux-schnell", "FLUX.1-schnell")])
+def test_flux_without_weights_is_refused_with_the_download_and_its_size(monkeypatch, model, repository):
+    for network in (Flux, FluxText):
+        monkeypatch.setattr(network, "load", None)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", "nowhere", "--model", model, "--device", "cpu"])
+    assert f"hf download black-forest-labs/{repository} --exclude" in end.value.code and "\n" not in end.value.code
+    assert f"models/{model} (34 GB: " in end.value.code
+
+
+def test_one_batch_of_four_pictures_is_overfitted(training, tmp_path, monkeypatch):
+    class SameDraws(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(3)  # draws all four pictures
+
+    save(tmp_path / "new.safetensors", new_flux(FLUX, seeded(0)).state_dict(), {})
+    monkeypatch.setattr(torch, "Generator", SameDraws)
+    run = training(steps=80, lr=4e-3, save_every=80, transformer=tmp_path / "new.safetensors", bands="1,2,2,4")
+    loss = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert loss[0] > 1.5 and max(loss[-5:]) < 0.02
