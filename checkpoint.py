@@ -1,13 +1,10 @@
 """Official weights: read lazily by name, assigned to a module without a second copy, written atomically.
 
-Mirrors   the published safetensors of SD3, SD3.5, Flux, their VAEs and text encoders, and their diffusers folders.
-          Tested against the names and shapes of every published file in tests/test_checkpoint.py and test_names.py
-Layouts   one file; a folder of shards with an index; a diffusers or transformers folder with config.json
+Mirrors   the published files of SD3, SD3.5, Flux, their VAEs and text encoders, and their diffusers folders
+Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder
 Storage   fp32, fp16, bf16, fp8 (e4m3fn); the compute dtype is chosen when a module is filled
 Safety    only safetensors are opened; a pickle is refused before any of its bytes run
-Check     python -m pytest tests/test_checkpoint.py
-
-A file is memory-mapped: the bytes of a tensor are touched when `LazyTensor.read` is called.
+Check     python -m pytest tests/test_checkpoint.py: names and shapes of every published file
 """
 
 import json
@@ -21,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mode
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 
 import names
 
+M = TypeVar("M", bound=nn.Module)
+Device = str | torch.device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -41,27 +41,21 @@ MODELS = Path(__file__).parent / "models"
 SD3_DOWNLOAD, FLUX_DOWNLOAD = "stabilityai/stable-diffusion-3-medium", "black-forest-labs/FLUX.1-dev"
 FLUX_PARTS = "--exclude '*/diffusion_pytorch_model*'"  # the same weights under the names of diffusers
 FLUX_SIZES = "34 GB: transformer 23.8, T5 9.5, VAE 0.3, CLIP-L 0.2"
-DOWNLOADS = {  # --model NAME: arguments of hf download, sizes
-    "sd3": (f"{SD3_DOWNLOAD}-diffusers", ""),
-    "flux": (f"{FLUX_DOWNLOAD} {FLUX_PARTS}", FLUX_SIZES),
-    "flux-schnell": (f"black-forest-labs/FLUX.1-schnell {FLUX_PARTS}", FLUX_SIZES)}
+DOWNLOADS = {  # --model NAME: arguments of hf download
+    "sd3": f"{SD3_DOWNLOAD}-diffusers", "flux": f"{FLUX_DOWNLOAD} {FLUX_PARTS}",
+    "flux-schnell": f"black-forest-labs/FLUX.1-schnell {FLUX_PARTS}"}
 
 
 # ---- tensors by name
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose shape is known and whose values are read on demand.
-
-    read   returns the tensor
-    cut    reads rows [first, last) of a tensor that is assembled from several; None: `rows` slices what `read` returns
-    again  reads through a second memory map, which is freed with the tensor; None if `read` does not map a file
-    """
+    """A tensor whose shape is known and whose values are read on demand."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    cut: Callable[[int, int], Tensor] | None = None
-    again: Callable[[], Tensor] | None = None
+    cut: Callable[[int, int], Tensor] | None = None  # reads rows [first, last) of a tensor assembled from several
+    again: Callable[[], Tensor] | None = None        # reads through a second memory map, which is freed with the tensor
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the first axis; no other bytes of a mapped tensor are touched."""
@@ -69,16 +63,12 @@ class LazyTensor:
 
 
 class Weights(dict[str, LazyTensor]):
-    """Tensor name -> LazyTensor, with what the file or folder records about itself.
-
-    metadata  safetensors metadata, or the entries of config.json; all values are text
-    source    the path, for messages
-    """
+    """Tensor name -> LazyTensor."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], source: str):
         super().__init__(tensors)
-        self.metadata = dict(metadata)
-        self.source = source
+        self.metadata = dict(metadata)  # of the safetensors file, or the entries of config.json
+        self.source = source            # the path, for messages
 
     def part(self, prefix: str) -> "Weights":
         """The tensors under a prefix, which is removed; all of them if no name has an official prefix."""
@@ -106,42 +96,43 @@ class Weights(dict[str, LazyTensor]):
             raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected {axes} axes")
         return self[name].shape
 
+    def need(self, fits: bool, name: str, size: int, rule: str) -> None:
+        """ValueError if a tensor has an impossible size."""
+        if not fits:
+            raise ValueError(f"{self.source}: {name} has {size}, expected {rule}")
+
     def common_size(self, suffix: str, axis: int, otherwise: str, kind: str, axes: int = 2) -> int:
-        """The most common size among tensors with this suffix, so that fill() reports the odd one out.
-        If there are none, `otherwise` is reported missing."""
+        """The most common size among tensors with this suffix: fill() reports others. None: `otherwise` is missing."""
         sizes = [t.shape[axis] for name, t in self.items() if name.endswith(suffix) and len(t.shape) == axes]
         return mode(sizes) if sizes else self.shape_of(otherwise, axes, kind)[axis]
 
-    def depth(self, prefix: str) -> int:
-        """How many numbered blocks there are under a prefix such as "double_blocks."."""
-        return names.depth(self, prefix)
+    depth = names.depth  # how many numbered blocks there are under a prefix such as "double_blocks."
 
     def number(self, *keys: str, otherwise: float | None = None, integer: bool = False) -> float | None:
         """The value of the first of these keys in the metadata; ValueError naming the file if it is not a number."""
-        for key in keys:
-            if key in self.metadata:
-                try:
-                    value = float(self.metadata[key])
-                except ValueError:
-                    value = math.nan
-                if not math.isfinite(value) or integer and value % 1:
-                    text, kind = self.metadata[key], "integer" if integer else "number"
-                    raise ValueError(f"{self.source}: its metadata records {key} {text!r}, which is no {kind}")
-                return int(value) if integer else value
-        return otherwise
+        key = next((key for key in keys if key in self.metadata), None)
+        if key is None:
+            return otherwise
+        text, kind = self.metadata[key], "integer" if integer else "number"
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or integer and value % 1:
+            raise ValueError(f"{self.source}: its metadata records {key} {text!r}, which is no {kind}")
+        return int(value) if integer else value
 
 
 def _assembled(parts: list[LazyTensor], how: str) -> LazyTensor:
     first = parts[0]
     if how == "as_1x1_conv" and len(first.shape) == 2:
         return LazyTensor((*first.shape, 1, 1), lambda: first.read()[:, :, None, None])
-    if how == "swap_halves":
-        height = first.shape[0]
-        pieces = [(first, height // 2, height), (first, 0, height // 2)]
-    elif len(parts) > 1:
-        pieces = [(part, 0, part.shape[0]) for part in parts]
-    else:
+    if how != "swap_halves" and len(parts) == 1:
         return first
+    pieces = [(part, 0, part.shape[0]) for part in parts]
+    if how == "swap_halves":
+        half = first.shape[0] // 2
+        pieces = [(first, half, first.shape[0]), (first, 0, half)]
     height, cut = sum(end - begin for _, begin, end in pieces), partial(_stacked_rows, pieces)
     return LazyTensor((height, *first.shape[1:]), partial(cut, 0, height), cut)
 
@@ -160,12 +151,10 @@ def _stacked_rows(pieces: list[tuple[LazyTensor, int, int]], first: int, last: i
 # ---- reading
 
 def open_weights(path: str | os.PathLike) -> Weights:
-    """Open a file or folder of weights without reading the tensors.
+    """Open a file or folder of weights, without reading the tensors, under official names; prefixes stay.
 
-    path     a .safetensors file, a folder with an index and its shards, or a diffusers / transformers folder
-    returns  Weights under official names; prefixes are kept: see Weights.part
-    raises   FileNotFoundError if `path` does not exist; ValueError on a pickle, a truncated or foreign file,
-             a missing shard, a name in two shards, a folder with several candidates
+    raises  FileNotFoundError if `path` does not exist; ValueError on a pickle, a truncated or foreign file,
+            a missing shard, a name in two shards, a folder with several candidates
     """
     path = Path(path)
     if not path.exists():
@@ -186,12 +175,11 @@ def open_weights(path: str | os.PathLike) -> Weights:
 def _files_of_folder(folder: Path) -> list[Path]:
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda f: len(f.name))
     if indexes:
-        try:
-            shards = sorted(set(map(str, read_json(indexes[0])["weight_map"].values())))
-        except (KeyError, AttributeError, TypeError):
-            raise ValueError(f'{indexes[0]}: has no "weight_map": {{name: file}}; download it again') from None
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
+        files = read_json(indexes[0]).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f'{indexes[0]}: has no "weight_map": {{name: file}}; download it again')
+        shards = sorted(set(map(str, files.values())))
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise ValueError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}")
         return [folder / shard for shard in shards]
     files = sorted(folder.glob("*.safetensors"))
@@ -229,34 +217,34 @@ def _open_file(file: Path) -> Weights:
         kind, advice = guesses[0] if guesses else ("", "download it again")
         size = file.stat().st_size
         raise ValueError(f"{file}: not a complete safetensors file ({size} bytes{kind}; {error}): {advice}") from None
-
-    def again(name: str) -> Tensor:
-        return safe_open(file, framework="pt").get_tensor(name)
-
-    tensors = {name: LazyTensor(shape, partial(handle.get_tensor, name), again=partial(again, name))
+    tensors = {name: LazyTensor(shape, partial(handle.get_tensor, name),
+                                again=lambda name=name: safe_open(file, framework="pt").get_tensor(name))
                for name, shape in shapes.items()}
     return Weights(tensors, handle.metadata() or {}, str(file))
 
 
 # ---- filling a module
 
-def fill(module: nn.Module, weights: Weights, device: str | torch.device = "cpu",
-         dtype: torch.dtype | None = None) -> None:
+def filled(make: Callable[[], M], weights: Weights, device: Device, dtype: torch.dtype | None) -> M:
+    """The module that `make` builds, on meta, filled with weights."""
+    with torch.device("meta"):
+        module = make()
+    fill(module, weights, device, dtype)
+    return module
+
+
+def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: torch.dtype | None = None) -> None:
     """Assign weights to a module that was built on the meta device.
 
-    module   every parameter and persistent buffer must be on meta, or cut into rows by FSDP
+    module   all parameters and persistent buffers on meta; one that FSDP has cut (a DTensor) receives its own rows
     weights  exactly the names and shapes of module.state_dict()
     device   where the tensors go, one at a time
     dtype    compute dtype; None is float32
     raises   ValueError that lists the names or shapes that differ, or names the first tensor with NaN or Inf
-
-    A parameter that FSDP has cut (a DTensor, already on its device) receives its own rows; no others are read.
     """
     state = module.state_dict()
-    missing, unknown = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
-    if missing or unknown:
-        lists = (f"{len(some)} {what}: {', '.join(some[:4])}"
-                 for what, some in (("missing", missing), ("unknown", unknown)) if some)
+    sides = ("missing", state.keys() - weights.keys()), ("unknown", weights.keys() - state.keys())
+    if lists := [f"{len(some)} {what}: {', '.join(sorted(some)[:4])}" for what, some in sides if some]:
         raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)}")
     differ = [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
               if tuple(weights[name].shape) != tuple(t.shape)]
@@ -283,7 +271,7 @@ def fill(module: nn.Module, weights: Weights, device: str | torch.device = "cpu"
 
 
 def _own_rows(tensor: Tensor) -> tuple[int, int]:
-    """Rows [first, last) that this rank holds of a DTensor cut along its first axis, as torch.chunk cuts."""
+    """Rows [first, last) that this rank holds of a DTensor, cut along its first axis as torch.chunk cuts."""
     rank, height = tensor.device_mesh.get_local_rank(), tensor.shape[0]
     size = -(-height // tensor.device_mesh.size())
     return min(rank * size, height), min((rank + 1) * size, height)
@@ -307,13 +295,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Write a safetensors file, complete or not at all.
-
-    path      its folder must exist
-    tensors   official name -> tensor
-    metadata  values are written as text
-    raises    OSError if the disk is full or the folder is not writable; the previous file then stays as it was
-    """
+    """Write a safetensors file, complete or not at all: after an OSError the previous file is as it was."""
     path = Path(path)
     try:
         with replacing(path) as temporary:
@@ -350,13 +332,13 @@ def check_device(name: str | None) -> str:
     """The name of a --device, None being cuda where there is one; ValueError lists what this machine has instead."""
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     name = (cuda or ["cpu"])[0] if name is None else name
-    if name not in ("cpu", *cuda):
-        raise ValueError(f"--device {name}: this machine has {', '.join(['cpu', *cuda])}; "
+    if name not in (here := ["cpu", *cuda]):
+        raise ValueError(f"--device {name}: this machine has {', '.join(here)}; "
                          "cuda needs an NVIDIA GPU and a torch built for it")
     return name
 
 
-def peak_memory_gib(device: str | torch.device) -> float:
+def peak_memory_gib(device: Device) -> float:
     """Peak memory of this process, GiB: torch's allocations on a CUDA device, else the resident set; 0 on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -375,11 +357,10 @@ def model_folder(name: str, weights: str | None = None) -> Path:
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
-    """Find the transformer and the autoencoder of a model folder.
+    """Find the transformer and the autoencoder of a model folder: two paths for open_weights.
 
-    folder   sd3*.safetensors with both; or flux*.safetensors, ae.safetensors; or transformer/, vae/ of diffusers
-    returns  (transformer, vae), paths for open_weights
-    raises   FileNotFoundError with the download command if the folder has none of these; ValueError if it has several
+    folder  sd3*.safetensors with both; or flux*.safetensors, ae.safetensors; or transformer/, vae/ of diffusers
+    raises  FileNotFoundError with the download command if the folder has none of these; ValueError if it has several
     """
     folder = Path(folder)
     if folder.is_file():
@@ -399,21 +380,22 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
         raise ValueError(f"{folder}: several files could be the model ({', '.join(f.name for f in files)}): keep one")
     if files[0].name.startswith("sd3"):
         return files[0], files[0]
-    if not (folder / "ae.safetensors").is_file():
-        raise FileNotFoundError(f"{folder}/ae.safetensors: not found; it is Flux's autoencoder, {FLUX_DOWNLOAD} has it")
-    return files[0], folder / "ae.safetensors"
+    if not (vae := folder / "ae.safetensors").is_file():
+        raise FileNotFoundError(f"{vae}: not found; it is Flux's autoencoder, {FLUX_DOWNLOAD} has it")
+    return files[0], vae
 
 
 def _no_model(folder: Path) -> str:
     """The message for a folder without a model, with the command that downloads the model of its name, or any model."""
-    layouts = "sd3*.safetensors, flux*.safetensors, transformer/ with vae/"
-    lack = f"holds no model: no {layouts}" if folder.is_dir() else "no such folder"
+    lack = "no such folder"
+    if folder.is_dir():
+        lack = "holds no model: no sd3*.safetensors, flux*.safetensors, transformer/ with vae/"
     if folder.parent == MODELS:
         lack += f", models/ has {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
     if folder.parent == MODELS and folder.name in DOWNLOADS:
-        arguments, sizes = DOWNLOADS[folder.name]
-        command = f"hf download {arguments} --local-dir {folder}" + (f" ({sizes})" if sizes else "")
+        sizes = f" ({FLUX_SIZES})" if folder.name.startswith("flux") else ""
+        command = f"hf download {DOWNLOADS[folder.name]} --local-dir {folder}{sizes}"
     else:
-        first, *others = (arguments for arguments, _ in DOWNLOADS.values())
-        command = f"hf download {first} --local-dir {folder}; or {', or '.join(name.split()[0] for name in others)}"
+        first, *others = (arguments.split()[0] for arguments in DOWNLOADS.values())
+        command = f"hf download {first} --local-dir {folder}; or {', or '.join(others)}"
     return f"{folder}: {lack}; accept the model's licence on its page at huggingface.co, then: {command}"

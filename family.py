@@ -2,13 +2,7 @@
 
 Source    sd3-ref and flux `sampling.py`, `util.py` for sampling; the released trainers of Diffusion-4K for training
 Decided   by the names of the tensors in a file, never by the name of a file, folder or --model
-
-                 sampling: steps  cfg  guidance  time shift              training: sigma               T5 tokens
-SD3, SD3.5                    28  7.0      none  3                       logit-normal, shifted by 3    77, after CLIP's
-Flux-dev                      50    1       3.5  exp(mu), by tokens      uniform                       512
-Flux-schnell                   4    1      none  1                       uniform                       256
-
-The metadata of a file override these defaults, and the command line overrides both.
+Defaults  the three families below; the metadata of a file override them, and the command line overrides both
 Check     python -m pytest tests/test_family.py
 """
 
@@ -33,13 +27,13 @@ SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res")  # what a transform
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn."""
+    """How pictures are drawn; Family describes the numbers."""
 
     steps: int
     cfg: float
-    guidance: float | None    # None: the model has no such input
-    time_shift: float | None  # None: by the number of tokens, flow.flux_mu
-    res: str                  # pixels: side, or WIDTHxHEIGHT
+    guidance: float | None
+    time_shift: float | None
+    res: str  # pixels: side, or WIDTHxHEIGHT
 
 
 @dataclass(frozen=True)
@@ -66,10 +60,7 @@ class Family:
 
     def sampling(self, transformer: Weights, steps: int | None = None, cfg: float | None = None,
                  guidance: float | None = None, time_shift: float | None = None, res: str | None = None) -> Sampling:
-        """The arguments; None: from the metadata of the transformer, else the default of the family.
-
-        raises  ValueError that names the file if its metadata are no numbers
-        """
+        """The arguments; None: from the transformer's metadata (ValueError if no number), else the family's default."""
         def number(name: str, value: float | None) -> float | None:
             try:
                 return transformer.number(name, otherwise=getattr(self, name)) if value is None else value
@@ -83,8 +74,8 @@ class Family:
     def check_guidance(self, guidance: float | None) -> None:
         """ValueError if --guidance is given to a model that has no such input."""
         if guidance is not None and self.guidance is None:
-            raise ValueError(f"--guidance {guidance:g}: this is {self.name}, which has no guidance input; "
-                             f"{self.without_guidance}")
+            no_input = f"this is {self.name}, which has no guidance input; {self.without_guidance}"
+            raise ValueError(f"--guidance {guidance:g}: {no_input}")
 
     def text_tokens(self, t5_length: int | None) -> int:
         """Length of the context for a T5 length; None: as published."""
@@ -111,14 +102,12 @@ FLUX_SCHNELL = replace(FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, ti
 
 def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tensor, latent_channels: int) -> None:
     """ValueError if text encoders (context, pooled of any prompt) or VAE are not of the transformer's widths."""
-    def need(part: str, width: int, expected: int) -> None:
+    for part, width, expected in (("text encoders give a context", context.shape[-1], config.context_dim),
+                                  ("text encoders give a pooled vector", pooled.shape[-1], config.pooled_dim),
+                                  ("VAE has latents", latent_channels, config.in_channels)):
         if width != expected:
             raise ValueError(f"the folder's {part} of width {width}, but the transformer takes {expected}: they do not "
                              "match; give --weights the folder that the transformer was trained from")
-
-    need("text encoders give a context", context.shape[-1], config.context_dim)
-    need("text encoders give a pooled vector", pooled.shape[-1], config.pooled_dim)
-    need("VAE has latents", latent_channels, config.in_channels)
 
 
 def family_of(weights: Weights) -> Family:
@@ -135,23 +124,19 @@ def family_of(weights: Weights) -> Family:
 
 
 def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None) -> tuple[Family, Weights, Path]:
-    """Open, without reading, what a model folder holds.
+    """Open, without reading, what a model folder holds: family, the transformer's weights, the path of the VAE.
 
-    folder       as downloaded, see checkpoint.locate
     transformer  another one of the same family, to use with the folder's text encoders and VAE
-    returns      family, the transformer's weights, the path of the VAE
     raises       ValueError if the transformer is of another family, or the folder's file contradicts its name
     """
     path, vae = locate(folder)
-    weights = open_weights(path)
-    own = family_of(weights)
+    own = family_of(weights := open_weights(path))
     if path.is_file() and path.name.startswith("flux") != (own.model is Flux):
         raise ValueError(f"{path}: is named like {'SD3' if own.model is Flux else 'Flux'} but holds {own.name} weights;"
                          " rename it, or put the right file there")
     if not transformer:
         return own, weights, vae
-    weights = open_weights(transformer)
-    family = family_of(weights)
+    family = family_of(weights := open_weights(transformer))
     if family.model is not own.model:
         raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of {own.name}, "
                          f"with other text encoders; give --weights a folder of {family.name}")

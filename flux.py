@@ -1,22 +1,19 @@
 """Flux, the rectified-flow transformer: double blocks (two streams of weights, joint attention), then single blocks.
 
 Paper     Diffusion-4K section 3.2 fine-tunes it, 12B parameters, on 256x256 latents
-Mirrors   black-forest-labs/flux `model.Flux`, `modules.layers`, `math.rope`, tested to 1e-5
+Mirrors   black-forest-labs/flux `model.Flux`, `modules.layers`, `math.rope`
 Shapes    B batch · h w latent sides · N image tokens, hw/4 · L context tokens · T = L + N, text first
           D hidden_size · H heads of d = head_dim · C context width · P pooled width
 Inputs    latent (B,16,h,w), sigma (B,) in [0,1], context (B,L,C), pooled (B,P), guidance (B,) about 3.5 -> (B,16,h,w)
-Check     python -m pytest tests/test_flux.py
-
-                hidden_size  depth  depth_single  head_dim  axes_dim    guidance
-flux1-dev              3072     19            38       128  16, 56, 56  embedded: the model is distilled on it
-flux1-schnell          3072     19            38       128  16, 56, 56  none
-Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch: there is no table and no limit of size, but
-quality falls beyond the sizes trained at.
+Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch. No table limits the size, but quality falls
+          beyond the sizes trained at
+Check     python -m pytest tests/test_flux.py: outputs equal the official ones to 1e-5
 """
 
 import math
 import os
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import layers
-from checkpoint import Weights, fill, open_weights
+from checkpoint import Device, Weights, filled, open_weights
 
 PATCH = 2
 THETA = 10_000
@@ -35,6 +32,8 @@ AXES = (16, 56, 56)  # of head_dim 128: text index, row, column; other widths in
 
 @dataclass(frozen=True)
 class FluxConfig:
+    """The default is flux1-dev, which is distilled on its guidance; flux1-schnell differs in having no such input."""
+
     hidden_size: int = 3072
     depth: int = 19
     depth_single: int = 38
@@ -55,11 +54,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope[:, None]).flatten(-2)
 
 
-def axis_turns(length: int, dim: int, theta: float = THETA, device: str | torch.device | None = None) -> Tensor:
-    """Rotations of the positions 0, 1, … along one axis: (length, dim/2), complex64.
-
-    Angles are in fp64, cheap for one axis: fp32 would be 5e-6 off at position 255, bf16 wrong from 257 on.
-    """
+def axis_turns(length: int, dim: int, theta: float = THETA, device: Device | None = None) -> Tensor:
+    """Rotations of the positions 0, 1, … along one axis: (length, dim/2), complex64."""
+    # in fp64, cheap for one axis: fp32 would be 5e-6 off at position 255, bf16 wrong from 257 on
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
@@ -169,13 +166,9 @@ class SingleBlock(nn.Module):
         return out + layers.gelu_linear(F.linear(normed, mlp, mlp_bias), of_mlp, None)
 
 
-class Embedder(nn.Module):
-    def __init__(self, width: int, hidden_size: int):
-        super().__init__()
-        self.in_layer, self.out_layer = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+def embedder(width: int, hidden_size: int) -> nn.Sequential:
+    first, second = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
+    return nn.Sequential(OrderedDict(in_layer=first, silu=nn.SiLU(), out_layer=second))
 
 
 class Flux(nn.Module):
@@ -184,27 +177,22 @@ class Flux(nn.Module):
         self.config = config
         self.img_in = nn.Linear(PATCH**2 * config.in_channels, config.hidden_size)
         self.txt_in = nn.Linear(config.context_dim, config.hidden_size)
-        self.time_in = Embedder(layers.FREQUENCIES, config.hidden_size)
-        self.vector_in = Embedder(config.pooled_dim, config.hidden_size)
-        self.guidance_in = Embedder(layers.FREQUENCIES, config.hidden_size) if config.guidance else None
+        self.time_in = embedder(layers.FREQUENCIES, config.hidden_size)
+        self.vector_in = embedder(config.pooled_dim, config.hidden_size)
+        self.guidance_in = embedder(layers.FREQUENCIES, config.hidden_size) if config.guidance else None
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single))
         self.final_layer = layers.FinalLayer(config.hidden_size, PATCH**2 * config.out_channels)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> "Flux":
-        """Read a transformer from the official file or the diffusers folder.
+        """Read a transformer from the official file or the diffusers folder; dtype, errors as in checkpoint.fill.
 
-        dtype     compute dtype, whatever the storage; None is float32
         axes_dim  channels of a head for text index, row, column; None: from the metadata, else 1/8, 7/16, 7/16
-        raises    ValueError that names the missing, unknown or misshapen tensors
         """
         weights = open_weights(path).part("model.diffusion_model.")
-        with torch.device("meta"):
-            model = cls(read_config(weights, axes_dim, theta))
-        fill(model, weights, device, dtype)
-        return model
+        return filled(lambda: cls(read_config(weights, axes_dim, theta)), weights, device, dtype)
 
     def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,
                 guidance: Tensor | None = None) -> Tensor:
@@ -236,7 +224,7 @@ class Flux(nn.Module):
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (c p q) -> B c (h p) (w q)", h=h, w=w, p=PATCH, q=PATCH).to(latent.dtype)
 
-    def position(self, height: int, width: int, device: str | torch.device | None = None) -> Tensor:
+    def position(self, height: int, width: int, device: Device | None = None) -> Tensor:
         """Rotations of the patches of a latent, (height/2, width/2, d/2), complex; the text axis stays at 0."""
         h, w = layers.patch_grid(height, width, PATCH)
         none, rows, columns = (axis_turns(n, dim, self.config.theta, device)
@@ -246,19 +234,15 @@ class Flux(nn.Module):
 
 def read_config(weights: Weights, axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> FluxConfig:
     """Read the sizes of a Flux from its tensors; ValueError that names one which is missing or impossible."""
-    def need(fits: bool, name: str, size: int, rule: str) -> None:
-        if not fits:
-            raise ValueError(f"{weights.source}: {name} has {size}, expected {rule}")
-
     kind, linear1 = "Flux transformer", "single_blocks.0.linear1.weight"
     hidden_size = weights.common_size(".linear1.weight", 1, linear1, kind)
     mlp_hidden = weights.common_size(".linear1.weight", 0, linear1, kind) - 3 * hidden_size
     head_dim = weights.common_size(".query_norm.scale", 0, "single_blocks.0.norm.query_norm.scale", kind, axes=1)
     _, inputs = weights.shape_of("img_in.weight", 2, kind)
     outputs, _ = weights.shape_of("final_layer.linear.weight", 2, kind)
-    need(hidden_size % head_dim == 0, linear1, hidden_size, f"a multiple of {head_dim} columns")
-    need(inputs % PATCH**2 == 0, "img_in.weight", inputs, f"a multiple of {PATCH**2} columns")
-    need(outputs % PATCH**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {PATCH**2} rows")
+    weights.need(hidden_size % head_dim == 0, linear1, hidden_size, f"a multiple of {head_dim} columns")
+    weights.need(inputs % PATCH**2 == 0, "img_in.weight", inputs, f"a multiple of {PATCH**2} columns")
+    weights.need(outputs % PATCH**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {PATCH**2} rows")
     return FluxConfig(
         hidden_size=hidden_size, depth=weights.depth("double_blocks."), depth_single=weights.depth("single_blocks."),
         head_dim=head_dim, in_channels=inputs // PATCH**2, out_channels=outputs // PATCH**2,
@@ -280,20 +264,6 @@ def read_axes(weights: Weights, head_dim: int) -> tuple[int, ...]:
 
 
 def new_flux(config: FluxConfig, generator: torch.Generator) -> Flux:
-    """A model to train from scratch, initialised as DiT and SD3 are: every block begins as the identity.
-
-    source  DiT appendix A, `initialize_weights`
-    """
-    with torch.device("meta"):
-        model = Flux(config)
-    model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "_mod." in name or ".modulation." in name or name.startswith("final_layer"):
-            nn.init.zeros_(parameter)
-        elif name.endswith(".scale"):
-            nn.init.ones_(parameter)
-        elif name.startswith(("time_in", "vector_in", "guidance_in")):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        else:
-            nn.init.xavier_uniform_(parameter, generator=generator)
-    return model
+    """A model to train from scratch; every block begins as the identity."""
+    return layers.initialised(lambda: Flux(config), zeros=r"bias$|_mod\.|\.modulation\.|^final_layer",
+                              ones=r"\.scale$", normal="^(time|vector|guidance)_in", generator=generator)

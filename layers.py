@@ -1,4 +1,4 @@
-"""What both transformers share: timestep embedding, attention, norms, GELU before a linear layer, final layer.
+"""What both transformers share: timestep embedding, attention, norms, GELU before a linear layer, initialisation.
 
 Mirrors   sd3-ref `mmdit` and flux `modules.layers`; formulas and gradients are tested by tests/test_layers.py
 Shapes    B batch · N tokens · H heads · D hidden_size
@@ -8,6 +8,9 @@ Check     python -m pytest tests/test_layers.py
 """
 
 import math
+import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+M = TypeVar("M", bound=nn.Module)
 FREQUENCIES = 256    # width of the timestep embedding before its MLP
 NORM_EPS = 1e-6      # of every norm in both transformers
 LARGE_MAP = 1 << 21  # elements: above this, backward computes the GELU again instead of storing its result
@@ -146,3 +150,23 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
+
+
+def initialised(make: Callable[[], M], zeros: str, ones: str, normal: str, generator: torch.Generator) -> M:
+    """The model that `make` builds, to train from scratch, initialised as DiT (appendix A) and SD3 are.
+
+    zeros, ones, normal   patterns of parameter names; all others are Xavier-uniform, convolutions as linear layers
+    """
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if re.search(zeros, name):
+            nn.init.zeros_(parameter)
+        elif re.search(ones, name):
+            nn.init.ones_(parameter)
+        elif re.search(normal, name):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(parameter.view(len(parameter), -1), generator=generator)
+    return model

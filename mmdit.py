@@ -1,23 +1,21 @@
 """MMDiT, the transformer of SD3 and SD3.5: context and image tokens have their own weights and meet in every attention.
 
 Paper     Diffusion-4K section 3.2 fine-tunes it on 256x256 latents; the architecture is SD3's (2403.03206), figure 2
-Mirrors   sd3-ref `mmdit.MMDiT` and sd3.5 `mmditx.MMDiTX` (qk_norm, dual attention), tested to 1e-5
+Mirrors   sd3-ref `mmdit.MMDiT` and sd3.5 `mmditx.MMDiTX` (qk_norm, dual attention)
 Shapes    B batch · h w latent sides · p patch · N image tokens, hw/p² · L context tokens · D hidden_size
           H heads of 64 · C context width · P pooled width
 Inputs    latent (B,16,h,w), sigma (B,) in [0,1], context (B,L,C), pooled (B,P) -> velocity (B,16,h,w)
-Check     python -m pytest tests/test_mmdit.py
-
+Check     python -m pytest tests/test_mmdit.py: outputs equal the official ones to 1e-5
               hidden_size   depth   table_side   qk_norm   dual_attention
 SD3-medium           1536      24          192   no        none
 SD3.5-medium         1536      24          384   yes       blocks 0-12
 SD3.5-large          2432      38          192   yes       none
-The side of the position table bounds the image: 192 patches are 3072 px at factor 8 and 6144 px at factor 16.
 """
 
 import math
 import os
 import re
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import layers
-from checkpoint import Weights, fill, open_weights
+from checkpoint import Device, Weights, filled, open_weights
 
 HEAD_DIM = 64  # of every published MMDiT: num_heads = hidden_size / 64
 
@@ -50,7 +48,6 @@ def sincos_table(hidden_size: int, side: int, base: float | None = None, offset:
     """Position table of a side x side grid for a new model; published models bring their own.
 
     base     positions run from 0 to base in `side` steps (SD3: base 64, side 192, steps of 1/3); None: base = side
-    offset   added to the positions
     returns  (side², hidden_size), row by row; channels: column sines, column cosines, row sines, row cosines
     """
     quarter = hidden_size // 4
@@ -74,8 +71,7 @@ class Attention(nn.Module):
             self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.ln_q = QKNorm(HEAD_DIM, eps=layers.NORM_EPS)
-            self.ln_k = QKNorm(HEAD_DIM, eps=layers.NORM_EPS)
+            self.ln_q, self.ln_k = (QKNorm(HEAD_DIM, eps=layers.NORM_EPS) for _ in range(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, N, H, 64) each; qkv has q, k, v as thirds of its rows and the heads inside each third."""
@@ -93,13 +89,9 @@ class MLP(nn.Module):
         return layers.gelu_mlp(x, self.fc1, self.fc2)
 
 
-class Embedder(nn.Module):
-    def __init__(self, width: int, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+def embedder(width: int, hidden_size: int) -> nn.Sequential:
+    mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+    return nn.Sequential(OrderedDict(mlp=mlp))
 
 
 class PatchConv(nn.Conv2d):
@@ -140,10 +132,7 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(config, dual=self.dual)
 
     def forward(self, context: Tensor, x: Tensor, cond: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Joint attention, then attention among image tokens (dual blocks), then the MLPs.
-
-        returns  context (None from the last block), x
-        """
+        """Context (None from the last block) and x, after joint attention, dual attention among image tokens, MLPs."""
         mod_c, mod_x = self.context_block.chunks_of(cond), self.x_block.chunks_of(cond)
         of_context = self.context_block.attn.heads(layers.modulated_norm(context, mod_c.shift, mod_c.scale))
         of_image = self.x_block.attn.heads(layers.modulated_norm(x, mod_x.shift, mod_x.scale))  # (B, N, H, 64) q, k, v
@@ -171,25 +160,17 @@ class MMDiT(nn.Module):
         self.register_buffer("pos_embed", torch.zeros(1, config.table_side**2, config.hidden_size))
         conv = PatchConv(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": conv})
-        self.t_embedder = Embedder(layers.FREQUENCIES, config.hidden_size)
-        self.y_embedder = Embedder(config.pooled_dim, config.hidden_size)
+        self.t_embedder = embedder(layers.FREQUENCIES, config.hidden_size)
+        self.y_embedder = embedder(config.pooled_dim, config.hidden_size)
         self.context_embedder = nn.Linear(config.context_dim, config.hidden_size)
         self.joint_blocks = nn.ModuleList(JointBlock(config, index) for index in range(config.depth))
         self.final_layer = layers.FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu",
-             dtype: torch.dtype | None = None) -> "MMDiT":
-        """Read a transformer from the official file, with or without the VAE in it, or from the diffusers folder.
-
-        dtype   compute dtype, whatever the storage; None is float32
-        raises  ValueError that names the missing, unknown or misshapen tensors
-        """
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None) -> "MMDiT":
+        """Read a transformer from the official file or the diffusers folder; dtype, errors as in checkpoint.fill."""
         weights = open_weights(path).part("model.diffusion_model.")
-        with torch.device("meta"):
-            model = cls(read_config(weights))
-        fill(model, weights, device, dtype)
-        return model
+        return filled(lambda: cls(read_config(weights)), weights, device, dtype)
 
     def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,
                 guidance: Tensor | None = None) -> Tensor:
@@ -226,18 +207,14 @@ class MMDiT(nn.Module):
 
 def read_config(weights: Weights) -> MMDiTConfig:
     """Read the sizes of an MMDiT from its tensors; ValueError that names one which is missing or impossible."""
-    def need(fits: bool, name: str, size: int, rule: str) -> None:
-        if not fits:
-            raise ValueError(f"{weights.source}: {name} has {size}, expected {rule}")
-
     kind, qkv = "SD3 transformer", "joint_blocks.0.x_block.attn.qkv.weight"
     hidden_size = weights.common_size(".attn.qkv.weight", 1, qkv, kind)
     _, in_channels, patch, _ = weights.shape_of("x_embedder.proj.weight", 4, kind)
     outputs, _ = weights.shape_of("final_layer.linear.weight", 2, kind)
     _, cells, _ = weights.shape_of("pos_embed", 3, kind)
-    need(hidden_size % HEAD_DIM == 0, qkv, hidden_size, f"a multiple of {HEAD_DIM} columns")
-    need(outputs % patch**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {patch**2} rows")
-    need(math.isqrt(cells)**2 == cells, "pos_embed", cells, "a square number of positions")
+    weights.need(hidden_size % HEAD_DIM == 0, qkv, hidden_size, f"a multiple of {HEAD_DIM} columns")
+    weights.need(outputs % patch**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {patch**2} rows")
+    weights.need(math.isqrt(cells)**2 == cells, "pos_embed", cells, "a square number of positions")
     dual = (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", name) for name in weights)
     return MMDiTConfig(
         hidden_size=hidden_size, depth=weights.depth("joint_blocks."), patch_size=patch, in_channels=in_channels,
@@ -249,22 +226,8 @@ def read_config(weights: Weights) -> MMDiTConfig:
 
 
 def new_mmdit(config: MMDiTConfig, generator: torch.Generator, base: float | None = None) -> MMDiT:
-    """A model to train from scratch, initialised as DiT and SD3 are: every block begins as the identity.
-
-    base    of the position table, see sincos_table; SD3's is 64 with table_side 192
-    source  DiT appendix A, `initialize_weights`
-    """
-    with torch.device("meta"):
-        model = MMDiT(config)
-    model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
-            nn.init.zeros_(parameter)
-        elif ".ln_" in name:
-            nn.init.ones_(parameter)
-        elif name.startswith(("t_embedder", "y_embedder")):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        else:  # the patch convolution counts as a linear
-            nn.init.xavier_uniform_(parameter.view(len(parameter), -1), generator=generator)
+    """A model to train from scratch; every block begins as the identity. `base` is that of sincos_table."""
+    model = layers.initialised(lambda: MMDiT(config), zeros=r"bias$|adaLN_modulation|^final_layer", ones=r"\.ln_",
+                               normal="^[ty]_embedder", generator=generator)
     model.pos_embed.copy_(sincos_table(config.hidden_size, config.table_side, base))
     return model

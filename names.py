@@ -1,11 +1,10 @@
 """Tensor names of diffusers to official names, for SD3, Flux and their autoencoders.
 
-Mirrors   SD3Transformer2DModel, FluxTransformer2DModel and AutoencoderKL of diffusers; the official checkpoints.
-          Tested against the names and shapes of every published file in tests/test_names.py
+Mirrors   SD3Transformer2DModel, FluxTransformer2DModel and AutoencoderKL of diffusers; the official checkpoints
+Check     python -m pytest tests/test_names.py: names and shapes of every published file
 Tables    {i}, {j}   any number, the same on both sides       {last}     the highest number in its place
           {coder}    encoder, decoder                         {last-i}   counted from the other end
-          {attn}     attn, attn2
-Check     python -m pytest tests/test_names.py
+          {attn}     attn, attn2                              {q}        q, k, v
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -17,23 +16,18 @@ from itertools import product
 class Row:
     """One tensor, or one module with its tensors, in both layouts.
 
-    parts  names in diffusers; several are stacked along dimension 0 in the official file
-    how    swap_halves  exchange the halves of dimension 0: (scale, shift) in diffusers, (shift, scale) officially
-           as_1x1_conv  a linear weight (C, C) is officially a convolution (C, C, 1, 1)
+    how  swap_halves  exchange the halves of dimension 0: (scale, shift) in diffusers, (shift, scale) officially
+         as_1x1_conv  a linear weight (C, C) is officially a convolution (C, C, 1, 1)
     """
 
     official: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # names in diffusers; several are stacked along dimension 0 in the official file
     how: str = ""
 
 
 def official_names(names: Collection[str], file: str) -> list[Row]:
-    """What each official tensor is made of; names that are official already, or unknown, stay as they are.
-
-    names    of all tensors in a file
-    file     its path, for the message
-    raises   ValueError if a part of a stacked tensor is missing
-    """
+    """What each official tensor of a file is made of; names that are official already, or unknown, stay as they are.
+    ValueError if a part of a stacked tensor is missing."""
     table = next((table for prefix, table in TABLES if any(name.startswith(prefix) for name in names)), ())
     rest, rows = dict.fromkeys(names), []
     for row in plain_rows(table, names):
@@ -43,8 +37,8 @@ def official_names(names: Collection[str], file: str) -> list[Row]:
             if len(missing) == len(parts):
                 continue
             if missing:
-                present = next(part for part in parts if part in rest)
-                raise ValueError(f"{file}: {len(missing)} missing: {', '.join(missing)}; {present} is there")
+                raise ValueError(f"{file}: {len(missing)} missing: {', '.join(missing)}; "
+                                 f"{next(part for part in parts if part in rest)} is there")
             rows.append(Row(row.official + tail, parts, row.how))
             for part in parts:
                 del rest[part]
@@ -54,7 +48,7 @@ def official_names(names: Collection[str], file: str) -> list[Row]:
 def plain_rows(rows: Iterable[Row], names: Collection[str]) -> Iterator[Row]:
     """The rows with all numbers filled in: those that occur in `names`, which are official or of diffusers."""
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
-    choices = {"coder": ("encoder", "decoder"), "attn": ("attn", "attn2"), "i": numbers, "j": numbers}
+    choices = {"coder": ("encoder", "decoder"), "attn": ("attn", "attn2"), "q": "qkv", "i": numbers, "j": numbers}
     for row in rows:
         last = max(depth(names, side.partition("{")[0]) for side in (row.official, row.parts[0])) - 1
         keys = [key for key in choices if "{" + key + "}" in row.parts[0]]
@@ -89,8 +83,7 @@ SD3_NAMES = (
     _row("context_embedder",                                     "context_embedder"),
     _row("joint_blocks.{i}.x_block.adaLN_modulation.1",          "transformer_blocks.{i}.norm1.linear"),
     _row("joint_blocks.{i}.x_block.{attn}.qkv",                  "transformer_blocks.{i}.{attn}.", QKV),
-    _row("joint_blocks.{i}.x_block.{attn}.ln_q",                 "transformer_blocks.{i}.{attn}.norm_q"),
-    _row("joint_blocks.{i}.x_block.{attn}.ln_k",                 "transformer_blocks.{i}.{attn}.norm_k"),
+    _row("joint_blocks.{i}.x_block.{attn}.ln_{q}",               "transformer_blocks.{i}.{attn}.norm_{q}"),
     _row("joint_blocks.{i}.x_block.{attn}.proj",                 "transformer_blocks.{i}.{attn}.to_out.0"),
     _row("joint_blocks.{i}.x_block.mlp.fc1",                     "transformer_blocks.{i}.ff.net.0.proj"),
     _row("joint_blocks.{i}.x_block.mlp.fc2",                     "transformer_blocks.{i}.ff.net.2"),
@@ -98,8 +91,7 @@ SD3_NAMES = (
          "transformer_blocks.{last}.norm1_context.linear", how="swap_halves"),
     _row("joint_blocks.{i}.context_block.adaLN_modulation.1",    "transformer_blocks.{i}.norm1_context.linear"),
     _row("joint_blocks.{i}.context_block.attn.qkv",              "transformer_blocks.{i}.attn.", ADDED_QKV),
-    _row("joint_blocks.{i}.context_block.attn.ln_q",             "transformer_blocks.{i}.attn.norm_added_q"),
-    _row("joint_blocks.{i}.context_block.attn.ln_k",             "transformer_blocks.{i}.attn.norm_added_k"),
+    _row("joint_blocks.{i}.context_block.attn.ln_{q}",           "transformer_blocks.{i}.attn.norm_added_{q}"),
     _row("joint_blocks.{i}.context_block.attn.proj",             "transformer_blocks.{i}.attn.to_add_out"),
     _row("joint_blocks.{i}.context_block.mlp.fc1",               "transformer_blocks.{i}.ff_context.net.0.proj"),
     _row("joint_blocks.{i}.context_block.mlp.fc2",               "transformer_blocks.{i}.ff_context.net.2"),
@@ -145,9 +137,7 @@ VAE_NAMES = (
     _row("{coder}.mid.block_1",                        "{coder}.mid_block.resnets.0"),
     _row("{coder}.mid.block_2",                        "{coder}.mid_block.resnets.1"),
     _row("{coder}.mid.attn_1.norm",                    "{coder}.mid_block.attentions.0.group_norm"),
-    _row("{coder}.mid.attn_1.q",                       "{coder}.mid_block.attentions.0.to_q", how="as_1x1_conv"),
-    _row("{coder}.mid.attn_1.k",                       "{coder}.mid_block.attentions.0.to_k", how="as_1x1_conv"),
-    _row("{coder}.mid.attn_1.v",                       "{coder}.mid_block.attentions.0.to_v", how="as_1x1_conv"),
+    _row("{coder}.mid.attn_1.{q}",                     "{coder}.mid_block.attentions.0.to_{q}", how="as_1x1_conv"),
     _row("{coder}.mid.attn_1.proj_out",                "{coder}.mid_block.attentions.0.to_out.0", how="as_1x1_conv"),
     _row("encoder.down.{i}.block.{j}",                 "encoder.down_blocks.{i}.resnets.{j}"),
     _row("encoder.down.{i}.block.{j}.nin_shortcut",    "encoder.down_blocks.{i}.resnets.{j}.conv_shortcut"),

@@ -1,17 +1,14 @@
 """Prompt to conditioning: CLIP-L, OpenCLIP bigG and T5-XXL, and how SD3 and Flux combine their outputs.
 
 Paper     Diffusion-4K sections 4.1 and 9: the text encoders stay frozen; embeddings are computed once and cached
-Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel, T5EncoderModel.
-          Tested against their outputs in tests/test_text.py
+Mirrors   sd3-ref SDClipModel, SDXLClipG, T5XXLModel; flux HFEmbedder; transformers CLIPTextModel, T5EncoderModel
+Check     python -m pytest tests/test_text.py: outputs beside theirs
 Encoders  file     width  depth  heads  activation   length     pad     pooled   (official; sizes come from the file)
           clip_l   768    12     12     quick GELU   77         49407   unprojected in SD3 and Flux
           clip_g   1280   32     20     exact GELU   77         0       projected
           t5xxl    4096   24     64     gated GELU   77 … 512   0       none
 Padding   is attended: CLIP has a causal mask only, T5 has none. The empty prompt is encoded like any other
-SD3       context: L and G side by side, then T5 (77 tokens); pooled: L and G
-Flux      context: T5 (512 tokens, schnell 256); pooled: L
 Shapes    B prompts, L tokens, W width, P projected width; token ids are int64
-Check     python -m pytest tests/test_text.py
 """
 
 import math
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Weights, fill, open_weights
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Weights, filled, open_weights
 from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
 EOS = 49407            # last id of CLIP's vocabulary
@@ -45,8 +42,8 @@ class CLIPAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads) for project in projections)
+        q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
 
@@ -84,30 +81,21 @@ class CLIPText(nn.Module):
         self.text_projection = None if projection is None else nn.Linear(width, projection, bias=False)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, activation: str | None = None, num_heads: int | None = None,
-             eos: int | None = None, device: str | torch.device = "cpu",
-             dtype: torch.dtype | None = None) -> "CLIPText":
+    def load(cls, path: str | os.PathLike | Weights, activation: str | None = None, num_heads: int | None = None,
+             eos: int | None = None, device: Device = "cpu", dtype: torch.dtype | None = None) -> "CLIPText":
         """Read a CLIP text encoder. None takes the value that the file records, else the official one.
 
-        path        clip_l.safetensors, clip_g.safetensors, or a transformers folder
+        path        clip_l.safetensors, clip_g.safetensors, a transformers folder, or opened Weights of one
         activation  "quick_gelu" or "gelu" (exact); official: quick_gelu at width 768, gelu otherwise
         num_heads   official: width / 64
         eos         id of the end token; official: 49407, the last id of the vocabulary
         raises      ValueError if names, shapes, heads or activation are not those of a CLIP text encoder
         """
-        weights = open_weights(path)
+        weights, kind = path if isinstance(path, Weights) else open_weights(path), "CLIP text encoder"
         if "embeddings.token_embedding.weight" in weights:  # transformers 5 saves CLIPTextModel without the prefix
-            named = {f"text_model.{name}": t for name, t in weights.items()}
-            weights = Weights(named, weights.metadata, weights.source)
+            weights = Weights({f"text_model.{k}": t for k, t in weights.items()}, weights.metadata, weights.source)
         for name in CLIP_UNUSED:
             weights.pop(name, None)
-        return cls.of(weights, activation, num_heads, eos, device, dtype)
-
-    @classmethod
-    def of(cls, weights: Weights, activation: str | None = None, num_heads: int | None = None, eos: int | None = None,
-           device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "CLIPText":
-        """The encoder with these tensors, under transformers' names; arguments and errors as in `load`."""
-        kind = "CLIP text encoder"
         vocabulary, _ = weights.shape_of("text_model.embeddings.token_embedding.weight", 2, kind)
         width, = weights.shape_of("text_model.final_layer_norm.weight", 1, kind)
         positions, _ = weights.shape_of("text_model.embeddings.position_embedding.weight", 2, kind)
@@ -123,19 +111,15 @@ class CLIPText(nn.Module):
         if eos is None:
             eos = weights.number("eos_token_id", otherwise=LEGACY_EOS, integer=True)
             eos = min(EOS, vocabulary - 1) if eos == LEGACY_EOS else eos
-        depth = weights.depth("text_model.encoder.layers.")
-        with torch.device("meta"):
-            clip = cls(vocabulary, positions, width, mlp_width, depth, num_heads, activation, eos, projection)
-        fill(clip.requires_grad_(False).eval(), weights, device, dtype)
-        return clip
+        sizes = vocabulary, positions, width, mlp_width, weights.depth("text_model.encoder.layers."), num_heads
+        clip = filled(lambda: cls(*sizes, activation, eos, projection), weights, device, dtype)
+        return clip.requires_grad_(False).eval()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode token ids.
+        """Encode tokens (B, L); ValueError if L is above `self.length` or a row has no end token.
 
-        tokens   (B, L), an end token in every row; L at most `self.length`
         returns  last (B, L, W), after the final norm; penultimate (B, L, W), before the last layer, not normed;
                  pooled (B, W), from the first end token, or (B, P) if the file has a text_projection
-        raises   ValueError if L is too long or a row has no end token
         """
         length = tokens.shape[1]
         if length > self.length:
@@ -159,11 +143,7 @@ class CLIPText(nn.Module):
 # ---- T5
 
 def t5_buckets(relative: Tensor, buckets: int = 32) -> Tensor:
-    """Bucket of a relative position: exact below buckets/4, then logarithmic; half of them for keys ahead.
-
-    relative  key position minus query position, integer
-    returns   same shape, int64, in [0, buckets)
-    """
+    """Bucket of a relative position, key minus query: exact below buckets/4, then logarithmic; half for keys ahead."""
     half, exact = buckets // 2, buckets // 4
     distance = relative.abs()
     far = torch.log(distance.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact) * (half - exact)
@@ -213,11 +193,9 @@ class T5Encoder(nn.Module):
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu",
-             dtype: torch.dtype | None = None) -> "T5Encoder":
-        """Read a T5 v1.1 encoder.
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None) -> "T5Encoder":
+        """Read a T5 v1.1 encoder, t5xxl_*.safetensors or a transformers folder, sharded or not.
 
-        path    t5xxl_*.safetensors, or a transformers folder, sharded or not
         raises  ValueError if names or shapes are not those of T5, or dtype is float16, in which it overflows
         """
         if dtype is torch.float16:
@@ -226,8 +204,8 @@ class T5Encoder(nn.Module):
         if shared := weights.pop("shared.weight", None):  # files hold the embedding under one name, the other, or both
             embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
             if shared.shape != embedding.shape:
-                shapes = f"shared.weight {shared.shape} is not encoder.embed_tokens.weight {embedding.shape}"
-                raise ValueError(f"{weights.source}: {shapes}")
+                raise ValueError(f"{weights.source}: shared.weight {shared.shape} is not encoder.embed_tokens.weight "
+                                 f"{embedding.shape}")
         first = "encoder.block.0.layer."
         vocabulary, _ = weights.shape_of("encoder.embed_tokens.weight", 2, kind)
         width, = weights.shape_of("encoder.final_layer_norm.weight", 1, kind)
@@ -238,10 +216,8 @@ class T5Encoder(nn.Module):
             raise ValueError(f"{weights.source}: the {table[1]} heads of {first}0 do not divide its {inner} rows of q")
         length = weights.number("length", integer=True) or None
         check_t5_length(length)
-        with torch.device("meta"):
-            t5 = cls(vocabulary, width, inner, mlp_width, weights.depth("encoder.block."), table, length)
-        fill(t5.requires_grad_(False).eval(), weights, device, dtype)
-        return t5
+        sizes = vocabulary, width, inner, mlp_width, weights.depth("encoder.block."), table
+        return filled(lambda: cls(*sizes, length), weights, device, dtype).requires_grad_(False).eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L), of any L -> hidden (B, L, W) after the final norm. Padding is attended like any token."""
@@ -260,7 +236,7 @@ class T5Encoder(nn.Module):
 
 # ---- what SD3 and Flux share
 
-def _load_encoders(paths: Sequence[Path], tokenizers: Sequence[CLIPTokenizer | T5Tokenizer], device: str | torch.device,
+def _load_encoders(paths: Sequence[Path], tokenizers: Sequence[CLIPTokenizer | T5Tokenizer], device: Device,
                    dtype: torch.dtype | None) -> list[CLIPText | T5Encoder]:
     """CLIPs and, last, T5; ValueError if one has fewer embeddings than its tokenizer has words."""
     encoders: list[CLIPText | T5Encoder] = []
@@ -269,8 +245,8 @@ def _load_encoders(paths: Sequence[Path], tokenizers: Sequence[CLIPTokenizer | T
             encoders.append(CLIPText.load(path, eos=tokenizer.eos, device=device, dtype=dtype))
         else:
             encoders.append(T5Encoder.load(path, device, dtype))
-        if tokenizer.size > encoders[-1].vocabulary:
-            raise ValueError(f"{path}: has {encoders[-1].vocabulary} embeddings, its tokenizer {tokenizer.size} words")
+        if tokenizer.size > (rows := encoders[-1].vocabulary):
+            raise ValueError(f"{path}: has {rows} embeddings, its tokenizer {tokenizer.size} words")
     return encoders
 
 
@@ -286,10 +262,9 @@ def check_t5_length(t5_length: int | None) -> None:
 def sd3_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     """Join the tokens of the three encoders: channels of L and G, zero-padded to T5's width, then T5's tokens.
 
-    clip_l   (B, L_clip, W_l), penultimate
-    clip_g   (B, L_clip, W_g), penultimate
-    t5       (B, L_t5, W), W at least W_l + W_g
-    returns  (B, L_clip + L_t5, W)
+    clip_l, clip_g  penultimate, (B, L_clip, W_l) and (B, L_clip, W_g)
+    t5              (B, L_t5, W), W at least W_l + W_g
+    returns         (B, L_clip + L_t5, W)
     """
     clip = torch.cat((clip_l, clip_g), dim=-1)
     if clip.shape[-1] > t5.shape[-1]:
@@ -300,15 +275,15 @@ def sd3_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 class SD3Text:
     """The three encoders and tokenizers of SD3; created by `load`."""
 
-    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder, device: str | torch.device, t5_length: int,
+    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder, device: Device, t5_length: int,
                  tokenizers: tuple[CLIPTokenizer, CLIPTokenizer, T5Tokenizer]):
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.device, self.t5_length = device, t5_length
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    def load(cls, folder: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              t5_length: int | None = None) -> "SD3Text":
-        """Read the encoders of a model folder in either layout.
+        """Read the encoders of a model folder.
 
         folder     text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
@@ -345,9 +320,8 @@ def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
     else:
         paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"
         where = f"{SD3_DOWNLOAD}-diffusers has it; or give {SD3_DOWNLOAD} with its text_encoders/"
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: not found; {where}")
+    if missing := [path for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: not found; {where}")
     return paths
 
 
@@ -356,26 +330,23 @@ def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
 class FluxText:
     """CLIP-L for the pooled vector, T5 for the tokens; created by `load`."""
 
-    def __init__(self, clip: CLIPText, t5: T5Encoder, device: str | torch.device, t5_length: int,
+    def __init__(self, clip: CLIPText, t5: T5Encoder, device: Device, t5_length: int,
                  tokenizers: tuple[CLIPTokenizer, T5Tokenizer]):
         self.clip, self.t5, self.tokenizers = clip, t5, tokenizers
         self.device, self.t5_length = device, t5_length
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    def load(cls, folder: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              t5_length: int | None = None) -> "FluxText":
-        """Read the encoders of a model folder, as downloaded.
+        """Read text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/ and tokenizer_2/ of a folder.
 
-        folder     with text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/, tokenizer_2/
-        t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 512; schnell has 256
-        raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
+        t5_length, errors as in SD3Text.load; its default is 512 (dev), while schnell has 256
         """
         folder = Path(folder)
         check_t5_length(t5_length)
         paths = folder / "text_encoder", folder / "text_encoder_2"
-        for path in paths:
-            if not path.is_dir():
-                raise FileNotFoundError(f"{path}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
+        if missing := [path for path in paths if not path.is_dir()]:
+            raise FileNotFoundError(f"{missing[0]}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
         tokenizers = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
         clip, t5 = _load_encoders(paths, tokenizers, device, dtype)
         return cls(clip, t5, device, t5_length or t5.length or T5_MOST, tokenizers)

@@ -1,9 +1,9 @@
 """Text to token ids: CLIP's byte-level BPE and T5's SentencePiece, with the special tokens of their folder.
 
-Mirrors   transformers CLIPTokenizerFast, T5Tokenizer. Tested on real and on tiny vocabularies in tests/test_text.py
+Mirrors   transformers CLIPTokenizerFast, T5Tokenizer
+Check     python -m pytest tests/test_text.py: real and tiny vocabularies
 Folders   SD3: tokenizer/ and tokenizer_2/ of CLIP, tokenizer_3/ of T5. Flux: tokenizer/ of CLIP, tokenizer_2/ of T5
 Units     ids are int64, (B, length); a prompt that is too long loses its tail, with a warning that quotes it
-Check     python -m pytest tests/test_text.py
 """
 
 import os
@@ -35,8 +35,7 @@ class CLIPTokenizer:
     def load(cls, folder: str | os.PathLike, pad: int | None = None) -> "CLIPTokenizer":
         """Read tokenizer.json, or vocab.json with merges.txt.
 
-        folder  of CLIP-L, which pads with the end token, or of bigG, which pads with "!", id 0
-        pad     id; None takes the folder's pad_token, else the end token
+        pad     id; None takes the folder's pad_token ("!", id 0, for bigG), else the end token (CLIP-L)
         raises  FileNotFoundError if the folder has no vocabulary; ValueError if the vocabulary lacks a special token
 
         As in transformers, special tokens are recognised inside a prompt too: with tokenizer_2/, every "!" of a prompt
@@ -107,11 +106,7 @@ class T5Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "T5Tokenizer":
-        """Read spiece.model.
-
-        folder  tokenizer_3/ of SD3, tokenizer_2/ of Flux
-        raises  FileNotFoundError if spiece.model is missing; ValueError if it has no padding or end token
-        """
+        """Read spiece.model; FileNotFoundError if there is none, ValueError if it has no padding or end token."""
         file = Path(folder) / "spiece.model"
         if not file.is_file():
             raise FileNotFoundError(f"{folder}: no T5 tokenizer: needs spiece.model (tokenizer.json is not read), as "

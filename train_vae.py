@@ -2,10 +2,8 @@
 
 Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)) at factor 8, means over elements;
            factor 16 needs no training: the partition trick uses the same weights (vae.py)
-Start      a linear network (new_vae) that already draws a blurred picture
-End        equalize() evens out the latent channels, which makes the flow easier to learn and changes no picture
-Crops      each step draws one of CROPS (short side, crop side): attention and norms see the complete map, so they must
-           meet several sizes. Pixels per step are constant
+Start      a linear network (new_vae) that already draws a blurred picture; at the end equalize() evens out the latent
+           channels
 Run        python train_vae.py --data photos --out runs/vae     12 minutes on two cores; the same command resumes
 Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official names), OUT/log.jsonl
 Check      python -m pytest tests/test_train_vae.py
@@ -33,6 +31,7 @@ from training.seeds import seed_of
 from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
 
+# short side, side of the crop: attention and norms see the complete map, so they must meet several sizes
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
 LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-6
@@ -42,15 +41,13 @@ FIRST_LOGVAR, PIN, RANDOM = -6.0, 4.0, 0.3  # see new_vae
 def new_vae(config: VAEConfig, seed: int) -> VAE:
     """An untrained VAE that starts as a linear network, whose pictures are blurred copies of its input.
 
-    Trunk     convolutions outside the residual branches carry each feature twice, as x and -x, in two halves of the
-              channels. With one norm group its mean is zero, so that no norm removes the brightness, and
-              silu(x) - silu(-x) = x makes the last activation linear too
+    Trunk     convolutions outside the residual branches carry each feature twice, as x and -x. Their mean is zero, so
+              that one norm group removes no brightness, and silu(x) - silu(-x) = x: the last activation is linear too
     Pins      one channel of each half is constant, +PIN and -PIN. They carry most of the variance: a norm is nearly a
               fixed scale, which preserves the contrast
     Copies    the first channels are copied (averaged in downsampling), the others are small random filters
     Branches  residual branches and attention start at zero; the posterior at log-variance FIRST_LOGVAR
-
-    config    all widths even; with several norm groups, a narrow network loses brightness and contrast
+    Widths    all even; with several norm groups, a narrow network loses brightness and contrast
     """
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config)
@@ -206,12 +203,11 @@ def check_settings(s: Settings) -> None:
     widths, least = s.widths.split(","), 2 * LATENT_CHANNELS + 2
     even = len(widths) == 4 and all(w.strip().isdecimal() and int(w) % 2 == 0 < int(w) for w in widths)
     need(even and int(widths[-1]) >= least, "widths", s.widths, f"four even numbers, the last at least {least}")
-    for name in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads"):
-        need(getattr(s, name.replace("-", "_")) >= 1, name, getattr(s, name.replace("-", "_")), "1 or more")
+    for name in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads", "warmup", "holdout"):
+        value, low = getattr(s, name.replace("-", "_")), 0 if name in ("warmup", "holdout") else 1
+        need(value >= low, name, value, f"{low} or more")
     need(0 < s.lr < math.inf, "lr", s.lr, "a number above 0")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
-    need(s.warmup >= 0, "warmup", s.warmup, "0 or more")
-    need(s.holdout >= 0, "holdout", s.holdout, "0 or more")
 
 
 def train(settings: Settings) -> None:

@@ -1,15 +1,12 @@
 """The 16-channel autoencoder of SD3 and Flux: factor 8 as published, factor 16 by the partition trick.
 
 Paper     Diffusion-4K section 3.2, "Partitioned VAE"
-Mirrors   sd3-ref VAEEncoder / VAEDecoder and Flux AutoEncoder, which share every tensor name; tests/test_vae.py
-          compares names and outputs with both, to 1e-5
+Mirrors   sd3-ref VAEEncoder / VAEDecoder and Flux AutoEncoder, which share every tensor name
 Shapes    B batch, H and W pixels, h = H/factor and w = W/factor, C feature channels
 Units     images lie in [-1, 1]; the encoder gives moments, and latent = (raw - shift_factor) * scale_factor
-Factor    the same weights serve both; the code is below, under "the partition trick":
-            8   as published
-            16  the encoder's first convolution takes every second pixel (stride 2, dilation 2), the decoder's last one
-                runs on features enlarged twofold: 4096x4096 pixels become a 256x256 latent
-Check     python -m pytest tests/test_vae.py
+Factor    16 uses the weights of 8: the encoder's first convolution takes every second pixel (stride 2, dilation 2), the
+          decoder's last one runs on features enlarged twofold. 4096x4096 pixels become a 256x256 latent
+Check     python -m pytest tests/test_vae.py: names and outputs equal the official ones, to 1e-5
 """
 
 import os
@@ -21,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import SD3_DOWNLOAD, Weights, fill, open_weights
+from checkpoint import SD3_DOWNLOAD, Device, Weights, filled, open_weights
 
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
@@ -43,11 +40,8 @@ class VAEConfig:
 
 
 def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
-    """Read the sizes of an autoencoder from the shapes of its tensors.
-
-    weights      of an autoencoder, without prefix
-    norm_groups  the one number that shapes do not determine; None: from the metadata, else the official 32
-    """
+    """Read the sizes of an autoencoder from its tensors, without prefix. Shapes do not determine norm_groups; None is
+    the value of the metadata, else the official 32."""
     norm_groups = norm_groups or int(weights.number("norm_groups", "norm_num_groups", otherwise=NORM_GROUPS))
     weights.shape_of("decoder.conv_out.weight", 4, KIND)
     channels = weights.shape_of("encoder.conv_out.weight", 4, KIND)[0] // 2
@@ -69,7 +63,7 @@ def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
 class HalvingConv(nn.Conv2d):
     """The encoder's first convolution: at factor 16 it has stride 2, with dilation 2 (paper) or 1 (released)."""
 
-    def forward(self, image: Tensor, factor: int, dilation: int) -> Tensor:
+    def forward(self, image: Tensor, factor: int = 8, dilation: int = 2) -> Tensor:
         if factor == 8:
             return super().forward(image)
         return F.conv2d(image, self.weight, self.bias, stride=2, padding=dilation, dilation=dilation)
@@ -88,9 +82,7 @@ def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> T
     A 3x3 window on the enlarged map covers only 2x2 distinct pixels. So each of the four output phases is a 2x2
     convolution of the small map, whose taps are sums of the 3x3 taps; a pixel shuffle interleaves the phases.
 
-    x        (B, C, h, w)
-    weight   (O, C, 3, 3)
-    bias     (O,)
+    x        (B, C, h, w); weight (O, C, 3, 3); bias (O,)
     offset   border pixels cut after the convolution: 2 is exact; 1 is the released partition, one pixel off
     returns  (B, O, 2h, 2w)
     """
@@ -106,8 +98,8 @@ def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> T
 def partitioned_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2, tiles: int = 2) -> Tensor:
     """`enlarged_conv` as the paper describes it, to be read: upsample and convolve tile by tile. Same numbers, slower.
 
-    offset   as there: a tile carries one pixel of its neighbours, which upsampling turns into 2; the release cuts 1
-    tiles    per side, a divisor of h and w; the other arguments are those of enlarged_conv
+    offset   a tile carries one pixel of its neighbours, which upsampling turns into 2; the release cuts 1
+    tiles    per side, a divisor of h and w
     """
     th, tw, padded = x.shape[2] // tiles, x.shape[3] // tiles, F.pad(x, (1, 1, 1, 1))
 
@@ -209,8 +201,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(raw))
         for level in reversed(self.up):
             x = level(x)
-        x = F.silu(self.norm_out(x))
-        return self.conv_out(x, factor == 16, offset)
+        return self.conv_out(F.silu(self.norm_out(x)), factor == 16, offset)
 
 
 class VAE(nn.Module):
@@ -223,16 +214,11 @@ class VAE(nn.Module):
         self.scale_factor, self.shift_factor = scale_factor, shift_factor
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              norm_groups: int | None = None, scale_factor: float | None = None,
              shift_factor: float | None = None) -> "VAE":
-        """Read an autoencoder: an official file or the diffusers folder.
-
-        path    ae.safetensors, sd3_medium.safetensors, a diffusers `vae/` folder …
-        dtype   compute dtype; None is float32
-        others  None: from the metadata or config.json, else the official value of the family
-        raises  FileNotFoundError, ValueError (see checkpoint.open_weights and fill)
-        """
+        """Read ae.safetensors, sd3_medium.safetensors or the vae/ folder of diffusers; dtype, errors: checkpoint.fill.
+        Other arguments: None is the value of metadata or config.json, else the official one of the family."""
         file = open_weights(path)
         weights = file.part("first_stage_model.")  # the file itself if it has no prefixes: then it is Flux's
         scale, shift = (FLUX_SCALE, FLUX_SHIFT) if weights is file else (SD3_SCALE, SD3_SHIFT)
@@ -240,16 +226,13 @@ class VAE(nn.Module):
             scale_factor = file.number("scale_factor", "scaling_factor", otherwise=scale)
         if shift_factor is None:  # a diffusers config without a shift means 0
             shift_factor = file.number("shift_factor", otherwise=0.0 if "scaling_factor" in file.metadata else shift)
-        with torch.device("meta"):
-            vae = cls(read_config(weights, norm_groups), scale_factor, shift_factor)
-        fill(vae, weights, device, dtype)
-        return vae.eval()
+        config = read_config(weights, norm_groups)
+        return filled(lambda: cls(config, scale_factor, shift_factor), weights, device, dtype).eval()
 
     def moments(self, image: Tensor, factor: int = 16, dilation: int = 2) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, raw, (B, 16, h, w) each.
 
         image     (B, 3, H, W) in [-1, 1]; ValueError unless H and W are multiples of 8 (at factor 16: of 16)
-        factor    8 or 16
         dilation  at factor 16: 1 is the release's, 2 the paper's, which equals factor 8 on image[:, :, ::2, ::2]
         """
         if factor not in (8, 16) or dilation not in (1, 2):
@@ -274,10 +257,7 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, factor: int = 16, offset: int = 2) -> Tensor:
         """Normalised latent (B, 16, h, w) to image (B, 3, h*factor, w*factor), about [-1, 1], not clamped.
-
-        factor   8 or 16
-        offset   at factor 16: 2 is exact, 1 reproduces the release's shift by one pixel
-        """
+        At factor 16, offset 2 is exact, 1 reproduces the release's shift by one pixel."""
         if factor not in (8, 16) or offset not in (1, 2):
             raise ValueError(f"factor {factor} with offset {offset}: factor is 8 or 16, offset 1 or 2")
         return self.decoder(latent / self.scale_factor + self.shift_factor, factor, offset)

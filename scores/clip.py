@@ -161,7 +161,7 @@ class CLIP:
         path, (image, text) = Path(path), read_towers(path)
         text.shape_of("text_projection.weight", 2, KIND)  # other text encoders may lack it
         tokenizer = CLIPTokenizer.load(tokenizer or (path if path.is_dir() else path.parent))
-        clip = CLIP(CLIPImage.of(image, device), CLIPText.of(text, eos=tokenizer.eos, device=device), tokenizer)
+        clip = CLIP(CLIPImage.of(image, device), CLIPText.load(text, eos=tokenizer.eos, device=device), tokenizer)
         if tokenizer.size > (rows := clip.text.vocabulary):
             raise ValueError(f"{path}: the tokenizer has {tokenizer.size} words, the text tower {rows}: not one CLIP")
         return clip

@@ -257,7 +257,7 @@ def test_clip_takes_exactly_the_published_names(name, layout, monkeypatch):
     official = Weights({key: LazyTensor(shape, built) for key, shape in shapes.items()}, {}, name)
     monkeypatch.setattr(clip, "open_official", lambda path: official)
     image, text = clip.read_towers(name)
-    for build in (lambda: CLIPImage.of(image, "cpu"), lambda: CLIPText.of(text)):
+    for build in (lambda: CLIPImage.of(image, "cpu"), lambda: CLIPText.load(text)):
         with pytest.raises(Built):
             build()
 
