@@ -113,11 +113,9 @@ def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings
     assert losses < 1e-5 and weights < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, tmp_path, victim):
+def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, tmp_path):
     """train.py itself, killed from outside at any place of a step."""
-    usual = dict(weights=folders / "tiny-sd3", steps=30, save_every=3, lr=1e-4)
+    usual = dict(weights=folders / "tiny-sd3", steps=12, save_every=3, lr=1e-4)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "train.py"]
     process = subprocess.Popen([sys.executable, *command, *settings.flags(**usual, out=tmp_path / "out")], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
@@ -125,7 +123,7 @@ def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, 
         while not newest(tmp_path / "out") and process.poll() is None:
             time.sleep(0.02)
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(ranks[victim]), signal.SIGKILL)
+        os.kill(int(ranks[1]), signal.SIGKILL)
         _, errors = process.communicate(timeout=200)
     finally:
         process.kill()

@@ -672,7 +672,7 @@ def test_help_gives_units_and_defaults():
     assert shown.returncode == 0
     words = " ".join(shown.stdout.split())
     assert all(word in words for word in (
-        "pixels", "PX", "WIDTHxHEIGHT", "(1024)", "(SD3: 28,", "(SD3: 7.0,", "(SD3: 3.0,", "Flux-dev: 50,",
+        "pixels", "PX", "WIDTHxHEIGHT", "else 1024)", "(SD3: 28,", "(SD3: 7.0,", "(SD3: 3.0,", "Flux-dev: 50,",
         "(default: tiny-sd3)", "(default: 16)", "(default: 0)", "(default: 1)", "(default: out)", "fp32 on cpu",
         "--negative", "--transformer", "--prompts"))
 
