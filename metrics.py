@@ -113,6 +113,7 @@ def mean_of(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def run_detail(pictures: list[str], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
+    """Both GLCM Scores and the compression ratio of pictures, with heat maps if `maps` names a folder."""
     paths, errors = find_pictures(pictures), []
     if maps:
         if len({path.name for path in paths}) < len(paths):
@@ -140,6 +141,7 @@ def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
 
 
 def run_pair(reference: str, picture: str, weights: Path, device: str | None, as_json: bool) -> None:
+    """How close a picture is to its reference."""
     from checkpoint import check_device
     from scores.sets import load_lpips
 

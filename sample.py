@@ -251,7 +251,7 @@ def name_pictures(prompts: list[str], settings: Settings) -> list[Picture]:
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument_group("input and output").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")
     add("--prompts", metavar="FILE", help="text file with one prompt per line")
     add("--negative", default="", metavar="TEXT", help="negative prompt (default: the empty prompt)")

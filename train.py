@@ -24,7 +24,7 @@ from threading import Event
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -110,6 +110,7 @@ class DDP:
             self.launch()
 
     def launch(self, incomplete: bool = False) -> None:
+        """Send off the buckets that are next in order and ready; with `incomplete`, all that are left."""
         while self.launched < len(self.buckets) and (incomplete or not self.buckets[self.launched].waiting):
             bucket = self.buckets[self.launched]
             if len(bucket.arrived) == len(bucket.parameters):
@@ -156,11 +157,11 @@ class Sync:
             self.ddp.wait()
 
 
-def shard(model: nn.Module, settings: Settings, device: torch.device) -> None:
+def shard(model: nn.Module, settings: Settings, mesh: DeviceMesh) -> None:
     """Split every block, then the rest, into rows, one part per rank: FSDP2. Gradients are reduced in fp32."""
     compute = torch.bfloat16 if settings.state == "bf16" else DTYPES[settings.dtype]
     policy = {
-        "mesh": init_device_mesh(device.type, (world(),)),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if settings.offload else OffloadPolicy()}
     for block in blocks_of(model):
@@ -213,7 +214,8 @@ def open_job(settings: Settings) -> Job:
 def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     """The transformer, sharded if asked for, and the frozen VAE."""
     settings, weights = job.settings, job.transformer.part("model.diffusion_model.")
-    split = partial(shard, settings=settings, device=job.device)
+    mesh = init_device_mesh(job.device.type, (world(),)) if settings.sharded else None  # all ranks meet here
+    split = partial(shard, settings=settings, mesh=mesh)
     model = on_all(lambda: build(settings, job.family, weights, job.device, split))
     vae = on_all(lambda: VAE.load(job.vae_path, job.device).requires_grad_(False))
     if not settings.latent_shift:
