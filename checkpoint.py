@@ -7,13 +7,10 @@ Safety    only safetensors are opened; a pickle is refused before any of its byt
 Check     python -m pytest tests/test_checkpoint.py: names and shapes of every published file
 """
 
-import json
 import math
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import names
+from files import read_json, replacing
 
 M = TypeVar("M", bound=nn.Module)
 Device = str | torch.device
@@ -193,17 +191,6 @@ def _files_of_folder(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: {several if files else 'no .safetensors file'}")
 
 
-def read_json(file: Path) -> dict:
-    """Read a JSON object; ValueError naming the file if it is not one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object: download it again")
-    return content
-
-
 def _open_file(file: Path) -> Weights:
     if file.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{file}: a pickle can run code when it is opened; {CONVERT}")
@@ -283,17 +270,6 @@ def _finite(tensor: Tensor) -> bool:
 
 # ---- writing
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix; renamed to `path` if the block succeeds, else deleted."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write a safetensors file, complete or not at all: after an OSError the previous file is as it was."""
     path = Path(path)
@@ -310,23 +286,7 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None
 
 
-def writable(folder: Path, given: str) -> None:
-    """Create the folder and check that it is writable; the OSError starts with `given`, the flag that named it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{given}: {folder} is no folder that can be written ({error.strerror}); name another") from None
-
-
 # ---- the machine
-
-def need(fits: bool, flag: str, value: object, accepted: str) -> None:
-    """Refuse a flag out of range: ValueError that names it, its value and what is accepted."""
-    if not fits:
-        raise ValueError(f"--{flag} {value}: give {accepted}")
-
 
 def check_device(name: str | None) -> str:
     """The name of a --device, None being cuda where there is one; ValueError lists what this machine has instead."""

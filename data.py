@@ -237,8 +237,9 @@ def check(folder: str) -> int:
 def encode(folder: str, model: str, weights: str | None, t5_length: int | None, batch: int, device: str | None,
            latents: bool, res: int, aspect: bool, factor: int, dilation: int) -> None:
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
-    from checkpoint import check_device, model_folder, need
+    from checkpoint import check_device, model_folder
     from family import find
+    from files import need
     from text import check_t5_length
     from training.cache import Embeddings, Latents
     from training.ranks import device_of, launched

@@ -27,18 +27,9 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from checkpoint import (
-    DTYPES,
-    Weights,
-    check_device,
-    model_folder,
-    need,
-    open_weights,
-    peak_memory_gib,
-    replacing,
-    writable,
-)
+from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights, peak_memory_gib
 from family import Family, check_widths, find
+from files import need, replacing, writable
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT

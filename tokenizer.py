@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, read_json
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD
+from files import read_json
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -29,9 +29,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Weights, check_device, model_folder, writable
+from checkpoint import DTYPES, Weights, check_device, model_folder
 from data import Item, Pictures, read_folder, sizes_of
 from family import Family, check_widths, find
+from files import writable
 from flow import flux_mu, interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig

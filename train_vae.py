@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import need, open_weights, save, writable
+from checkpoint import open_weights, save
 from data import Pictures, read_folder
+from files import need, writable
 from training.adamw import MOMENTS
 from training.batches import random_crop
 from training.resume import same_settings

@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import Weights, model_folder, need  # noqa: E402
+from checkpoint import Weights, model_folder  # noqa: E402
 from data import Item, Pictures, read_folder  # noqa: E402
 from family import Family, Sampling, find  # noqa: E402
+from files import need  # noqa: E402
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg  # noqa: E402
 from text import FluxText, SD3Text  # noqa: E402
 from vae import VAE, to_image  # noqa: E402

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import need, open_weights, save  # noqa: E402
+from checkpoint import open_weights, save  # noqa: E402
+from files import need  # noqa: E402
 
 
 def stretched(table: Tensor, scale: float) -> Tensor:

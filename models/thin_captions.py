@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import need, replacing  # noqa: E402
 from data import read_folder  # noqa: E402
+from files import need, replacing  # noqa: E402
 
 
 def thinned(caption: str, drop: float, seed: int, copy: int) -> str:

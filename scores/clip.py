@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import LazyTensor, Weights, read_json
+from checkpoint import LazyTensor, Weights
+from files import read_json
 from scores.official import open_official
 from scores.perceptual import Images, clip_pixels, filled
 from text import CLIPLayer, CLIPText, CLIPTokenizer

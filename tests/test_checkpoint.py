@@ -15,6 +15,7 @@ from torch import nn
 
 import checkpoint
 from checkpoint import LazyTensor, Weights, fill, open_weights, save
+from files import replacing
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -303,7 +304,7 @@ def test_replacing_renames_on_success_and_leaves_the_old_file_on_failure(tmp_pat
     path = tmp_path / "table.csv"
     path.write_text("old")
     try:
-        with checkpoint.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("new")
             assert path.read_text() == "old" and temporary.suffix == ".csv"
             if not succeeds:

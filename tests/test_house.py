@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-METHOD = {"wavelet", "flow", "vae", "mmdit", "flux", "layers", "text", "tokenizer", "checkpoint", "names", "family"}
+METHOD = {"wavelet", "flow", "vae", "mmdit", "flux", "layers", "text", "tokenizer", "checkpoint", "names", "family",
+          "files"}
 COMMANDS = {"sample", "train", "train_vae", "metrics", "data"}
 ROOMS = {"training", "scores"}
 SCRIPTS = {"bench", "models"}  # folders of commands

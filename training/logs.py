@@ -19,7 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import replacing
+from files import replacing
 from flow import draw_noise, euler, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT

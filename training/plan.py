@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import LazyTensor, Weights, model_folder, open_weights, read_json
+from checkpoint import LazyTensor, Weights, model_folder, open_weights
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
+from files import read_json
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig

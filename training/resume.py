@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import read_json
 from family import Family
+from files import read_json
 from flux import FluxConfig
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, read_json, save
+from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, save
 from family import SAMPLING, Family, find
+from files import read_json
 from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
 from training.plan import flop_of_image
 from training.ranks import on_all, on_first, rank, world

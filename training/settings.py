@@ -15,8 +15,9 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
-from checkpoint import DTYPES, need
+from checkpoint import DTYPES
 from family import Family
+from files import need
 from flow import DENSITIES, SCHEMES, flux_mu
 from text import check_t5_length
 from wavelet import OBJECTIVES

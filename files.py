@@ -1,0 +1,201 @@
+"""The edges of the program: JSON from outside, files written complete or not at all, how a command ends. No torch.
+
+JSON      of at most MOST_JSON bytes and MOST_DEPTH levels; every error names the file
+Writing   under a hidden temporary name beside the file, then renamed; leftovers of killed processes are removed
+Commands  an error is one line, exit code 1; Ctrl-C is one line, exit code 130
+Check     python -m pytest tests/test_files.py
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+MOST_JSON = 32 << 20        # bytes: the index of a sharded model and the tokenizers of large models are below it
+MOST_DEPTH = 64             # levels of lists and objects
+STALE_S = 3600              # a temporary file that was not written to for this long belongs to no living process
+INTERRUPTED = 130           # exit code, as shells have it
+
+
+# ---- JSON from outside
+
+def parse_json(text: str, where: str) -> object:
+    """The value of a JSON text; ValueError that begins with `where`, a file or a line of one, if it is none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets without end
+        why = f"nested more than {MOST_DEPTH} deep" if isinstance(error, RecursionError) else "a number is too long"
+        raise ValueError(f"{where}: not JSON that can be used ({why})") from None
+    level, depth = [value], 0
+    while level := [inner for v in level if isinstance(v, (dict, list)) for inner in _inner(v)]:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"{where}: not JSON that can be used (nested more than {MOST_DEPTH} deep)")
+    return value
+
+
+def _inner(value: dict | list) -> list:
+    return list(value.values() if isinstance(value, dict) else value)
+
+
+def read_json(file: str | os.PathLike) -> dict:
+    """Read a JSON object; ValueError naming the file if it is none, or larger than MOST_JSON."""
+    text = read_text(file, MOST_JSON)
+    try:
+        content = parse_json(text, str(file))
+    except ValueError as error:
+        raise ValueError(f"{error}: download it again, or restore it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object: download it again, or restore it")
+    return content
+
+
+def entry(content: dict, key: str, kind: type, where: object, low: float = -2.0**63, high: float = 2.0**63) -> object:
+    """content[key] if it is a `kind` and, as a number, between low and high; ValueError that begins with `where`.
+
+    kind  int also takes 20.0; float also takes integers; bool is no number
+    """
+    value = content.get(key)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) is not (kind is bool):
+        shown = "is missing" if key not in content else f"is {_shown(value)}"
+        raise ValueError(f"{where}: {key} {shown}, expected {NAMES[kind]}")
+    if kind in (int, float) and not low <= value <= high:
+        raise ValueError(f"{where}: {key} is {value}, expected {low:g} to {high:g}")
+    return value
+
+
+NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+def read_text(file: str | os.PathLike, most: int = 1 << 30) -> str:
+    """A text file in UTF-8, or in UTF-16 with a byte order mark; ValueError if it is none, or larger than `most`."""
+    regular(file)
+    if (size := os.path.getsize(file)) > most:
+        raise ValueError(f"{file}: {size:,} bytes; at most {most:,} are read")
+    content = Path(file).read_bytes()
+    coding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return content.decode(coding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def regular(file: str | os.PathLike) -> None:
+    """Refuse what is no regular file, such as a pipe, which could be waited for forever; OSError if it is absent."""
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{file}: no such file")
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: a {'folder' if os.path.isdir(file) else 'pipe or device'}, not a file")
+
+
+def printable(text: str) -> str:
+    """A text from a file for a message: control characters, which could steer a terminal, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- writing
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix; renamed to `path` if the block succeeds, else deleted."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `replacing` made it."""
+    return path.name.startswith(".") and ".tmp" in path.name
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder."""
+    for file in folder.glob(".*.tmp*"):
+        try:
+            if time.time() - file.stat().st_mtime > STALE_S:
+                file.unlink()
+        except OSError:  # another process was faster, or it is not ours
+            pass
+
+
+def writable(folder: Path, given: str) -> None:
+    """Create the folder and check that it is writable; the OSError starts with `given`, the flag that named it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{given}: {folder} is no folder that can be written ({error.strerror}); name another") from None
+    clear_temporaries(folder)
+
+
+# ---- a command
+
+def need(fits: bool, flag: str, value: object, accepted: str) -> None:
+    """Refuse a flag out of range: ValueError that names it, its value and what is accepted."""
+    if not fits:
+        raise ValueError(f"--{flag} {value}: give {accepted}")
+
+
+def end_on_interrupt() -> None:
+    """Until run_command: Ctrl-C prints one line and ends the process. For the seconds in which torch is imported."""
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+    signal.signal(signal.SIGINT, end)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; an error of its input becomes one line and exit code 1, Ctrl-C one line and exit code 130.
+
+    Other exceptions are errors of this code and keep their traceback.
+    """
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would cut the line off
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:                            # the output goes to a program that ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except MemoryError:
+        raise SystemExit("error: out of memory; give it less at once: a smaller --res, or fewer --workers") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {printable(str(error))}") from None
+    except RuntimeError as error:
+        if not (reason := memory_error(error)):
+            raise
+        raise SystemExit(f"error: {reason}; give a smaller --res or --batch, or --dtype bf16") from None
+
+
+def memory_error(error: RuntimeError) -> str:
+    """What torch ran out of, "" if it is another error. By name and text: torch is not imported here."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory"
+    if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error).lower():
+        return "out of memory"
+    return ""

@@ -1,0 +1,103 @@
+"""JSON from outside, files written whole, how a command ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from files import MOST_DEPTH, STALE_S, clear_temporaries, entry, parse_json, printable, read_json, read_text, replacing
+
+
+@pytest.mark.parametrize("text, why", [
+    ("", "not JSON"), ("{", "not JSON"), ("[" * 100_000, "nested"), ("9" * 5000, "too long"),
+    ('{"a":' * MOST_DEPTH + "1" + "}" * MOST_DEPTH + "x", "not JSON"), ("[" * 100 + "]" * 100, "nested")])
+def test_json_that_cannot_be_used_is_one_error_with_its_place(text, why):
+    with pytest.raises(ValueError, match=f"^here:3: .*{why}"):
+        parse_json(text, "here:3")
+
+
+def test_json_at_the_depth_limit_is_read():
+    assert parse_json("[" * MOST_DEPTH + "]" * MOST_DEPTH, "here") is not None
+
+
+@pytest.mark.parametrize("content, why", [
+    (b"[1]", "holds a list"), (b"\xff{}", "not UTF-8"), (b"\0" * 9, "not JSON")])
+def test_a_file_that_holds_no_object_is_named(tmp_path, content, why):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config.json: .*{why}"):
+        read_json(file)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="pipe or device"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_read_as_windows_and_others_write_it(tmp_path, coding):
+    (tmp_path / "a.txt").write_text("Täglich 红茶\n", encoding=coding)
+    assert read_text(tmp_path / "a.txt") == "Täglich 红茶\n"
+
+
+@pytest.mark.parametrize("value, kind", [(True, int), (1, bool), ("3", int), (2.5, int), (float("nan"), float),
+                                         (None, str), ([], dict), (1e9, int), (-1, int)])
+def test_an_entry_of_another_type_or_out_of_range_is_refused(value, kind):
+    with pytest.raises(ValueError, match="^run.json: steps is .*, expected"):
+        entry({"steps": value}, "steps", kind, "run.json", 0, 1e6)
+
+
+def test_entries_keep_their_value():
+    content = {"a": 20.0, "b": 3, "c": False, "d": "x"}
+    assert [entry(content, key, kind, "f") for key, kind in zip("abcd", (int, float, bool, str), strict=True)] == \
+        [20, 3, False, "x"]
+
+
+def test_terminal_escapes_are_shown_not_sent():
+    assert printable("a\x1b[2J\n€") == "a\\x1b[2J\\n€"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("old")
+    with pytest.raises(OSError, match="full"), replacing(file) as temporary:
+        temporary.write_text("ne")
+        raise OSError("full")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.csv"] and file.read_text() == "old"
+
+
+def test_leftovers_of_killed_processes_are_cleared_and_live_ones_kept(tmp_path):
+    for name, age in ((".a.1.tmp.png", STALE_S + 9), (".b.2.tmp.png", 0), ("c.png", STALE_S + 9)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    clear_temporaries(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".b.2.tmp.png", "c.png"]
+
+
+@pytest.mark.parametrize("work, code, words", [
+    ("time.sleep(60)", 130, "interrupted"), ("raise ValueError('a\\x1bb')", 1, "error: a\\x1bb"),
+    ("raise MemoryError", 1, "error: out of memory"),
+    ("raise RuntimeError('DefaultCPUAllocator: x')", 1, "error: out")])
+def test_a_command_ends_in_one_line(work, code, words):
+    program = f"import time, files\ndef main():\n print('ready', flush=True); {work}\nfiles.run_command(main)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.readline()
+    if code == 130:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code and errors.count("\n") == 1 and errors.startswith(words)
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line():
+    program = "import time, files; files.end_on_interrupt(); print('ready', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "interrupted\n" and process.returncode == 130
