@@ -164,7 +164,8 @@ def weights(folder: Path, random: Random) -> None:
         save(source / "flux.safetensors", flux.state_dict(), {"axes_dim": "4, 6, 6"})
         save(source / "ae.safetensors", new_vae(VAEConfig(*SMALL_VAE), 0).state_dict(), {"norm_groups": 1})
         config = MMDiTConfig(64, 1, context_dim=12, pooled_dim=10, table_side=4, mlp_hidden=32)
-        tensors = {f"model.diffusion_model.{name}": t for name, t in new_mmdit(config, torch.Generator()).state_dict().items()}
+        state = new_mmdit(config, torch.Generator()).state_dict()
+        tensors = {f"model.diffusion_model.{name}": t for name, t in state.items()}
         save(source / "sd3.safetensors", tensors, {"steps": 4})
     original = sorted(source.iterdir())[int(random.integers(3))]
     data = original.read_bytes()
