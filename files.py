@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,8 +169,9 @@ def end_on_interrupt() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; an error of its input becomes one line and exit code 1, Ctrl-C one line and exit code 130.
 
-    Other exceptions are errors of this code and keep their traceback.
+    Other exceptions are errors of this code and keep their traceback. A warning is one line too, without code.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)

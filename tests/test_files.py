@@ -81,6 +81,7 @@ def test_leftovers_of_killed_processes_are_cleared_and_live_ones_kept(tmp_path):
 
 @pytest.mark.parametrize("work, code, words", [
     ("time.sleep(60)", 130, "interrupted"), ("raise ValueError('a\\x1bb')", 1, "error: a\\x1bb"),
+    ("import warnings; warnings.warn('a\\x1bb')", 0, "warning: a\\x1bb\n"),  # without file, line and code
     ("raise MemoryError", 1, "error: out of memory"),
     ("raise RuntimeError('DefaultCPUAllocator: x')", 1, "error: out")])
 def test_a_command_ends_in_one_line(work, code, words):
