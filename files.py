@@ -171,7 +171,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Other exceptions are errors of this code and keep their traceback. A warning is one line too, without code.
     """
-    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    plain_warnings()
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -192,6 +192,11 @@ def run_command(main: Callable[[], None]) -> None:
         if not (reason := memory_error(error)):
             raise
         raise SystemExit(f"error: {reason}; give a smaller --res or --batch, or --dtype bf16") from None
+
+
+def plain_warnings() -> None:
+    """Show a warning as one line, without code, in this process."""
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
 
 
 def memory_error(error: RuntimeError) -> str:
