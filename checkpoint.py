@@ -1,14 +1,17 @@
 """Official weights: read lazily by name, assigned to a module without a second copy, written atomically.
 
 Mirrors   the published files of SD3, SD3.5, Flux, their VAEs and text encoders, and their diffusers folders
-Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder
-Storage   fp32, fp16, bf16, fp8 (e4m3fn); the compute dtype is chosen when a module is filled
+Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder. docs/formats.md
+          lists them all, those that are refused too
+Storage   fp32, fp16, bf16, fp8, scaled or not; the compute dtype is chosen when a module is filled
+Settings  from a file's own header. Of the config.json of a diffusers or transformers folder only the entries in CONFIG
 Safety    only safetensors are opened; a pickle is refused before any of its bytes run
-Check     python -m pytest tests/test_checkpoint.py: names and shapes of every published file
+Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 """
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,18 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import names
-from files import read_json, replacing
+from files import printable, read_json, regular, replacing
 
 M = TypeVar("M", bound=nn.Module)
 Device = str | torch.device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-CONVERT = "give the .safetensors of the same weights"
-FOREIGN = (  # first bytes of other files, what they look like, what to do
-    (b"PK", ", looks like a zip archive or pickle", CONVERT), (b"\x80", ", looks like a pickle", CONVERT),
-    (b"GGUF", ", looks like a GGUF file", CONVERT), (b"<", ", looks like a web page", "download it again"))
-PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+MOST_SIZE, MOST_BLOCKS = 1 << 24, 512  # of a tensor, of a model: far above the published ones
+CONFIG = ("_class_name", "model_type", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+          "norm_num_groups", "axes_dims_rope", "num_attention_heads", "hidden_act", "eos_token_id", "feed_forward_proj",
+          "relative_attention_max_distance")
 MODELS = Path(__file__).parent / "models"
 SD3_DOWNLOAD, FLUX_DOWNLOAD = "stabilityai/stable-diffusion-3-medium", "black-forest-labs/FLUX.1-dev"
 FLUX_PARTS = "--exclude '*/diffusion_pytorch_model*'"  # the same weights under the names of diffusers
@@ -65,7 +66,7 @@ class Weights(dict[str, LazyTensor]):
 
     def __init__(self, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], source: str):
         super().__init__(tensors)
-        self.metadata = dict(metadata)  # of the safetensors file, or the entries of config.json
+        self.metadata = dict(metadata)  # of the safetensors file, and the entries CONFIG of config.json
         self.source = source            # the path, for messages
 
     def part(self, prefix: str) -> "Weights":
@@ -82,16 +83,29 @@ class Weights(dict[str, LazyTensor]):
             if len({self[part].shape[1:] for part in row.parts}) > 1:
                 shapes = "; ".join(f"{part} {self[part].shape}" for part in row.parts)
                 raise ValueError(f"{self.source}: shapes do not fit: {shapes}")
+            if row.official in tensors:
+                raise ValueError(f"{self.source}: {row.official} is there twice, officially and as {row.parts[0]}")
             tensors[row.official] = _assembled([self[part] for part in row.parts], row.how)
         return Weights(tensors, self.metadata, self.source)
+
+    def recognised(self) -> str:
+        """Which other model or adapter this is, and what to do; "" for SD3, Flux and what is not known."""
+        return names.recognised(self, names.OTHERS)
+
+    def described(self) -> str:
+        """What the file is, for messages."""
+        known = self.recognised().partition(";")[0]
+        return f"is {known}" if known else f"holds {len(self)} tensors: {', '.join(list(self)[:2])} ..."
 
     def shape_of(self, name: str, axes: int, kind: str) -> tuple[int, ...]:
         """Shape of a tensor that every `kind`, e.g. "SD3 transformer", has; ValueError if absent or of other axes."""
         if name not in self:
             raise ValueError(f"{self.source}: 1 missing: {name}; without it this is no {kind} "
-                             f"(the file holds {len(self)} tensors: {', '.join(list(self)[:2])} ...)")
+                             f"(the file {self.described()})")
         if len(self[name].shape) != axes:
             raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected {axes} axes")
+        if not all(0 < size <= MOST_SIZE for size in self[name].shape):
+            raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected 1 to {MOST_SIZE} each")
         return self[name].shape
 
     def need(self, fits: bool, name: str, size: int, rule: str) -> None:
@@ -101,17 +115,26 @@ class Weights(dict[str, LazyTensor]):
 
     def common_size(self, suffix: str, axis: int, otherwise: str, kind: str, axes: int = 2) -> int:
         """The most common size among tensors with this suffix: fill() reports others. None: `otherwise` is missing."""
-        sizes = [t.shape[axis] for name, t in self.items() if name.endswith(suffix) and len(t.shape) == axes]
+        sizes = [self.shape_of(name, axes, kind)[axis] for name, t in self.items()
+                 if name.endswith(suffix) and len(t.shape) == axes]
         return mode(sizes) if sizes else self.shape_of(otherwise, axes, kind)[axis]
 
-    depth = names.depth  # how many numbered blocks there are under a prefix such as "double_blocks."
+    def depth(self, prefix: str) -> int:
+        """How many numbered blocks there are under a prefix such as "double_blocks."; ValueError if one is missing."""
+        depth = names.depth(self, prefix)
+        there = {name.removeprefix(prefix).split(".")[0] for name in self if name.startswith(prefix)}
+        if gap := next((number for number in map(str, range(depth)) if number not in there), ""):
+            raise ValueError(f"{self.source}: holds {prefix}{depth - 1}, but {prefix}{gap} is missing")
+        if depth > MOST_BLOCKS:
+            raise ValueError(f"{self.source}: {depth} {prefix}; at most {MOST_BLOCKS} are read")
+        return depth
 
     def number(self, *keys: str, otherwise: float | None = None, integer: bool = False) -> float | None:
         """The value of the first of these keys in the metadata; ValueError naming the file if it is not a number."""
         key = next((key for key in keys if key in self.metadata), None)
         if key is None:
             return otherwise
-        text, kind = self.metadata[key], "integer" if integer else "number"
+        text, kind = self.metadata[key][:40], "integer" if integer else "number"
         try:
             value = float(text)
         except ValueError:
@@ -151,63 +174,80 @@ def _stacked_rows(pieces: list[tuple[LazyTensor, int, int]], first: int, last: i
 def open_weights(path: str | os.PathLike) -> Weights:
     """Open a file or folder of weights, without reading the tensors, under official names; prefixes stay.
 
-    raises  FileNotFoundError if `path` does not exist; ValueError on a pickle, a truncated or foreign file,
+    raises  FileNotFoundError if `path` does not exist; ValueError on a pickle, a truncated, quantised or foreign file,
             a missing shard, a name in two shards, a folder with several candidates
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    files = _files_of_folder(path) if path.is_dir() else [path]
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    metadata = {key: str(v) for key, v in read_json(config).items() if v is not None} if config.is_file() else {}
-    tensors: dict[str, LazyTensor] = {}
+    if path.is_file() and names.SHARD.search(path.name):
+        raise ValueError(f"{path}: one of several shards; give their folder, with its index.json")
+    files, indexed = names.files_of_folder(path) if path.is_dir() else ([path], {})
+    metadata, tensors = _config(path, files[0]), {}
     for file in files:
         shard = _open_file(file)
         if repeated := tensors.keys() & shard.keys():
             raise ValueError(f"{file}: {min(repeated)} is in another shard too")
         tensors |= shard
         metadata |= shard.metadata
-    return Weights(tensors, metadata, str(path)).with_official_names()
+    if lost := sorted(indexed.keys() - tensors.keys()):
+        raise ValueError(f"{path}: the index lists {len(lost)} tensors that no shard has, the first is "
+                         f"{printable(lost[0])[:80]}: index and shards are not of one download")
+    return Weights(_scaled(tensors, str(path)), metadata, str(path)).with_official_names()
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda f: len(f.name))
-    if indexes:
-        files = read_json(indexes[0]).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f'{indexes[0]}: has no "weight_map": {{name: file}}; download it again')
-        shards = sorted(set(map(str, files.values())))
-        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise ValueError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}")
-        return [folder / shard for shard in shards]
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [f for f in files if f.name in PLAIN_NAMES]
-    if len(files) == 1 or len(plain) == 1:
-        return plain or files
-    pickles = [f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES]
-    if pickles and not files:
-        raise ValueError(f"{folder}: only pickles ({pickles[0]}), which are not opened; download the .safetensors")
-    several = f"several .safetensors files ({', '.join(f.name for f in files[:4])}): name one"
-    raise ValueError(f"{folder}: {several if files else 'no .safetensors file'}")
+def _config(path: Path, file: Path) -> dict[str, str]:
+    """The entries CONFIG of config.json: of a folder that was given, or beside a file that diffusers or transformers
+    named. Beside others it may be of a training run, whose settings are not these weights'."""
+    config = file.parent / "config.json"
+    if not config.is_file() or not (path.is_dir() or names.LIBRARY_NAME.fullmatch(file.name)):
+        return {}
+    return {key: str(v) for key, v in read_json(config).items() if key in CONFIG and v is not None}
 
 
 def _open_file(file: Path) -> Weights:
-    if file.suffix in PICKLE_SUFFIXES:
-        raise ValueError(f"{file}: a pickle can run code when it is opened; {CONVERT}")
+    if what := names.OTHER_SUFFIXES.get(file.suffix.lower()):
+        raise ValueError(f"{file}: {what}; {names.CONVERT}")
+    regular(file)
     try:
         handle = safe_open(file, framework="pt")
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
     except SafetensorError as error:
         with open(file, "rb") as f:
-            start = f.read(8)
-        guesses = [guess for prefix, *guess in FOREIGN if start.startswith(prefix)]
+            start = f.read(32)
+        guesses = [guess for prefix, *guess in names.FOREIGN if start.startswith(prefix)]
         kind, advice = guesses[0] if guesses else ("", "download it again")
-        size = file.stat().st_size
-        raise ValueError(f"{file}: not a complete safetensors file ({size} bytes{kind}; {error}): {advice}") from None
-    tensors = {name: LazyTensor(shape, partial(handle.get_tensor, name),
+        why = f"{file.stat().st_size} bytes{kind}; {printable(str(error))[:120]}"
+        raise ValueError(f"{file}: not a complete safetensors file ({why}): {advice}") from None
+    names.check(file, {name: part.get_dtype() for name, part in slices.items()})
+    tensors = {name: LazyTensor(tuple(part.get_shape()), partial(handle.get_tensor, name),
                                 again=lambda name=name: safe_open(file, framework="pt").get_tensor(name))
-               for name, shape in shapes.items()}
+               for name, part in slices.items()}
     return Weights(tensors, handle.metadata() or {}, str(file))
+
+
+def _scaled(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """Scaled fp8: each weight times its scale, when it is read; what else describes the scaling is left out."""
+    scaled = {name: t for name, t in tensors.items() if not names.BESIDE_SCALES.search(name)}
+    for name in [name for name in scaled if name.endswith(".comfy_quant")]:
+        text = bytes(scaled.pop(name).read().flatten()[:1000].byte().tolist()).decode("utf-8", "replace")  # JSON
+        if not any(f'"{known}"' in text for known in names.FP8_FORMATS) or "convrot" in text:
+            raise ValueError(f"{source}: {name} records {text[:60]!r}, which is not read; {names.FULL}")
+    for name in [name for name in scaled if name.endswith(names.SCALES)]:
+        scale, weight = scaled.pop(name), name.rpartition(".")[0] + ".weight"
+        rows = (*scaled[weight].shape, 1)[0] if weight in scaled else 0
+        if not rows or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+            raise ValueError(f"{source}: {name} {scale.shape} is neither one scale of {weight} nor one per row; "
+                             f"{names.FULL}")
+        cut = partial(_times_scale, scaled[weight], scale)
+        scaled[weight] = LazyTensor(scaled[weight].shape, partial(cut, 0, rows), cut)
+    return scaled
+
+
+def _times_scale(weight: LazyTensor, scale: LazyTensor, first: int, last: int) -> Tensor:
+    factor = scale.read().float().flatten()
+    factor = factor[first:last] if len(factor) > 1 else factor
+    return weight.rows(first, last).float() * factor.view(-1, *[1] * (len(weight.shape) - 1))
 
 
 # ---- filling a module
@@ -232,7 +272,8 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
     state = module.state_dict()
     sides = ("missing", state.keys() - weights.keys()), ("unknown", weights.keys() - state.keys())
     if lists := [f"{len(some)} {what}: {', '.join(sorted(some)[:4])}" for what, some in sides if some]:
-        raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)}")
+        raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)} "
+                         f"(the file {weights.described()})")
     differ = [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
               if tuple(weights[name].shape) != tuple(t.shape)]
     if differ:
@@ -242,12 +283,18 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
         owner = module.get_submodule(prefix)
         shard = state[name].to_local() if hasattr(state[name], "to_local") else None
         stored = weights[name].read() if shard is None else weights[name].rows(*_own_rows(state[name]))
+        if state[name].is_floating_point() and not stored.is_floating_point():
+            raise ValueError(f"{weights.source}: {name} is stored as {stored.dtype}, which is no number by itself; "
+                             f"{names.FULL}")
         tensor = stored.to(device=device, dtype=dtype or torch.float32)
         # A mapped tensor is checked through a second map: rows that the model never reads, such as most of SD3's
         # position table, then take no memory. A converted tensor is a copy already.
         again = weights[name].again if tensor is stored and shard is None else None
         if not _finite(again() if again else tensor):
-            raise ValueError(f"{weights.source}: {name} holds NaN or Inf: the file is damaged or its training diverged")
+            why = "the file is damaged or its training diverged"
+            if stored.dtype is not tensor.dtype and _finite(stored.float()):
+                why = f"its values exceed {tensor.dtype}; choose bf16 or fp32"
+            raise ValueError(f"{weights.source}: {name} holds NaN or Inf: {why}")
         if shard is not None:
             shard.copy_(tensor)
         elif leaf in owner._parameters:
@@ -327,22 +374,34 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
         raise ValueError(f"{folder}: a file; --weights takes the folder that also holds text encoders and VAE, "
                          "--transformer a file")
     files = sorted([*folder.glob("sd3*.safetensors"), *folder.glob("flux*.safetensors")])
+    # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
+    files = [f for f in files if not any(f.stem.startswith(f"{g.stem}_incl_clips") for g in files)]
     transformer, vae = folder / "transformer", folder / "vae"
-    if transformer.is_dir() and vae.is_dir() and (any(transformer.glob("*.safetensors")) or not files):
+    parts = transformer.is_dir() and vae.is_dir() and (any(transformer.glob("*.safetensors")) or not files)
+    models = [f.name for f in files] + ["transformer/"] * parts
+    if len(models) > 1:
+        raise ValueError(f"{folder}: several could be the model ({', '.join(models)}): keep one, move the others away")
+    if parts:
         return transformer, vae
     if not files:
-        if others := [f.name for f in folder.glob("*") if f.suffix in (".gguf", *PICKLE_SUFFIXES)]:
-            raise ValueError(f"{folder}: holds {others[0]}, which is not opened; put the .safetensors there")
+        if others := [f.name for f in folder.glob("*") if f.suffix in (*names.OTHER_SUFFIXES, ".sft")]:
+            do = "rename it to .safetensors" if others[0].endswith(".sft") else "put the .safetensors there"
+            raise ValueError(f"{folder}: holds {others[0]}, which is not opened; {do}")
         raise FileNotFoundError(_no_model(folder))
-    # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
-    files = [f for f in files if not any(f.stem.startswith(g.stem + "_") for g in files)]
-    if len(files) > 1:
-        raise ValueError(f"{folder}: several files could be the model ({', '.join(f.name for f in files)}): keep one")
     if files[0].name.startswith("sd3"):
         return files[0], files[0]
     if not (vae := folder / "ae.safetensors").is_file():
         raise FileNotFoundError(f"{vae}: not found; it is Flux's autoencoder, {FLUX_DOWNLOAD} has it")
     return files[0], vae
+
+
+def encoders_inside(folder: str | os.PathLike) -> str:
+    """For messages: the text encoders inside an all-in-one file of a folder, where they are not read; "" if none."""
+    for file in sorted(Path(folder).glob("[!.]*.safetensors")):
+        inside = {name.split(".")[1] for name in open_weights(file) if re.match(r"text_encoders\.\w+\.", name)}
+        if inside:
+            return f"; {file.name} holds {', '.join(sorted(inside))} inside, but each is read from a file of its own"
+    return ""
 
 
 def _no_model(folder: Path) -> str:
@@ -352,10 +411,9 @@ def _no_model(folder: Path) -> str:
         lack = "holds no model: no sd3*.safetensors, flux*.safetensors, transformer/ with vae/"
     if folder.parent == MODELS:
         lack += f", models/ has {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
-    if folder.parent == MODELS and folder.name in DOWNLOADS:
-        sizes = f" ({FLUX_SIZES})" if folder.name.startswith("flux") else ""
-        command = f"hf download {DOWNLOADS[folder.name]} --local-dir {folder}{sizes}"
-    else:
-        first, *others = (arguments.split()[0] for arguments in DOWNLOADS.values())
-        command = f"hf download {first} --local-dir {folder}; or {', or '.join(others)}"
-    return f"{folder}: {lack}; accept the model's licence on its page at huggingface.co, then: {command}"
+    name = folder.name.lower()
+    like = "flux-schnell" if "schnell" in name else "flux" if "flux" in name else "sd3" if "sd3" in name else None
+    commands = [f"hf download {arguments} --local-dir {folder}" + (f" ({FLUX_SIZES})" if key == like == "flux" else "")
+                for key, arguments in DOWNLOADS.items() if key == (like or key)]
+    return (f"{folder}: {lack}; accept the model's licence on its page at huggingface.co, then: "
+            f"{'; or '.join(commands)}")

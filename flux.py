@@ -243,6 +243,9 @@ def read_config(weights: Weights, axes_dim: tuple[int, ...] | None = None, theta
     weights.need(hidden_size % head_dim == 0, linear1, hidden_size, f"a multiple of {head_dim} columns")
     weights.need(inputs % PATCH**2 == 0, "img_in.weight", inputs, f"a multiple of {PATCH**2} columns")
     weights.need(outputs % PATCH**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {PATCH**2} rows")
+    weights.need(mlp_hidden > 0, linear1, mlp_hidden + 3 * hidden_size, f"more than {3 * hidden_size} rows")
+    weights.need(inputs == outputs, "img_in.weight", inputs, f"{outputs} columns: this model also takes a picture "
+                 "(Fill 384, Canny and Depth 128 columns); give the plain one")
     return FluxConfig(
         hidden_size=hidden_size, depth=weights.depth("double_blocks."), depth_single=weights.depth("single_blocks."),
         head_dim=head_dim, in_channels=inputs // PATCH**2, out_channels=outputs // PATCH**2,

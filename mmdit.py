@@ -215,6 +215,8 @@ def read_config(weights: Weights) -> MMDiTConfig:
     weights.need(hidden_size % HEAD_DIM == 0, qkv, hidden_size, f"a multiple of {HEAD_DIM} columns")
     weights.need(outputs % patch**2 == 0, "final_layer.linear.weight", outputs, f"a multiple of {patch**2} rows")
     weights.need(math.isqrt(cells)**2 == cells, "pos_embed", cells, "a square number of positions")
+    weights.need(in_channels * patch**2 == outputs, "x_embedder.proj.weight", in_channels, f"{outputs // patch**2} "
+                 "channels: this model also takes a picture (inpainting, editing); give the plain one")
     dual = (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", name) for name in weights)
     return MMDiTConfig(
         hidden_size=hidden_size, depth=weights.depth("joint_blocks."), patch_size=patch, in_channels=in_channels,

@@ -1,15 +1,22 @@
-"""Tensor names of diffusers to official names, for SD3, Flux and their autoencoders.
+"""Names: tensors of diffusers to official names, for SD3, Flux and their VAEs; files of a folder; layouts of others.
 
 Mirrors   SD3Transformer2DModel, FluxTransformer2DModel and AutoencoderKL of diffusers; the official checkpoints
-Check     python -m pytest tests/test_names.py: names and shapes of every published file
+Check     python -m pytest tests/test_names.py: names and shapes of every published file; tests/test_formats.py
 Tables    {i}, {j}   any number, the same on both sides       {last}     the highest number in its place
           {coder}    encoder, decoder                         {last-i}   counted from the other end
           {attn}     attn, attn2                              {q}        q, k, v
 """
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+
+from files import entry, printable, read_json
+
+MOST_NUMBERS = 256  # different block numbers of one file; SD3.5 large has 38, Flux 57
+MOST_TENSORS, MOST_LETTERS = 100_000, 300  # of a file, of a name
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,10 @@ class Row:
 
 def official_names(names: Collection[str], file: str) -> list[Row]:
     """What each official tensor of a file is made of; names that are official already, or unknown, stay as they are.
-    ValueError if a part of a stacked tensor is missing."""
+    ValueError if a part of a stacked tensor is missing, or the blocks have absurdly many numbers."""
     table = next((table for prefix, table in TABLES if any(name.startswith(prefix) for name in names)), ())
+    if table and (count := len(_numbers(names))) > MOST_NUMBERS:
+        raise ValueError(f"{file}: {count} different numbers in its tensors' names; at most {MOST_NUMBERS} are read")
     rest, rows = dict.fromkeys(names), []
     for row in plain_rows(table, names):
         for tail in TAILS:
@@ -47,7 +56,7 @@ def official_names(names: Collection[str], file: str) -> list[Row]:
 
 def plain_rows(rows: Iterable[Row], names: Collection[str]) -> Iterator[Row]:
     """The rows with all numbers filled in: those that occur in `names`, which are official or of diffusers."""
-    numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
+    numbers = _numbers(names)
     choices = {"coder": ("encoder", "decoder"), "attn": ("attn", "attn2"), "q": "qkv", "i": numbers, "j": numbers}
     for row in rows:
         last = max(depth(names, side.partition("{")[0]) for side in (row.official, row.parts[0])) - 1
@@ -56,6 +65,10 @@ def plain_rows(rows: Iterable[Row], names: Collection[str]) -> Iterator[Row]:
             fields = dict(zip(keys, values, strict=True)) | {"last": last}
             fields["last-i"] = last - fields.get("i", 0)
             yield Row(row.official.format_map(fields), tuple(part.format_map(fields) for part in row.parts), row.how)
+
+
+def _numbers(names: Collection[str]) -> list[int]:
+    return sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
 
 
 def depth(names: Iterable[str], prefix: str) -> int:
@@ -149,3 +162,140 @@ VAE_NAMES = (
 # how names of diffusers begin, table
 TABLES = (("pos_embed.", SD3_NAMES), ("single_transformer_blocks.", FLUX_NAMES),
           (("decoder.up_blocks.", "encoder.down_blocks."), VAE_NAMES))
+
+
+# ---- files
+
+SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}(\.\w+)?\.safetensors$")  # of several
+LIBRARY_NAME = re.compile(r"(model|diffusion_pytorch_model)([.-].*)?\.safetensors(\.index\..*)?")
+PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+def files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The one file of a folder, or the shards and the weight_map of its index. Variants such as .fp16 are the second
+    choice; ValueError if there are several of one rank."""
+    found = sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.safetensors.index*.json")])
+    if any(file.suffix == ".json" for file in found):
+        found = [file for file in found if not SHARD.search(file.name)]
+    plain = [f for f in found if f.name.removesuffix(".index.json") in PLAIN_NAMES]
+    chosen = plain or found
+    if len(chosen) == 1:
+        return _shards(chosen[0]) if chosen[0].suffix == ".json" else (chosen, {})
+    others = [f.name for f in folder.iterdir() if f.suffix in OTHER_SUFFIXES]
+    if others and not found:
+        raise ValueError(f"{folder}: only {others[0]}, {OTHER_SUFFIXES[Path(others[0]).suffix]}; "
+                         "download the .safetensors")
+    if found and all(SHARD.search(file.name) for file in found):
+        raise ValueError(f"{folder}: {len(found)} shards without their index.json: download it too")
+    inside = "; it is a model folder: give its transformer/ or a file" if (folder / "transformer").is_dir() else ""
+    several = f"several models or variants ({', '.join(f.name for f in chosen[:4])}): name one file, or keep one"
+    raise ValueError(f"{folder}: {several if found else 'no .safetensors file'}{inside}")
+
+
+def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    listed = entry(read_json(index), "weight_map", dict, index)  # tensor name: file
+    shards = sorted({str(file) for file in listed.values()})
+    ours = re.compile(r"[\w.-]{1,240}\.safetensors")
+    if not shards or not all(map(ours.fullmatch, shards)):
+        foreign = next((shard for shard in shards if not ours.fullmatch(shard)), "nothing")
+        raise ValueError(f"{index}: lists {foreign[:80]!r}, which is no shard of this folder: download it again")
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise ValueError(f"{index.parent}: {len(missing)} of {len(shards)} shards are missing, "
+                         f"the first is {missing[0]}")
+    return [index.parent / shard for shard in shards], listed
+
+
+# ---- layouts of others
+
+def recognised(names: Collection[str], table: tuple[tuple[str, str, str], ...]) -> str:
+    """What a table's first row that fits says of a file, with the name that shows it; "" if none fits."""
+    for shows, what, do in table:
+        if name := next(filter(re.compile(shows).search, names), ""):
+            return f"{what} ({name} ...); {do}"
+    return ""
+
+
+def check(file: Path, stored: Mapping[str, str]) -> None:
+    """Refuse a file by the names and storage dtypes, as its header spells them, of its tensors: ValueError."""
+    if len(stored) > MOST_TENSORS:
+        raise ValueError(f"{file}: {len(stored)} tensors; at most {MOST_TENSORS} are read")
+    if bad := next((name for name in stored if not name.isprintable() or len(name) > MOST_LETTERS), ""):
+        raise ValueError(f"{file}: a tensor's name has control characters or more than {MOST_LETTERS} letters "
+                         f"({printable(bad)[:40]} ...): download it again")
+    if quantised := recognised(stored, QUANTISED):
+        raise ValueError(f"{file}: {quantised}")
+    weights = (name for name in stored if name.endswith((".weight", ".bias")))
+    if odd := next((name for name in weights if stored[name] not in FLOATING), ""):
+        raise ValueError(f"{file}: {odd} is stored as {stored[odd]}, which is no number by itself; {FULL}")
+
+
+FULL = "give the fp16, bf16 or fp8 file of the same model"
+MERGE = "merge it into its model and give the complete file"
+PLAIN = "give the plain text-to-image model"
+TRANSFORMER = "give an SD3 or Flux transformer"
+
+# part of a tensor's name (a regular expression), what the file is, what to do: refused wherever it is met
+QUANTISED = (
+    (r"\.quant_state\.bitsandbytes__|\.weight\.(nested_)?(absmax|quant_map)$", "bitsandbytes 4-bit weights, nf4 or fp4",
+     FULL),
+    (r"\.SCB$|\.weight_format$",                       "bitsandbytes int8 weights", FULL),
+    (r"\._weight_qdata$|\.weight:|\.tensor_impl\b",    "torchao weights", FULL),
+    (r"\.weight\._data\b",                             "optimum-quanto weights", FULL),
+    (r"\.(wscales|wtscale|wcscales|smooth_factor)$",   "SVDQuant weights for nunchaku", FULL),
+    (r"\.g_idx$",                                      "GPTQ weights", FULL),
+    (r"\.qzeros$|\.qweight$",                          "AWQ or GPTQ weights", FULL),
+    (r"\.zero_point$",                                 "SDNQ weights", FULL),
+    (r"\.W_q$",                                        "HQQ weights", FULL),
+    (r"\.weight_packed$",                              "packed weights of compressed-tensors", FULL),
+    (r"\.weight_scale_2$",                             "NVFP4 weights", FULL),
+    (r"\.weight_scale_inv$",                           "fp8 weights scaled in blocks", FULL))
+
+# as above: refused where a transformer is expected
+OTHERS = (
+    (r"\.base_layer\.",                                "a model whose adapter is not merged", MERGE),
+    (r"\b(hada|lokr)_(w|t)|\.oft_|_glora\b|\.(a|b)[12]\.weight$", "a LyCORIS adapter: LoHa, LoKr, OFT or GLoRA", MERGE),
+    (r"ip_adapter|\.to_[kv]_ip\.|^image_proj\.",       "an IP-Adapter, for prompts that are pictures", PLAIN),
+    (r"^pulid_",                                       "PuLID, for portraits", PLAIN),
+    (r"^redux_(up|down)\.",                            "Flux Redux, for prompts that are pictures", PLAIN),
+    (r"^controlnet_|^control_model\.|^input_hint_block\.|^pos_embed_input\.", "a ControlNet", PLAIN),
+    (r"\.processor\..*lora",                           "a LoRA in XLabs' names", MERGE),
+    (r"^lora_(unet|transformer|te\d?|prior)_",         "a LoRA in kohya's names", MERGE),
+    (r"^((double|single)_blocks|img_in|txt_in)\b.*\.lora_[AB]\.", "a LoRA in Black Forest Labs' names", MERGE),
+    (r"lora(_|\d)",                                    "a LoRA in the names of PEFT or diffusers", MERGE),
+    (r"\.diff(_b)?$",                                  "the difference of two models", MERGE),
+    (r"^(emb_params$|string_to_param|<|(clip_[lg]|t5xxl)$)", "a textual inversion, which stands for a word",
+     "write the words out; " + TRANSFORMER),
+    (r"^(module|_orig_mod|diffusion_model|transformer|net)\.(joint|double|single|transformer)_blocks\.",
+     "a transformer with a prefix in front of its names", "save its tensors without the prefix"),
+    (r"^distilled_guidance_layer\.",                   "the transformer of Chroma", TRANSFORMER),
+    (r"^double_stream_modulation_img\.",               "the transformer of FLUX.2", TRANSFORMER),
+    (r"^double_blocks\.\d+\.img_attn_qkv\.",           "the transformer of HunyuanVideo", TRANSFORMER),
+    (r"^double_layers\.|^joint_transformer_blocks\.",  "the transformer of AuraFlow", TRANSFORMER),
+    (r"^transformer_blocks\.\d+\.img_mod\.",           "the transformer of Qwen-Image", TRANSFORMER),
+    (r"^(noise|context)_refiner\.",                    "the transformer of Lumina or Z-Image", TRANSFORMER),
+    (r"^(input|output|down|up)_blocks\.",              "the UNet of Stable Diffusion 1, 2 or XL", TRANSFORMER),
+    (r"^((encoder|decoder)\.(conv_in|conv_out|mid|up|down)|(post_)?quant_conv)\b", "an autoencoder", TRANSFORMER),
+    (r"^((encoder|decoder)\.)?layers\.\d+\.(conv|weight)", "a tiny autoencoder (TAESD)", TRANSFORMER),
+    (r"^vision_model\.|^visual\.",                     "a CLIP with its image encoder", TRANSFORMER),
+    (r"^text_model\.|^embeddings\.token_embedding",    "a CLIP text encoder", TRANSFORMER),
+    (r"^transformer\.resblocks\.",                     "an OpenCLIP text encoder", TRANSFORMER),
+    (r"^decoder\.block\.",                             "a complete T5, with its decoder", TRANSFORMER),
+    (r"^(shared\.weight$|encoder\.block\.\d+\.layer\.)", "a T5 encoder", TRANSFORMER),
+    (r"^(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "a language model", TRANSFORMER))
+
+# scaled fp8, as ComfyUI and others write it: weight = fp8 * scale
+SCALES = (".scale_weight", ".weight_scale")            # of the ".weight" beside it
+BESIDE_SCALES = re.compile(r"(^|\.)(scale_input|input_scale|scaled_fp8)$")  # for fp8 arithmetic, which is not used
+FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")         # that ".comfy_quant" may record
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # how weights are stored, as headers spell it
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+CONVERT = "give the .safetensors of the same weights"
+OTHER_SUFFIXES = dict.fromkeys(PICKLE_SUFFIXES, "a pickle can run code when it is opened") | {
+    ".gguf": "a GGUF file, which is quantised", ".onnx": "an ONNX graph", ".msgpack": "weights for Flax",
+    ".h5": "weights for TensorFlow", ".engine": "a TensorRT engine"}
+FOREIGN = (  # first bytes of other files, what they look like, what to do
+    (b"PK", ", looks like a zip archive or pickle", CONVERT), (b"\x80", ", looks like a pickle", CONVERT),
+    (b"GGUF", ", looks like a GGUF file", CONVERT), (b"<", ", looks like a web page", "download it again"),
+    (b"version https://git-lfs", ", a pointer of Git LFS", "git lfs pull fetches the file"),
+    (b"{", ", looks like JSON", "download it again"))

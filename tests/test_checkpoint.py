@@ -200,10 +200,17 @@ def test_name_in_two_shards_is_refused(tmp_path):
         open_weights(tmp_path)
 
 
-def test_metadata_comes_from_the_file_and_from_config_json(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 1.5, "norm": None, "in_both": "folder"}))
-    save(tmp_path / "model.safetensors", {"a": torch.ones(1)}, {"steps": 7, "in_both": "file"})
-    assert open_weights(tmp_path).metadata == {"scaling_factor": "1.5", "steps": "7", "in_both": "file"}
+@pytest.mark.parametrize("name, of_file", [
+    ("model.safetensors", True), ("diffusion_pytorch_model.fp16.safetensors", True),
+    ("ae.safetensors", False), ("my_model.safetensors", False)])
+def test_config_json_gives_sizes_of_a_folder_or_of_a_file_that_a_library_named(name, of_file, tmp_path):
+    """Never how to sample: a training run's settings lie in a file of the same name."""
+    config = {"scaling_factor": 1.5, "norm_num_groups": None, "steps": 300, "res": "256", "eos_token_id": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save(tmp_path / name, {"a": torch.ones(1)}, {"steps": 7, "eos_token_id": 5})
+    header = {"steps": "7", "eos_token_id": "5"}
+    assert open_weights(tmp_path).metadata == {"scaling_factor": "1.5"} | header
+    assert open_weights(tmp_path / name).metadata == ({"scaling_factor": "1.5"} if of_file else {}) | header
 
 
 def test_numbers_of_the_metadata_are_read_or_named_with_their_file():
@@ -218,9 +225,9 @@ def test_numbers_of_the_metadata_are_read_or_named_with_their_file():
 
 
 def test_shapes_and_depths_are_read_or_named_with_their_file():
-    weights = lazy({"blocks.0.a": (2, 3), "blocks.10.a": (2, 3), "blocks.10.b": (5, 7), "blocks.x.a": (1,)})
+    weights = lazy({"blocks.0.a": (2, 3), "blocks.1.a": (2, 3), "blocks.1.b": (5, 7), "blocks.x.a": (1,)})
     assert weights.shape_of("blocks.0.a", 2, "model") == (2, 3)
-    assert weights.depth("blocks.") == 11 and weights.depth("none.") == 0
+    assert weights.depth("blocks.") == 2 and weights.depth("none.") == 0
     assert weights.common_size(".a", 1, "blocks.0.a", "model") == 3
     with pytest.raises(ValueError, match="a file: 1 missing: none; without it this is no model .*4 tensors: blocks.0"):
         weights.shape_of("none", 2, "model")
@@ -228,6 +235,20 @@ def test_shapes_and_depths_are_read_or_named_with_their_file():
         weights.shape_of("blocks.0.a", 4, "model")
     with pytest.raises(ValueError, match="1 missing: none"):
         weights.common_size(".none", 0, "none", "model")
+
+
+@pytest.mark.parametrize("blocks, message", [
+    ((0, 1, 3), "holds blocks.3, but blocks.2 is missing"), ((10**15,), "but blocks.0 is missing"),
+    (range(600), "600 blocks.; at most 512 are read")])
+def test_blocks_are_numbered_from_0_without_gaps(blocks, message):
+    with pytest.raises(ValueError, match=f"^a file: .*{message}$"):
+        lazy({f"blocks.{i}.a": (1,) for i in blocks}).depth("blocks.")
+
+
+@pytest.mark.parametrize("shape", [(0, 2**40), (2**40, 1)])
+def test_sides_that_no_model_has_are_refused(shape):
+    with pytest.raises(ValueError, match="^a file: a has the shape .*, expected 1 to 16777216 each$"):
+        lazy({"a": shape}).shape_of("a", 2, "model")
 
 
 def test_save_to_a_full_disk_leaves_the_previous_file(tmp_path):
@@ -257,11 +278,24 @@ def test_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("listing", ['{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{}'])
-def test_what_is_no_index_is_refused(tmp_path, listing):
+@pytest.mark.parametrize("listing, message", [
+    ('{"weight_map": ["a"]}', r'weight_map is \["a"\], expected an object'),
+    ('{}', "weight_map is missing, expected an object"), ('{"weight_map": {}}', "lists 'nothing', which is no shard"),
+    ('{"weight_map": {"a": 3}}', "lists '3', which is no shard"),
+    ('{"weight_map": {"a": "../a.safetensors"}}', "lists '../a.safetensors', which is no shard"),
+    ('{"weight_map": {"a": "a\\u001b[2J.safetensors"}}', r"lists 'a.x1b\[2J.safetensors', which is no shard"),
+    ('[' * 9999, "not JSON")])
+def test_what_is_no_index_is_refused(tmp_path, listing, message):
     (tmp_path / "model.safetensors.index.json").write_text(listing)
-    message = "1 of 1 shards are missing" if "3" in listing else "model.safetensors.index.json: has no .weight_map"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        open_weights(tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path}/model.safetensors.index.json: ")
+
+
+def test_an_index_of_another_download_is_refused(tmp_path):
+    write_shards(tmp_path, {"1.safetensors": {"a": torch.ones(1)}, "2.safetensors": {"b": torch.ones(1)}})
+    save(tmp_path / "2.safetensors", {"c": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="index lists 1 tensors that no shard has, the first is b: "):
         open_weights(tmp_path)
 
 
