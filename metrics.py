@@ -11,43 +11,67 @@ Run       python metrics.py detail PICTURES… [--maps DIR]
           python metrics.py correlate RATINGS.csv
 """
 
+if __name__ == "__main__":  # Ctrl-C while the modules are loaded ends in one line
+    import files
+    files.end_on_interrupt()
+
 import argparse
-import csv
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data import read_picture
-from scores.compare import bootstrap, frechet_distance, nmse, plcc, psnr, srcc, ssim
+from data import MOST_PIXELS, read_picture, upright_size
+from files import need, printable, replacing, run_command, writable
+from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size
+from scores.pairing import pair_captions
+from scores.ratings import correlate
 from scores.results import Results, each, identity
 from scores.sheet import detail_sheet
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
 
 # ---- pictures in, tables out
 
 def find_pictures(paths: Sequence[str]) -> list[Path]:
-    """The files, and of folders the pictures in them sorted by name; ValueError if a folder has none."""
-    pictures: list[Path] = []
+    """The files, and of folders the pictures in them sorted by name; what is left out is named on stderr.
+
+    raises  FileNotFoundError; ValueError if a folder has no picture
+    """
+    pictures: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
-        pictures += files
-    return list(dict.fromkeys(pictures))
+        found = _pictures_in(path) if path.is_dir() else [path]
+        pictures |= {os.path.abspath(file): file for file in found if os.path.abspath(file) not in pictures}
+    return list(pictures.values())
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by suffix. Hidden files are none: systems and killed processes leave them."""
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in SUFFIXES]
+    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        folders = [path.name for path in shown if path.is_dir()]
+        has = f"; it has {len(others)} other files" + f" and the folders {', '.join(folders[:4])}" * bool(folders)
+        raise ValueError(f"{folder}: no picture in this folder ({', '.join(SUFFIXES)}){has}")
+    if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
+        kinds = Counter(path.suffix or "no suffix" for path in skipped)
+        kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
+        note = f"note: {folder}: {len(skipped)} files are no pictures by name and left out ({kinds}): {skipped[0].name}"
+        print(printable(note + ", …" * (len(skipped) > 1)), file=sys.stderr)
+    return pictures
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
@@ -58,7 +82,8 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
     """Rows under their column names; columns: key -> format."""
     lines = [list(columns)]
-    lines += [["" if row.get(key) is None else f"{row[key]:{form}}" for key, form in columns.items()] for row in rows]
+    lines += [["" if row.get(key) is None else printable(f"{row[key]:{form}}") for key, form in columns.items()]
+              for row in rows]
     for k, column in enumerate(zip(*lines, strict=True)):
         width = max(map(len, column))
         for line in lines:
@@ -73,7 +98,7 @@ def conclude(as_json: bool, report: dict, text: str, errors: Sequence[str] = ())
         text = json.dumps(finite, indent=1)
     print(text)
     for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
     raise SystemExit(1 if errors else 0)
 
 
@@ -93,19 +118,25 @@ def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> 
 
     row = {"picture": str(path)} | results.of_picture(("detail", 1), path, measure)
     if maps:
-        detail_sheet(read_pixels(path), path.name).save(maps / f"{path.stem}_{path.suffix[1:]}.jpg", quality=90)
+        with replacing(sheet_path(path, maps)) as temporary:
+            detail_sheet(read_pixels(path), path.name).save(temporary, quality=95, subsampling=0)
     return row
 
 
+def sheet_path(picture: Path, maps: Path) -> Path:
+    return maps / f"{picture.stem}_{picture.suffix[1:]}.jpg"
+
+
 def details(paths: Sequence[Path], results: Results, workers: int, errors: list[str],
-            maps: Path | None = None) -> list[dict]:
+            maps: Path | None = None) -> dict[Path, dict]:
     """`detail_of` all pictures, in processes if there are many; `errors` gets a line per picture without scores."""
+    workers = min(workers, cores())
     processes = min(workers, max(1, len(paths) // 8))  # a process takes a second to start
     score = partial(detail_of, results=results, maps=maps, threads=workers if processes == 1 else 1)
-    return list(each(score, paths, "pictures", errors, processes).values())
+    return each(score, paths, "pictures", errors, processes)
 
 
-def mean_of(rows: Sequence[dict]) -> dict[str, float]:
+def mean_of(rows: Collection[dict]) -> dict[str, float]:
     """Means of the GLCM Scores of a set, and its ratio of sums."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("glcm_release", "glcm_entropy")}
     sums = {name: sum(row[name] for row in rows) for name in ("raw_bytes", "jpeg_bytes")}
@@ -116,24 +147,50 @@ def run_detail(pictures: list[str], maps: Path | None, cache: Path, workers: int
     """Both GLCM Scores and the compression ratio of pictures, with heat maps if `maps` names a folder."""
     paths, errors = find_pictures(pictures), []
     if maps:
-        if len({path.name for path in paths}) < len(paths):
-            raise ValueError("--maps: two of the pictures have the same name; give one folder at a time")
-        maps.mkdir(parents=True, exist_ok=True)
-    rows = details(paths, Results(cache, read_pixels), workers, errors, maps)
+        check_maps(paths, maps)
+    rows = [*details(paths, Results(cache, read_pixels), workers, errors, maps).values()]
     means = mean_of(rows) if rows else {}
     last = [{"picture": f"all {len(rows)}: means, ratio of sums", **means}] if rows else []
     conclude(as_json, {"pictures": rows, "all": means}, table(rows + last, DETAIL_COLUMNS), errors)
 
 
+def check_maps(paths: Sequence[Path], maps: Path) -> None:
+    """Make the folder of the sheets; ValueError if two would have one name, or it holds pictures that are scored."""
+    sheets: dict[str, Path] = {}
+    for path in paths:
+        name = sheet_path(path, maps).name.lower()  # some file systems ignore case
+        if (other := sheets.setdefault(name, path)) is not path:
+            raise ValueError(f"--maps {maps}: the sheets of {other} and {path} would have the same name; "
+                             "give one folder at a time")
+    if maps.resolve() in {path.parent.resolve() for path in paths}:
+        raise ValueError(f"--maps {maps}: holds pictures that are scored, and sheets look like them; name another")
+    writable(maps, "--maps")
+
+
 # ---- pair, vae, set: modules that import torch are imported inside
 
-def load_or_note(notes: list[str], what: str, load: Callable):
-    """load(), or None and a note that the metric is left out where its weights are missing."""
+def or_left_out(what: str, notes: list[str], errors: list[str], compute: Callable):
+    """compute(), or None with a note where weights are missing, with an error where they or the pictures are wrong."""
     try:
-        return load()
+        return compute()
     except FileNotFoundError as error:
         notes.append(f"note: {what} left out: {error}")
-        return None
+    except ValueError as error:
+        errors.append(f"{what} left out: {error}")
+    return None
+
+
+def note_enlarged(paths: Sequence[Path], what: str, res: int, notes: list[str]) -> None:
+    """A note if pictures are smaller than the squares of `res` px that are compared."""
+    sides = []
+    for path in paths:
+        try:
+            sides.append(min(upright_size(path)))
+        except (ValueError, OSError):  # named where it is scored
+            continue
+    if small := [side for side in sides if side < res]:
+        notes.append(f"note: {len(small)} of {len(paths)} {what} are enlarged to {res} px, from {min(small)} px on: "
+                     f"enlarging adds no detail; give --res {min(small)} or less, or larger pictures")
 
 
 def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
@@ -145,12 +202,16 @@ def run_pair(reference: str, picture: str, weights: Path, device: str | None, as
     from checkpoint import check_device
     from scores.sets import load_lpips
 
-    device, notes = check_device(device), []
+    device, notes, errors = check_device(device), [], []
     pixels = [read_pixels(path) for path in (reference, picture)]
-    scores = pair_scores(*pixels)  # pictures of two sizes are refused before a network is loaded
-    if lpips := load_or_note(notes, "LPIPS", partial(load_lpips, weights, device)):
-        scores["lpips"] = lpips(*pixels)
-    conclude(as_json, scores | {"notes": notes}, "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes]))
+    try:
+        scores = pair_scores(*pixels)  # before a network is loaded
+    except ValueError as error:
+        raise ValueError(f"{reference}, {picture}: {error}") from None
+    lpips = or_left_out("LPIPS", notes, errors, lambda: load_lpips(weights, device)(*pixels))
+    scores |= {} if lpips is None else {"lpips": lpips}
+    text = "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes])
+    conclude(as_json, scores | {"notes": notes}, text, errors)
 
 
 def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights: Path, device: str | None,
@@ -165,8 +226,10 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
     vae = VAE.load(file, device)
     if res % (step := sets.side_step(vae, factor)):
         raise ValueError(f"--res {res}: must be a multiple of {step} at factor {factor}")
-    inception = load_or_note(notes, "rFID", partial(sets.Extractor, weights, device))
-    lpips = load_or_note(notes, "LPIPS", partial(sets.load_lpips, weights, device))
+    pictures = find_pictures([folder])
+    note_enlarged(pictures, "pictures", res, notes)
+    inception = or_left_out("rFID", notes, errors, partial(sets.Extractor, weights, device))
+    lpips = or_left_out("LPIPS", notes, errors, partial(sets.load_lpips, weights, device))
 
     def measure(pixels: np.ndarray) -> dict:
         pixels, again = sets.round_trip(vae, pixels, factor, res)
@@ -179,7 +242,7 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
 
     files = [identity(path) for path in ([file, weights] if inception or lpips else [file])]
     key = ("vae", 1, factor, res, bool(inception), bool(lpips), files)
-    measured = each(lambda path: results.of_picture(key, path, measure), find_pictures([folder]), "pictures", errors)
+    measured = each(lambda path: results.of_picture(key, path, measure), pictures, "pictures", errors)
     features = [row.pop("features") for row in measured.values()] if inception else []
     rows = [{"picture": str(path)} | row for path, row in measured.items()]
     columns = {"psnr": ".3f", "ssim": ".4f", "nmse": ".5f"} | ({"lpips": ".4f"} if lpips else {})
@@ -187,40 +250,13 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
     last = {"picture": f"mean of {len(rows)}, factor {factor}", **means}
     lines = [table([*rows, last], {"picture": "", "width": "d", "height": "d"} | columns)]
     if features:
-        try:
-            means["rfid"] = frechet_distance(*np.stack(features, axis=1))
-            lines.append(f"rFID {means['rfid']:.4f}")
+        rfid = or_left_out("rFID", notes, errors, lambda: frechet_distance(*np.stack(features, axis=1)))
+        if rfid is not None:
+            means["rfid"] = rfid
+            lines.append(f"rFID {rfid:.4f}")
             notes.append(sets.number_note("rfid", len(rows)))
-        except ValueError as error:
-            errors.append(f"rFID left out: {error}")
     report = {"pictures": rows, "mean": means, "factor": factor, "notes": notes}
     conclude(as_json, report, "\n".join(lines + notes), errors)
-
-
-def pair_captions(listing: str, pictures: Sequence[Path], notes: list[str]) -> dict[Path, str]:
-    """Picture -> caption: by file name where the listing has every picture, else in order if the numbers are equal.
-
-    listing  lines of JSON with "text" and, as in a data folder, "file_name"; a ValueError names the line
-    """
-    prompts = []
-    for number, line in enumerate(Path(listing).read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)  # UTF-8, with or without a byte order mark
-                prompts.append((Path(row.get("file_name", "")).stem, str(row["text"])))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                why = f"{type(error).__name__}: {error}"
-                raise ValueError(f'{listing}:{number}: each line is a JSON object with "text" ({why})') from None
-    by_name, stems = dict(prompts), {picture.stem for picture in pictures}
-    if stems <= by_name.keys():
-        if unused := len(by_name.keys() - stems):
-            notes.append(f"note: {unused} of {len(by_name)} prompts have no picture")
-        return {picture: by_name[picture.stem] for picture in pictures}
-    if len(prompts) != len(pictures):
-        raise ValueError(f"{listing}: {len(prompts)} prompts for {len(pictures)} pictures; name the pictures as "
-                         "file_name does, or give as many prompts, in the order of the names")
-    notes.append("note: prompts and pictures paired in order, not by name")
-    return dict(zip(pictures, (text for _, text in prompts), strict=True))
 
 
 def run_set(generated: str, reference: str | None, prompts: str | None, res: int, cache: Path, workers: int,
@@ -235,24 +271,25 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
     rows = details(pictures, results, workers, errors)
     if not rows:
         return conclude(as_json, {"notes": notes}, "no picture could be scored", errors)
-    pictures = [Path(row["picture"]) for row in rows]
-    res = res or min(min(row["width"], row["height"]) for row in rows)
+    pictures = list(rows)
+    res = res or min(min(row["width"], row["height"]) for row in rows.values())
+    left_out = partial(or_left_out, notes=notes, errors=errors)
     if not originals:
         notes.append("note: FID left out: give --reference DIR")
-    elif inception := load_or_note(notes, "FID", partial(sets.Extractor, weights, device)):
-        try:
-            scores |= sets.fid_scores(pictures, originals, res, results, inception, notes, errors)
-        except ValueError as error:
-            errors.append(f"FID left out: {error}")
-    if captions:
+    elif inception := left_out("FID", compute=partial(sets.Extractor, weights, device)):
+        note_enlarged(pictures, "generated pictures", res, notes)
+        note_enlarged(originals, "reference pictures", res, notes)
+        fids = partial(sets.fid_scores, pictures, originals, res, results, inception, notes, errors)
+        scores |= left_out("FID", compute=fids) or {}
+    if prompts:
         captions = {path: captions[path] for path in pictures}
-        clip = load_or_note(notes, "CLIPScore", partial(sets.clip_scores, captions, weights, device, results))
+        clip = left_out("CLIPScore", compute=partial(sets.clip_scores, captions, weights, device, results))
         scores |= {"clip_score": float(np.mean(clip))} if clip else {}
     else:
         notes.append("note: CLIPScore left out: give --prompts metadata.jsonl")
-    aesthetics = load_or_note(notes, "Aesthetics", partial(sets.aesthetics_scores, pictures, weights, device, results))
+    aesthetics = left_out("Aesthetics", compute=partial(sets.aesthetics_scores, pictures, weights, device, results))
     scores |= {"aesthetics": float(np.mean(aesthetics))} if aesthetics else {}
-    scores |= {name: mean_of(rows)[name] for name in ("glcm_release", "glcm_entropy", "ratio")}
+    scores |= {name: mean_of(rows.values())[name] for name in ("glcm_release", "glcm_entropy", "ratio")}
     lines = [f"{len(pictures)} generated, {len(originals)} reference pictures",
              *(f"{name:13} {value:10.4f}" for name, value in scores.items())]
     report = {"generated": len(pictures), "reference": len(originals), **scores, "notes": notes}
@@ -261,64 +298,23 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
 
 # ---- correlate
 
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
-
-
-def read_ratings(path: str) -> dict[str, list[float]]:
-    """The numeric columns of a CSV, "rating" among them; text columns are skipped, a gap in a column is an error."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    if not rows or "rating" not in rows[0]:
-        raise ValueError(f'{path}: needs a first line of column names, among them "rating", and lines below it')
-    columns = {}
-    for name in rows[0]:
-        values = [math.nan if name is None else _number(row[name]) for row in rows]
-        gaps = [line for line, value in enumerate(values, 2) if not math.isfinite(value)]
-        if not gaps:
-            columns[name] = values
-        elif name is None or name == "rating" or len(gaps) < len(rows):
-            raise ValueError(f"{path}:{gaps[0]}: column {name or 'without a name'} holds no number there")
-    if len(columns) == 1:
-        raise ValueError(f"{path}: no column of numbers beside rating")
-    return columns
-
-
 def run_correlate(ratings: str, as_json: bool) -> None:
     """How well metrics rank pictures as people do."""
-    columns, rows = read_ratings(ratings), []
-    rating = columns.pop("rating")
-    for name, values in columns.items():
-        try:
-            if name in ("ratio", "compression_ratio"):  # the paper correlates its reciprocal: lower means more detail
-                name = f"1/{name}"
-                if not all(values):
-                    raise ValueError("0 has no reciprocal")
-                values = [1 / value for value in values]
-            row = {"metric": name}
-            for title, statistic in (("srcc", srcc), ("plcc", plcc)):
-                row[title] = statistic(values, rating)
-                row[f"{title}_low"], row[f"{title}_high"] = bootstrap(statistic, values, rating)
-        except ValueError as error:
-            raise ValueError(f"{ratings}: {name}: {error}") from None
-        rows.append(row)
-    lines = table(rows, {"metric": ""} | dict.fromkeys(list(rows[0])[1:], ".4f"))
-    text = f"{lines}\n{len(rating)} ratings; low and high: 95 % bootstrap intervals"
-    conclude(as_json, {"n": len(rating), "metrics": rows}, text)
+    number, rows, notes, errors = correlate(ratings)
+    lines = [table(rows, {"metric": ""} | dict.fromkeys(list(rows[0])[1:], ".4f")),
+             f"{number} ratings; low and high: 95 % bootstrap intervals", *map(printable, notes)]
+    conclude(as_json, {"n": number, "metrics": rows, "notes": notes}, "\n".join(lines), errors)
 
+
+# ---- the command line
 
 def new_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="The evaluation of Aesthetic-4K.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shared = {
         "cache": dict(metavar="DIR", type=Path, help="where results are stored (default: ~/.cache/diffusion-4k)"),
-        "workers": dict(metavar="N", type=int, default=cores(), help="processes (default: one per core, %(default)s)"),
+        "workers": dict(metavar="N", type=int, default=cores(),
+                        help="processes, at most one per core (default: %(default)s)"),
         "weights": dict(metavar="DIR", type=Path, default=Path("weights"),
                         help="folder with official weights, never downloaded (default: %(default)s)"),
         "device": dict(help="cpu or cuda (default: cuda if there is one)")}
@@ -354,23 +350,25 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = vars(new_parser().parse_args())
-    run = args.pop("run")
-    try:
-        if args.get("cache", "") is None:
-            args["cache"] = Path.home() / ".cache" / "diffusion-4k"
-    except RuntimeError:
-        raise SystemExit("error: no home folder for the results; name a folder with --cache") from None
-    try:
-        for flag, least in (("workers", 1), ("res", 0)):
-            if args.get(flag, least) < least:
-                raise ValueError(f"--{flag} {args[flag]}: give {least} or more")
-        run(**args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except BrokenProcessPool:
-        raise SystemExit("error: a worker process died, probably out of memory; give fewer --workers") from None
+def run(argv: Sequence[str] | None) -> None:
+    args = vars(new_parser().parse_args(argv))
+    command = args.pop("run")
+    if "workers" in args:
+        need(args["workers"] >= 1, "workers", args["workers"], "1 or more")
+    if "res" in args:
+        most = int(MOST_PIXELS**0.5)
+        need(0 <= args["res"] <= most, "res", args["res"], f"0 to {most} pixels")
+    if "cache" in args:
+        try:
+            args["cache"] = args["cache"] or Path.home() / ".cache" / "diffusion-4k"
+        except RuntimeError:
+            raise ValueError("no home folder for the results; name a folder with --cache") from None
+        writable(args["cache"], "--cache")
+    command(**args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -149,11 +149,16 @@ def plcc(x: Sequence[float], y: Sequence[float]) -> float:
         raise ValueError(f"a correlation needs two lists of the same length, at least 2, got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("a correlation needs finite numbers, got NaN or Inf")
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    if x.min() == x.max() or y.min() == y.max():
         raise ValueError("all numbers of one list are equal: there is no correlation")
-    x, y = x - x.mean(), y - y.mean()
+    x, y = (side - side.mean() for side in (_scaled(x), _scaled(y)))
     x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
     return float(np.clip(x @ y, -1, 1))
+
+
+def _scaled(x: np.ndarray) -> np.ndarray:
+    """x divided by a power of two, which is exact, so that its squares neither overflow nor vanish."""
+    return np.ldexp(x, -np.frexp(np.abs(x).max())[1])
 
 
 def srcc(x: Sequence[float], y: Sequence[float]) -> float:
@@ -167,6 +172,7 @@ def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     statistic(x, y)  # raises on invalid lists
     samples = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    values = [statistic(x[sample], y[sample]) for sample in samples if np.ptp(x[sample]) and np.ptp(y[sample])]
+    pairs = ((x[sample], y[sample]) for sample in samples)
+    values = [statistic(a, b) for a, b in pairs if a.min() < a.max() and b.min() < b.max()]
     low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)

@@ -1,12 +1,13 @@
-"""A sheet of heat maps: the picture, then over its gray both GLCM Scores and the bits of its JPEG.
+"""A sheet of heat maps: the picture, then both GLCM Scores and the bits of its JPEG, cell by cell.
 
-Scale  the colours mean the same in every sheet; the strip under a map shows them
+Scale  every colour is one of the bar under its map, and means the same in every sheet; gray: no complete cell
 Run    python metrics.py detail PICTURES… --maps DIR
 """
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from files import printable
 from scores.glcm import DEFINITIONS, PATCH, glcm_map
 from scores.jpeg import compression_ratio, jpeg_bits, jpeg_size
 
@@ -15,6 +16,7 @@ RAMP = np.array([[10, 8, 60], [110, 20, 130], [215, 60, 80], [250, 150, 40], [25
 PANELS = (("GLCM, release", 0.0, 3.0, "bits"), ("GLCM, entropy", 0.0, 12.0, "bits"),
           ("JPEG, quality 95", 0.0, 6.0, "bits/px"))  # name, range of the colours, unit
 LINE_PX, BAR_PX = 24, 10
+MOST_ASPECT = 4  # height / width of a panel; the map of a taller picture is narrower
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -26,24 +28,25 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def detail_sheet(pixels: np.ndarray, title: str, width: int = 480) -> Image.Image:
     """The picture, (H, W, 3) uint8, and its three maps in one row, `width` pixels each, with the scores above."""
-    scale = width / pixels.shape[1]
-    height = round(pixels.shape[0] * scale)
-    small = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-    gray = small.convert("L").convert("RGB")
+    scale = min(width / pixels.shape[1], MOST_ASPECT * width / pixels.shape[0])
+    height, across = (max(1, round(side * scale)) for side in pixels.shape[:2])
     maps = [(glcm_map(pixels, definition), PATCH) for definition in DEFINITIONS] + [(jpeg_bits(pixels) / 64, 8)]
     scores = [*(values.mean() for values, _ in maps[:2]), jpeg_size(pixels) * 8 / pixels[..., 0].size]
-    sheet = Image.new("RGB", (4 * width, height + LINE_PX + BAR_PX), "white")
+    sheet = Image.new("RGB", (4 * width, LINE_PX + height + BAR_PX + LINE_PX), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    draw.text((4, 3), f"{title}: ratio {compression_ratio(pixels):.2f}", "black", font)
-    sheet.paste(small, (0, LINE_PX))
+    draw.text((4, 3), f"{printable(title)}: ratio {compression_ratio(pixels):.2f}", "black", font)
+    sheet.paste(Image.fromarray(pixels).resize((across, height), Image.Resampling.LANCZOS), (0, LINE_PX))
     for k, ((values, cell), score, (name, low, high, unit)) in enumerate(zip(maps, scores, PANELS, strict=True), 1):
-        size = [max(1, round(side * cell * scale)) for side in values.shape[::-1]]
-        colours = Image.fromarray(heat(values, low, high)).resize(size, Image.Resampling.BOX)
-        colours = colours.crop((0, 0, min(colours.width, width), min(colours.height, height)))
-        panel = gray.copy()
-        panel.paste(Image.blend(panel.crop((0, 0, *colours.size)), colours, 0.7))
-        sheet.paste(panel, (k * width, LINE_PX))
+        left, bottom = k * width, LINE_PX + height
+        draw.text((left + 4, 3), f"{name}: {score:.3f} {unit}", "black", font)
+        sheet.paste("lightgray", (left, LINE_PX, left + across, bottom))
+        size = [max(1, round(n * cell * scale)) for n in values.shape[::-1]]
+        means = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BOX)  # of numbers, not colours
+        colours = heat(np.asarray(means)[:height, :across], low, high)
+        sheet.paste(Image.fromarray(colours), (left, LINE_PX))
         bar = heat(np.linspace(low, high, width - 8)[None], low, high).repeat(BAR_PX - 2, axis=0)
-        sheet.paste(Image.fromarray(bar), (k * width + 4, LINE_PX + height + 2))
-        draw.text((k * width + 4, 3), f"{name}: {score:.3f} {unit}   (scale {low:g} to {high:g})", "black", font)
+        sheet.paste(Image.fromarray(bar), (left + 4, bottom + 2))
+        numbers = f"{low:g}", f"{(low + high) / 2:g}", f"{high:g}+"
+        for at, number, anchor in zip((0, 0.5, 1), numbers, ("la", "ma", "ra"), strict=True):
+            draw.text((left + 4 + at * (width - 8), bottom + BAR_PX + 3), number, "black", font, anchor)
     return sheet

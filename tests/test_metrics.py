@@ -1,6 +1,7 @@
 """The command line: reports, caches, one line per error, and what it imports."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from golden import DATA
 from pictures import golden_picture
 from PIL import Image
+from safetensors.torch import save_file
 
 import metrics
 from metrics import compression_ratio, glcm_score, jpeg_size
@@ -152,11 +154,11 @@ def test_a_device_that_this_machine_lacks_is_one_line(command):
     assert code == 1 and not out and len(errors) == 1 and "--device cuda:99: this machine has cpu" in errors[0]
 
 
-def test_detail_writes_maps_over_the_picture(command, tmp_path):
+def test_detail_writes_maps_beside_the_picture(command, tmp_path):
     code, _, _ = command("detail", DATA / "pictures" / "coffee.png", "--maps", tmp_path / "maps")
     assert code == 0
     sheet = Image.open(tmp_path / "maps" / "coffee_png.jpg")
-    assert sheet.size == (4 * 480, 360 + 34)
+    assert sheet.size == (4 * 480, 360 + 58)
     colours = heat(np.array([[-1.0, 0, 1.5, 3, 9]]), 0, 3)[0].astype(int)
     assert (np.diff(colours.sum(1)) >= 0).all()
     assert (colours[0] == colours[1]).all() and (colours[3] == colours[4]).all()
@@ -200,12 +202,57 @@ def test_wrong_paths_are_one_line(command, tmp_path):
                             ((DATA / "pictures", "--workers", 0), "give 1 or more")):
         code, out, errors = command("detail", *arguments)
         assert code == 1 and not out and len(errors) == 1 and says in errors[0]
-    (tmp_path / "noise.png").write_bytes((DATA / "pictures" / "noise.png").read_bytes())
-    code, _, errors = command("detail", DATA / "pictures", tmp_path / "noise.png", "--maps", tmp_path / "maps")
-    assert code == 1 and len(errors) == 1 and "the same name" in errors[0]
+    (tmp_path / "cache").rmdir()
     (tmp_path / "cache").write_text("a file where the folder should be")
     code, _, errors = command("detail", DATA / "pictures" / "noise.png")
-    assert code == 1 and len(errors) == 1 and "name another folder with --cache" in errors[0]
+    assert code == 1 and errors == [f"error: --cache: {tmp_path / 'cache'} is no folder that can be written "
+                                    "(File exists); name another"]
+
+
+def test_sheets_overwrite_neither_each_other_nor_pictures(command, tmp_path):
+    noise = (DATA / "pictures" / "noise.png").read_bytes()
+    for name in ("one/wall.png", "two/wall.PNG", "one/wall_png.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(noise)
+    code, _, errors = command("detail", tmp_path / "one", tmp_path / "two", "--maps", tmp_path / "maps")
+    assert code == 1 and len(errors) == 1 and "one/wall.png and " in errors[0] and "the same name" in errors[0]
+    code, _, errors = command("detail", tmp_path / "one", "--maps", tmp_path / "one")
+    assert code == 1 and len(errors) == 1 and "holds pictures that are scored" in errors[0]
+    assert (tmp_path / "one" / "wall_png.jpg").read_bytes() == noise and not (tmp_path / "maps").exists()
+
+
+def test_folders_skip_hidden_files_and_name_what_is_no_picture(command, tmp_path):
+    noise = (DATA / "pictures" / "noise.png").read_bytes()
+    for name in (".noise.4711.tmp.png", "._noise.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(noise)
+    (tmp_path / "in" / "sub").mkdir()
+    code, _, errors = command("detail", tmp_path / "in")
+    assert code == 1 and len(errors) == 1 and "no picture in this folder" in errors[0] and "folders sub" in errors[0]
+    for name in ("noise.png", "a.heic", "b.heic", "c.raw", "metadata.jsonl"):
+        (tmp_path / "in" / name).write_bytes(noise)
+    code, out, lines = command("detail", tmp_path / "in", "--json")
+    assert code == 0 and [Path(row["picture"]).name for row in json.loads(out)["pictures"]] == ["noise.png"]
+    assert lines == [f"note: {tmp_path / 'in'}: 3 files are no pictures by name and left out (2 .heic, 1 .raw): "
+                     "a.heic, …"]
+
+
+def test_a_picture_given_twice_counts_once_and_names_may_hold_any_bytes(command, tmp_path, monkeypatch):
+    noise, odd = (DATA / "pictures" / "noise.png").read_bytes(), os.fsdecode(b"caf\xe9\x1b[2J.png")
+    for name in ("noise.png", odd):
+        (tmp_path / name).write_bytes(noise)
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = command("detail", "noise.png", tmp_path / "noise.png", ".", "--maps", "maps")
+    assert code == 0 and not errors and "all 2: means" in out
+    assert r"caf\udce9\x1b[2J.png" in out and "\x1b" not in out and len(list((tmp_path / "maps").iterdir())) == 2
+
+
+def test_a_picture_that_is_gone_is_named_and_the_rest_is_scored(command, tmp_path):
+    (tmp_path / "noise.png").write_bytes((DATA / "pictures" / "noise.png").read_bytes())
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    code, out, errors = command("detail", tmp_path, "--json")
+    assert code == 1 and len(json.loads(out)["pictures"]) == 1
+    assert len(errors) == 1 and "gone.png" in errors[0]
 
 
 def test_pair_compares_two_pictures_and_names_the_weights_it_lacks(command, tmp_path):
@@ -218,44 +265,16 @@ def test_pair_compares_two_pictures_and_names_the_weights_it_lacks(command, tmp_
     assert json.loads(command("pair", a, a, "--json", cache=False)[1])["psnr"] is None  # infinite
     code, _, errors = command("pair", a, DATA / "pictures" / "coffee.png", cache=False)
     assert code == 1
-    assert errors == ["error: the reference has 256x256 pixels and the picture 512x384: give pictures of one size"]
+    assert errors == [f"error: {a}, {DATA / 'pictures' / 'coffee.png'}: the reference has 256x256 pixels and the "
+                      "picture 512x384: give pictures of one size"]
 
 
-def test_correlate_reproduces_scipy_and_takes_the_reciprocal_of_the_ratio(command, tmp_path):
-    stats = pytest.importorskip("scipy.stats")
+def test_correlate_reports_the_columns_it_can_and_ends_with_1_if_one_is_left_out(command, tmp_path):
     table = tmp_path / "ratings.csv"
-    table.write_text("picture,rating,glcm,ratio\na,7,0.71,9\nb,3,0.30,31\nc,7,0.69,12\nd,9,0.80,8\ne,2,0.33,31\n"
-                     "f,5,0.5,15\n")
-    code, out, _ = command("correlate", table, "--json", cache=False)
-    glcm, ratio = json.loads(out)["metrics"]
-    rating = [7, 3, 7, 9, 2, 5]
-    assert code == 0 and ratio["metric"] == "1/ratio"
-    for row, values in ((glcm, [0.71, 0.30, 0.69, 0.80, 0.33, 0.5]), (ratio, [1 / v for v in (9, 31, 12, 8, 31, 15)])):
-        assert row["srcc"] == pytest.approx(stats.spearmanr(values, rating).statistic, abs=1e-12)
-        assert row["plcc"] == pytest.approx(stats.pearsonr(values, rating).statistic, abs=1e-12)
-        assert row["plcc_low"] <= row["plcc"] <= row["plcc_high"]
-    shown = command("correlate", table, cache=False)[1]
-    assert "1/ratio" in shown and "6 ratings" in shown
-
-
-@pytest.mark.parametrize("text, says", [
-    ("", 'among them "rating"'),
-    ("score,glcm\n1,2\n", 'among them "rating"'),
-    ("rating,glcm\n", 'among them "rating"'),
-    ("rating,picture\n1,a\n2,b\n", "no column of numbers beside rating"),
-    ("rating,glcm\n1,2\n2,\n3,4\n", ":3: column glcm holds no number"),
-    ("rating,glcm\n1,2\n2,3\nx,4\n", ":4: column rating holds no number"),
-    ("rating,glcm\n1,2,3\n2,3\n", ":2: column without a name"),
-    ("rating,glcm\n1,2\n2,2\n", "glcm: all numbers of one list are equal"),
-    ("rating,ratio\n1,2\n2,0\n", "1/ratio"),
-    ("rating,glcm\n1,2\n", "at least 2"),
-    (b"\xff\xfe\x00", "not a CSV in UTF-8"),
-])
-def test_wrong_ratings_are_one_line(command, tmp_path, text, says):
-    table = tmp_path / "ratings.csv"
-    table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    table.write_text("picture,rating,glcm,flat\na,7,0.71,5\nb,3,0.30,5\nc,5,0.69,5\n")
     code, out, errors = command("correlate", table, cache=False)
-    assert code == 1 and not out and len(errors) == 1 and str(table) in errors[0] and says in errors[0]
+    assert code == 1 and "glcm" in out and "3 ratings" in out and "columns without numbers: picture" in out
+    assert errors == [f"error: {table}: flat: all numbers of one list are equal: there is no correlation; left out"]
 
 
 class FakeInception:
@@ -377,19 +396,43 @@ def test_set_says_one_line_for_one_picture_and_for_nan_features(command, fake_ne
     assert code == 1 and len(errors) == 1 and "hold NaN or Inf" in errors[0] and json.loads(out)["glcm_release"] > 0
 
 
-def test_prompts_are_paired_by_name_or_in_order_or_refused(command, fake_networks, tmp_path):
+def test_prompts_are_paired_by_number_or_refused(command, fake_networks, tmp_path):
     generated, _, listing = two_sets(tmp_path, generated=2)
     rows = [{"text": "one"}, {"text": "three letters more"}]
     listing.write_text("\n".join(map(json.dumps, rows)))
     arguments = ("set", generated, "--prompts", listing, "--weights", fake_networks, "--json")
     report = json.loads(command(*arguments)[1])
-    assert report["clip_score"] == (3 + 18) / 2 and "paired in order" in "\n".join(report["notes"])
-    wrong = ('{"file_name": "0.png"}', "plain words", "[1]")
-    for text, says in (("\n".join(map(json.dumps, rows * 2)), "4 prompts for 2 pictures"),
-                       *((text, ":1: each line is") for text in wrong)):
-        listing.write_text(text)
-        code, out, errors = command(*arguments)
-        assert code == 1 and not out and len(errors) == 1 and says in errors[0] and str(listing) in errors[0]
+    assert report["clip_score"] == (3 + 18) / 2 and "prompts by number" in "\n".join(report["notes"])
+    listing.write_text("\n".join(map(json.dumps, rows * 2)))
+    code, out, errors = command(*arguments)
+    assert code == 1 and not out and len(errors) == 1 and "4 prompts for 2 pictures" in errors[0]
+
+
+def test_set_says_which_pictures_are_enlarged_for_fid(command, fake_networks, tmp_path):
+    generated, reference, _ = two_sets(tmp_path)
+    Image.new("RGB", (700, 250), "blue").save(reference / "small.png")
+    arguments = ("set", generated, "--reference", reference, "--weights", fake_networks, "--json")
+    enlarged = [note for note in json.loads(command(*arguments)[1])["notes"] if "enlarged" in note]
+    assert len(enlarged) == 1
+    assert enlarged[0].startswith("note: 1 of 7 reference pictures are enlarged to 320 px, from 250 px on")
+    enlarged = [note for note in json.loads(command(*arguments, "--res", 400)[1])["notes"] if "enlarged" in note]
+    assert ["5 of 5 generated" in note for note in enlarged] == [True, False] and "7 of 7 reference" in enlarged[1]
+    assert not any("enlarged" in note for note in json.loads(command(*arguments, "--res", 250)[1])["notes"])
+
+
+def test_wrong_weights_under_the_right_name_are_one_line_and_the_rest_is_scored(command, tmp_path):
+    generated, reference, listing = two_sets(tmp_path, generated=2, reference=2)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    torch.save({"fc.weight": torch.ones(3, 3)}, weights / "weights-inception-2015-12-05-6726825d.pth")
+    (weights / "ViT-B-16.pt").write_bytes(b"PK\x03\x04 cut")
+    save_file({"visual.proj": torch.ones(2, 2)}, weights / "ViT-L-14.pt")
+    (weights / "sac+logos+ava1-l14-linearMSE.pth").write_text("<html>404</html>")
+    code, out, errors = command("set", generated, "--reference", reference, "--prompts", listing, "--weights", weights,
+                                "--json")
+    assert code == 1 and json.loads(out)["glcm_release"] > 0 and len(errors) == 3
+    for what, error in zip(("FID", "CLIPScore", "Aesthetics"), errors, strict=True):
+        assert error.startswith(f"error: {what} left out: {weights}") and "\n" not in error
 
 
 def test_vae_report_of_the_embedded_autoencoder(command, fake_networks, tmp_path):
