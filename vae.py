@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
+import names
 from checkpoint import SD3_DOWNLOAD, Device, Weights, filled, open_weights
 
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
@@ -25,6 +27,17 @@ FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 KIND = f"autoencoder, such as {SD3_DOWNLOAD} or the vae/ folder of its -diffusers version has"  # for messages
+PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {FLUX_SHIFT}: record yours in the "
+             "metadata, or in a config.json as scaling_factor and shift_factor")
+FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT)),   # a transformer in the same file
+            ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT)))
+OTHERS = tuple((shows, f"the autoencoder of {what}", f"give an {KIND}") for shows, what in (
+    (r"^bn\.running_mean$",                                 "FLUX.2"),
+    (r"^quantize\.",                                        "a VQ model"),
+    (r"^((en|de)coder\.)?(layers\.)?\d+\.(conv\.|weight)", "TAESD, which is a preview"),
+    (r"^(en|de)coder\.(conv1|(down|up)samples|middle)\.",   "Wan or Qwen-Image"),
+    (r"\.conv_in\.conv\.|\.time_conv\.",                   "a video model"),
+    (r"^(en|de)coder\.(stages|patchify)\b",                "Sana or another deep-compression model")))
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ class VAEConfig:
 def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
     """Read the sizes of an autoencoder from its tensors, without prefix. Shapes do not determine norm_groups; None is
     the value of the metadata, else the official 32."""
-    norm_groups = norm_groups or int(weights.number("norm_groups", "norm_num_groups", otherwise=NORM_GROUPS))
+    norm_groups = norm_groups or weights.number("norm_groups", "norm_num_groups", otherwise=NORM_GROUPS, integer=True)
+    _refuse_others(weights)
     weights.shape_of("decoder.conv_out.weight", 4, KIND)
     channels = weights.shape_of("encoder.conv_out.weight", 4, KIND)[0] // 2
 
@@ -56,6 +70,50 @@ def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
                          "norm groups; a narrow autoencoder records norm_groups in its metadata, or give norm_groups=")
     blocks = (weights.depth(f"{prefix}0.block.") for prefix in ("encoder.down.", "decoder.up."))
     return VAEConfig(encoder, decoder, *blocks, channels, norm_groups)
+
+
+def _refuse_others(weights: Weights) -> None:
+    """ValueError that names an autoencoder of another model, by its config.json or tensors."""
+    said, quant = weights.metadata.get("_class_name", "AutoencoderKL"), weights.get("quant_conv.weight")
+    other = names.recognised(weights, OTHERS)
+    if said != "AutoencoderKL":
+        other = f"{said}, by its config.json; give an {KIND}"
+    elif channel := next((key for key in ("latents_mean", "latents_std") if key in weights.metadata), ""):
+        other = f"normalised per channel, by {channel} in its config.json; give an {KIND}"
+    elif quant is not None and quant.shape[0] == 8:
+        other = f"the autoencoder of SD1, SD2 or SDXL, with 4 latent channels; give an {KIND}"
+    elif not other and any(len(t.shape) == 5 for t in weights.values()):
+        other = f"the autoencoder of a video model; give an {KIND}"
+    if other:
+        raise ValueError(f"{weights.source}: is {other}")
+
+
+def read_scale(file: Weights, scale: float | None = None, shift: float | None = None,
+               fallback: tuple[float, float] | None = None) -> tuple[float, float]:
+    """Scale and shift of the latent: as given, else as recorded, else those of a family; see VAE.load."""
+    if scale is None:
+        scale = file.number("scale_factor", "scaling_factor")
+    if shift is None:  # a diffusers config without a shift means 0
+        shift = file.number("shift_factor", otherwise=0.0 if "scaling_factor" in file.metadata else None)
+    if scale is None or shift is None:
+        inside = (both for prefix, both in FAMILIES if any(name.startswith(prefix) for name in file))
+        fallback = fallback or next(inside, None) or _of_official_file(file.source)
+        if fallback is None:
+            lack = " and ".join(key for key, v in (("scale_factor", scale), ("shift_factor", shift)) if v is None)
+            raise ValueError(f"{file.source}: records no {lack}, and nothing in it shows its family; {PUBLISHED}")
+        scale, shift = (own if given is None else given for own, given in zip(fallback, (scale, shift), strict=True))
+    if not 1e-3 <= scale <= 1e3 or abs(shift) > 1e3:
+        raise ValueError(f"{file.source}: scale_factor {scale:g}, shift_factor {shift:g}: expected 0.001 to 1000 and "
+                         f"-1000 to 1000; {PUBLISHED}")
+    return scale, shift
+
+
+def _of_official_file(path: str) -> tuple[float, float] | None:
+    """Flux's scale and shift for official names without prefix, under which only its ae.safetensors is published."""
+    if not os.path.isfile(path):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return (FLUX_SCALE, FLUX_SHIFT) if any(name.startswith("decoder.up.") for name in file.keys()) else None
 
 
 # ---- the partition trick: factor 16 with the weights of factor 8
@@ -215,19 +273,19 @@ class VAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
-             norm_groups: int | None = None, scale_factor: float | None = None,
-             shift_factor: float | None = None) -> "VAE":
+             norm_groups: int | None = None, scale_factor: float | None = None, shift_factor: float | None = None,
+             fallback: tuple[float, float] | None = None) -> "VAE":
         """Read ae.safetensors, sd3_medium.safetensors or the vae/ folder of diffusers; dtype, errors: checkpoint.fill.
-        Other arguments: None is the value of metadata or config.json, else the official one of the family."""
+
+        others    None is the value that metadata or config.json record
+        fallback  scale and shift factor where none are recorded: those of the family. None takes them from the file: a
+                  transformer beside the autoencoder, or the tensor names of Flux's ae.safetensors
+        raises    ValueError if the file is of another model, or its scale and shift cannot be known
+        """
         file = open_weights(path)
-        weights = file.part("first_stage_model.")  # the file itself if it has no prefixes: then it is Flux's
-        scale, shift = (FLUX_SCALE, FLUX_SHIFT) if weights is file else (SD3_SCALE, SD3_SHIFT)
-        if scale_factor is None:
-            scale_factor = file.number("scale_factor", "scaling_factor", otherwise=scale)
-        if shift_factor is None:  # a diffusers config without a shift means 0
-            shift_factor = file.number("shift_factor", otherwise=0.0 if "scaling_factor" in file.metadata else shift)
-        config = read_config(weights, norm_groups)
-        return filled(lambda: cls(config, scale_factor, shift_factor), weights, device, dtype).eval()
+        weights = file.part("first_stage_model.")  # the file itself if it has no prefixes
+        config, constants = read_config(weights, norm_groups), read_scale(file, scale_factor, shift_factor, fallback)
+        return filled(lambda: cls(config, *constants), weights, device, dtype).eval()
 
     def moments(self, image: Tensor, factor: int = 16, dilation: int = 2) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, raw, (B, 16, h, w) each.

@@ -314,7 +314,7 @@ def test_published_names_and_shapes_are_exactly_accepted(name):
 
 def load_shapes(shapes: dict, monkeypatch) -> VAE:
     monkeypatch.setattr(vae_file, "open_weights", lambda path: lazy(shapes))
-    return VAE.load("a file")
+    return VAE.load("a file", fallback=(1.0, 0.0))
 
 
 def test_each_missing_tensor_is_named(f16, monkeypatch):
@@ -350,11 +350,11 @@ def test_unknown_tensor_is_named(f16, extra, monkeypatch):
 
 @pytest.mark.parametrize("extra, named", [
     ("encoder.down.2.block.0.norm1.weight", "encoder.down.2.block.0.conv1.weight"),
-    ("decoder.up.3.upsample.conv.bias", "decoder.up.2.block.0.conv1.weight"),
+    ("decoder.up.3.upsample.conv.bias", "decoder.up.2"),
     ("encoder.down.0.block.3.conv1.bias", "encoder.down.0.block.1")])
 def test_tensor_of_an_incomplete_level_or_resnet_names_what_it_lacks(f16, extra, named, monkeypatch):
     shapes = {name: tuple(t.shape) for name, t in weights_of(f16).items()}
-    with pytest.raises(ValueError, match=f"missing: .*{named}") as refusal:
+    with pytest.raises(ValueError, match=f"missing: .*{named}|{named} is missing") as refusal:
         load_shapes(shapes | {extra: (32,)}, monkeypatch)
     assert "\n" not in str(refusal.value)
 
@@ -412,7 +412,7 @@ def test_constants_come_from_the_family_then_the_metadata_then_the_keyword(f16, 
     file = tmp_path / "weights.safetensors"
     tensors = {prefix + name: t for name, t in weights_of(f16).items()}
     if prefix:
-        tensors["model.diffusion_model.pos_embed"] = torch.zeros(1)
+        tensors["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"] = torch.zeros(1)
 
     def constants(**keywords) -> tuple[float, float, int]:
         vae = VAE.load(file, **keywords)
@@ -439,7 +439,7 @@ def test_compute_dtype_is_float32_unless_asked(f16, storage, tmp_path):
     assert {p.dtype for p in VAE.load(file, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("changed, message", [({"norm_groups": "x"}, "norm_groups 'x', which is no number"),
+@pytest.mark.parametrize("changed, message", [({"norm_groups": "x"}, "norm_groups 'x', which is no integer"),
                                            ({"scale_factor": "nan"}, "scale_factor 'nan', which is no number"),
                                            ({"shift_factor": "inf"}, "shift_factor 'inf', which is no number"),
                                            ({"norm_groups": "0"}, "0 norm groups")])
