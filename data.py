@@ -2,36 +2,45 @@
 
 Paper     Diffusion-4K section 9 "Training Details": short side resized, then cropped
 Layout    DIR/metadata.jsonl   one JSON object per line: "file_name", "text" and, optionally, "alt": [more captions]
-          DIR/<file_name>      jpg, png, webp …; turned upright, converted to 8-bit RGB
+          DIR/metadata.csv     where there is no metadata.jsonl: columns file_name and text
+          DIR/<file_name>      jpg, png, webp …; turned upright, converted to 8-bit sRGB: docs/formats.md
 Crop      a picture is scaled until it covers the crop (Lanczos); training/batches.py draws the place and mirrors
 Aspect    the pictures of a batch share one size: res x res, or the nearest of ASPECTS with about res x res pixels
-Caches    DIR/.embeddings of captions, DIR/.latents of central crops: training/cache.py
+Caches    DIR/.embeddings of captions, DIR/.latents of central crops, or below --cache: training/cache.py
 Run       python data.py check DIR                     stops at a broken line, then lists every broken picture
           python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents: latents too
           torchrun --nproc-per-node 8 data.py encode DIR --weights flux    each rank its share; run it again to resume
 Check     python -m pytest tests/test_data.py
 """
 
+if __name__ == "__main__":  # Ctrl-C during an import ends in one line
+    import files
+    files.end_on_interrupt()
+
 import argparse
-import json
+import csv
+import io
 import math
 import os
-import struct
 import sys
-from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+import unicodedata
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-MOST_PIXELS = 400_000_000        # 20,000 x 20,000: a larger picture is refused before it is decoded
+from files import entry, need, open_picture, parse_json, printable, read_text, run_command
+from training.colours import gray_of_16_bit, in_srgb, scale_key, unclear
+
+LISTINGS = ("metadata.jsonl", "metadata.csv")
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)  # Pillow's on broken files
+NOTES = {"converted": "converted to sRGB from other colours", "broken": "with a broken colour profile, read as sRGB",
+         "frames": "animations, of which the first frame is read"}
 
 
 @dataclass(frozen=True)
@@ -43,119 +52,157 @@ class Item:
 
 
 def read_folder(folder: str | os.PathLike) -> list[Item]:
-    """Read and check DIR/metadata.jsonl; pictures are not opened.
+    """Read and check the listing of a data folder; pictures are not opened.
 
     folder   see Layout above
-    returns  one Item per line, in the file's order
-    raises   FileNotFoundError without metadata.jsonl; ValueError that names the line: broken JSON, no file_name or
-             text, an empty caption, "alt" that is no list, a path outside the folder, a picture missing or listed twice
+    returns  one Item per row, in the listing's order
+    raises   FileNotFoundError without a listing; ValueError that names the line: broken JSON or CSV, a file_name, text
+             or "alt" that is missing, empty or no text, a path outside the folder, a picture missing or listed twice
     """
     folder = Path(folder)
-    listing = folder / "metadata.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(
-            f"{listing}: not found; a data folder holds pictures and a metadata.jsonl with file_name and text")
-    try:
-        # splitlines() would also cut captions at U+2028 and the like
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{listing}: not UTF-8 ({error})") from None
+    listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
+    if not listing:
+        raise FileNotFoundError(_no_listing(folder))
     items: dict[Path, Item] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            item = _read_line(folder, line, f"{listing}:{number}", items)
-            items[item.path] = item
+    for where, row in rows_of(listing):
+        path, alt = _find(folder, text_of(row, "file_name", where), where), row.get("alt")
+        alt = [] if alt is None or alt != alt else alt  # null; the NaN of pandas
+        if not isinstance(alt, list):
+            raise ValueError(f'{where}: "alt" is {alt!r}, expected a list of captions')
+        if path in items:
+            raise ValueError(f"{where}: {row['file_name']!r} is listed twice")
+        others = (text_of({"alt": caption}, "alt", where) for caption in alt)
+        items[path] = Item(path, (text_of(row, "text", where), *others))
     if not items:
         raise ValueError(f"{listing}: empty")
     return list(items.values())
 
 
-def _read_line(folder: Path, line: str, where: str, before: Container[Path]) -> Item:
+def rows_of(listing: Path) -> Iterator[tuple[str, dict]]:
+    """("FILE:LINE", row) of every row of a .jsonl or .csv listing; ValueError that names the first line in error."""
+    text = read_text(listing)
+    if listing.suffix.lower() == ".csv":
+        yield from _csv_rows(listing, text)
+        return
+    if text.lstrip().startswith("["):
+        raise ValueError(f'{listing}: a list; each line is one JSON object with "file_name" and "text", as pandas '
+                         'writes it with to_json(FILE, orient="records", lines=True)')
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut captions at U+2028 and the like
+        if line.strip():
+            row = parse_json(line, f"{listing}:{number}")
+            if not isinstance(row, dict):
+                raise ValueError(f'{listing}:{number}: each line is a JSON object with "file_name" and "text"')
+            yield f"{listing}:{number}", row
+
+
+def _csv_rows(listing: Path, text: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        row = json.loads(line)
-        name, text, alt = row["file_name"], row["text"], row.get("alt", [])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: each line is a JSON object with "file_name" and "text" '
-                         f"({type(error).__name__}: {error})") from None
-    if not isinstance(alt, list) or not all(isinstance(s, str) and s.strip() for s in (name, text, *alt)):
-        raise ValueError(f'{where}: file_name, text and every entry of the list "alt" must be non-empty text')
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError(f"{listing}:1: two columns have one name")
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{listing}:{reader.line_num}: more fields than the first line has names")
+            yield f"{listing}:{reader.line_num}", {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{listing}:{reader.line_num}: not CSV ({error})") from None
+
+
+def text_of(row: dict, key: str, where: str) -> str:
+    """row[key] if it is a text that can be written and is not empty; ValueError that begins with `where`."""
+    if key not in row:
+        raise ValueError(f'{where}: no "{key}"; the row has {", ".join(map(str, row)) or "nothing"}')
+    text = entry(row, key, str, where)
+    if not text.strip():
+        raise ValueError(f"{where}: {key} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{where}: {key} holds {half}, half of a character; write the character itself") from None
+    return text
+
+
+def _find(folder: Path, name: str, where: str) -> Path:
+    """The picture of this name; where there is none, of its spelling with / or in another Unicode form."""
+    plain = name.replace("\\", "/")
+    if Path(plain).is_absolute() or ".." in Path(plain).parts:
         raise ValueError(f"{where}: {name!r} leads out of the folder")
-    if folder / name in before:
-        raise ValueError(f"{where}: {name!r} is listed twice")
-    if not (folder / name).is_file():
-        raise ValueError(f"{where}: no picture {name!r} in {folder}")
-    return Item(folder / name, (text, *alt))
+    for spelling in (name, plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)):
+        if os.path.isfile(folder / spelling):
+            return folder / spelling
+    beside = (folder / plain).parent
+    near = [file for file in (os.listdir(beside) if os.path.isdir(beside) else ())
+            if file.strip().casefold() == Path(plain).name.strip().casefold()]
+    raise ValueError(f"{where}: no picture {name!r} in {folder}" + (f"; there is {near[0]!r}" if near else ""))
+
+
+def _no_listing(folder: Path) -> str:
+    """Why a folder is no data folder and what to give instead."""
+    start = f"{folder / LISTINGS[0]}: not found; "
+    if folder.is_file():
+        return f"{start}give the folder, {folder.parent}, not the file"
+    if below := sorted({str(file.parent) for name in LISTINGS for file in folder.glob(f"**/{name}")}):
+        return f"{start}give one of the folders below that have one: {', '.join(below[:6])}"
+    if tables := sorted(folder.glob("*.parquet")):
+        return f'{start}write it from {tables[0].name} with pandas, to_json(FILE, orient="records", lines=True)'
+    return f"{start}a data folder holds pictures and a {LISTINGS[0]} or {LISTINGS[1]} with file_name and text"
 
 
 # ---- pictures
 
-@contextmanager
-def _errors_name(path: str | os.PathLike) -> Iterator[None]:
-    """Turn Pillow's errors into one ValueError with the file's name; meanwhile lift its own size limit, a global."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    except UNREADABLE as error:
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        raise ValueError(f"{path}: not a complete picture ({size} bytes; {error})") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def picture_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) in pixels as stored, from the header alone.
-
-    raises   ValueError that names the file if it is no picture or has more than MOST_PIXELS
-    """
-    with _errors_name(path), Image.open(path) as picture:
-        width, height = picture.size
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{path}: {width}x{height} pixels; at most {MOST_PIXELS:,} are read, scale it down first")
-    return width, height
-
-
 def upright_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as read_picture returns them, from the header alone: the bytes before the pixels."""
-    width, height = picture_size(path)
-    with _errors_name(path), Image.open(path) as picture:
-        turned = Image.Image.getexif(picture).get(0x0112, 1) > 4  # PNG's own getexif decodes the pixels first
-    return (height, width) if turned else (width, height)
+    """(width, height) as read_picture returns them, from what the file declares; raises as read_picture does."""
+    with open_picture(path) as (picture, info, size, _):
+        _check_clear(picture, info, path)
+        return size
+
+
+def _check_clear(picture: Image.Image, info: Mapping[str, object], path: str | os.PathLike) -> None:
+    if reason := unclear(picture, info):
+        raise ValueError(f"{path}: {reason}")
 
 
 def read_picture(path: str | os.PathLike) -> Image.Image:
-    """Decode a picture, upright, as 8-bit RGB.
+    """Decode a picture, upright, as 8-bit sRGB; docs/formats.md has what is read, converted and refused.
 
-    path     any format Pillow reads; gray, palette, CMYK and 16-bit are converted, transparency is laid over white
-    returns  PIL image, mode RGB
-    raises   ValueError that names the file if it is no picture, truncated, over MOST_PIXELS, or floating-point gray
+    returns  PIL image, mode RGB, transparency laid over white. info["profile"] is "converted", or "broken" where the
+             picture's colour profile cannot be used and sRGB is assumed; info["frames"] marks an animation
+    raises   ValueError that names the file
     """
-    picture_size(path)
-    with _errors_name(path), Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "F":
-            raise ValueError("floating-point gray has no agreed white; save it as 8 or 16 bit")
-        if picture.mode.startswith("I"):
-            levels = np.asarray(picture, dtype=np.float64)
-            return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        return picture.convert("RGB")
+    with open_picture(path) as (picture, info, _, turn):
+        _check_clear(picture, info, path)
+        if picture.format == "PNG":
+            scale_key(picture)
+        frames = picture.format != "MPO" and getattr(picture, "is_animated", False)
+        picture.load()
+    if picture.mode.startswith("I"):
+        picture = gray_of_16_bit(picture)
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode in ("La", "RGBa"):
+        picture = picture.convert(picture.mode.upper())
+    alpha = "A" in picture.getbands() or "transparency" in picture.info
+    rgb, note = in_srgb(picture, "RGBA" if alpha else "RGB", path)
+    if alpha:
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info = ({"profile": note} if note else {}) | ({"frames": True} if frames else {})
+    return rgb
 
 
-def resize_to_cover(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that one side fits exactly and the other is no shorter (Lanczos)."""
+def resize_to_cover(picture: Image.Image, height: int, width: int, resample: str = "lanczos") -> Image.Image:
+    """Scale so that one side fits exactly and the other is no shorter; resample: lanczos or bilinear."""
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    return picture.resize(size, Image.Resampling[resample.upper()])
 
 
 class Pictures:
     """A list of pictures, resized when needed; up to CACHE_BYTES of resized pixels stay in memory."""
 
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], resample: str = "lanczos"):
+        self.paths, self.resample = list(paths), resample
         self._recent: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._bytes = 0
 
@@ -166,7 +213,7 @@ class Pictures:
         """(H, W, 3) uint8 of picture `index`, scaled until it covers height x width."""
         key = (index, height, width)
         if key not in self._recent:
-            pixels = np.array(resize_to_cover(read_picture(self.paths[index]), height, width))
+            pixels = np.array(resize_to_cover(read_picture(self.paths[index]), height, width, self.resample))
             self._recent[key] = pixels
             self._bytes += pixels.nbytes
             while self._bytes > CACHE_BYTES and len(self._recent) > 1:
@@ -194,52 +241,78 @@ def nearest_size(sizes: Sequence[tuple[int, int]], width: int, height: int) -> t
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
 
 
-def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bool) -> list[tuple[int, int]]:
+def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bool,
+             small: str = "refuse") -> list[tuple[int, int] | None]:
     """(height, width) of every picture's crop, in pixels.
 
     step    sides are multiples of it
     most    longest side that the transformer's position table allows
     aspect  False: all are res x res
-    raises  ValueError that names a picture which would have to be enlarged
+    small   a picture that does not cover its crop: refuse; skip, its size is None; enlarge
+    raises  ValueError that names the smallest picture, if they are refused, or if none is left
     """
-    choice, sizes = aspect_sizes(res, step, most) if aspect else [(res, res)], []
+    choice, sizes, below = aspect_sizes(res, step, most) if aspect else [(res, res)], [], []
     for item in items:
         width, height = upright_size(item.path)
-        size = nearest_size(choice, width, height)
-        if height < size[0] or width < size[1]:
-            small = f"its short side is {min(width, height)} px, below --res {res}"
-            if aspect:
-                small = f"{width}x{height} px do not cover {size[1]}x{size[0]}, the nearest aspect at --res {res}"
-            raise ValueError(f"{item.path}: {small}: enlarging adds no detail; leave it out")
-        sizes.append(size)
+        lack = too_small(width, height, res, choice)
+        if lack:
+            below.append((width * height, f"{item.path}: {lack}"))
+        sizes.append(None if lack and small == "skip" else nearest_size(choice, width, height))
+    if below and (small == "refuse" or small == "skip" and len(below) == len(items)):
+        raise ValueError(f"{min(below)[1]}; so are {len(below)} of {len(items)} pictures: list them with data.py check "
+                         f"DIR --res {res}{' --aspect' * aspect}, leave them out with --small skip, or --small enlarge")
     return sizes
+
+
+def too_small(width: int, height: int, res: int, choice: Sequence[tuple[int, int]]) -> str:
+    """Why a picture does not cover its crop, "" if it does; choice: the sizes of crops."""
+    size = nearest_size(choice, width, height)
+    if height >= size[0] and width >= size[1]:
+        return ""
+    if len(choice) == 1:
+        return f"its short side is {min(width, height)} px, below --res {res}"
+    return f"{width}x{height} px do not cover {size[1]}x{size[0]}, the nearest aspect at --res {res}"
 
 
 # ---- the commands
 
-def check(folder: str) -> int:
-    """Open every picture and every line and print sizes; returns 1 if anything is wrong, else 0."""
-    items, errors, sides = read_folder(folder), [], []
+def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
+    """Open every picture and every line and print sizes; returns 1 if anything is wrong, else 0.
+
+    res, aspect  of the training to come, at factor 16: pictures that are too small are errors
+    """
+    items, errors, sides, notes = read_folder(folder), [], [], Counter()
+    need(res is None or res >= 32 and res % 32 == 0, "res", res, "a multiple of 32")
+    choice = aspect_sizes(res, 32) if res and aspect else [(res, res)]
     for item in tqdm(items, desc="pictures", file=sys.stderr):
         try:
-            sides.append(read_picture(item.path).size)
+            picture = read_picture(item.path)
+            sides.append(picture.size)
+            notes.update({picture.info.get("profile", ""), "frames" * picture.info.get("frames", False)})
+            if lack := res and too_small(*picture.size, res, choice):
+                errors.append(f"{item.path}: {lack}")
         except ValueError as error:
             errors.append(str(error))
     for error in errors:
-        print(f"error: {error}")
+        print(printable(f"error: {error}"))
     if sides:
         width, height = (int(np.median(side)) for side in zip(*sides, strict=True))
         print(f"{len(sides)} pictures, {sum(len(item.captions) for item in items)} captions; "
               f"median {width}x{height} px, short sides from {min(map(min, sides))} px")
+    for note, text in NOTES.items():
+        if notes[note]:
+            print(f"{notes[note]} {text}")
+    for other in ("metadata.csv", "metadata.parquet"):
+        if (Path(folder) / other).exists() and (Path(folder) / LISTINGS[0]).exists():
+            print(f"note: {other} is not read, {LISTINGS[0]} is")
     return 1 if errors else 0
 
 
 def encode(folder: str, model: str, weights: str | None, t5_length: int | None, batch: int, device: str | None,
-           latents: bool, res: int, aspect: bool, factor: int, dilation: int) -> None:
+           latents: bool, res: int, aspect: bool, small: str, factor: int, dilation: int, cache: str | None) -> None:
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
     from checkpoint import check_device, model_folder
     from family import find
-    from files import need
     from text import check_t5_length
     from training.cache import Embeddings, Latents
     from training.ranks import device_of, launched
@@ -254,25 +327,29 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     device, share = device_of(device), f"rank {rank} of {world}: " if world > 1 else ""
     items, source = read_folder(folder), model_folder(model, weights)
     family, transformer, vae_path = find(source)
+    caches = Path(cache or folder)
     captions = ["", *(caption for item in items for caption in item.captions)]
-    embeddings = Embeddings(Path(folder) / ".embeddings", source, device, family, t5_length)
+    embeddings = Embeddings(caches / ".embeddings", source, device, family, t5_length)
     encoded = embeddings.fill(captions, batch, rank, world)
     print(f"{share}{encoded} captions encoded, {len(set(captions))} in {embeddings.cache}")
     if latents:
         most = family.config(transformer.part("model.diffusion_model.")).table_side * step
-        sizes = sizes_of(items, res, step, most, aspect)
-        pictures = Pictures([item.path for item in items])
+        sizes = sizes_of(items, res, step, most, aspect, small)
+        pictures = Pictures([item.path for item, size in zip(items, sizes, strict=True) if size])
+        sizes = [size for size in sizes if size]
         moments = Latents(pictures.paths, pictures.central_crop, VAE.load(vae_path, device), factor, dilation,
-                          Path(folder) / ".latents")
+                          caches / ".latents")
         print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and encode folders of captioned pictures.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     about = "open every picture and line, list what is wrong"
-    add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
+    add = commands.add_parser("check", help=about, description=about, allow_abbrev=False).add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
+    add("--res", type=int, help="list the pictures that are too small for training at it, pixels")
+    add("--aspect", action="store_true", help="as in training, with --res")
     about = "compute the text embeddings of all captions once"
     encodes = commands.add_parser("encode", help=about, description=about, allow_abbrev=False)
     add = encodes.add_argument
@@ -282,20 +359,20 @@ def main() -> None:
     add("--t5-length", type=int, help="tokens of T5, the same as in training (default: SD3 77, Flux-dev 512)")
     add("--batch", type=int, default=16, help="captions encoded together (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--cache", metavar="DIR", help="folder of .embeddings and .latents (default: the data folder)")
     add("--latents", action="store_true", help="encode central crops too, for train.py --cache-latents")
     add = encodes.add_argument_group("with --latents, the same as in training").add_argument
     add("--res", type=int, default=1024, help="side of the squares, pixels (default: %(default)s)")
     add("--aspect", action="store_true", help="aspect-ratio buckets instead of squares")
+    add("--small", default="refuse", choices=("refuse", "skip", "enlarge"),
+        help="pictures that do not cover their crop (default: %(default)s)")
     add("--factor", type=int, default=16, choices=(8, 16), help="pixels per latent position (default: %(default)s)")
     add("--dilation", type=int, default=2, choices=(1, 2),
         help="of the VAE's first convolution at factor 16; 1: as released (default: %(default)s)")
-    options = vars(parser.parse_args())
-    try:
-        if options.pop("command") == "check":
-            raise SystemExit(check(options["folder"]))
-        encode(**options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    options = vars(parser.parse_args(argv))
+    if options.pop("command") == "check":
+        run_command(lambda: sys.exit(check(**options)))
+    run_command(lambda: encode(**options))
 
 
 if __name__ == "__main__":

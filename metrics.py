@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import MOST_PIXELS, read_picture, upright_size
-from files import need, printable, replacing, run_command, writable
+from data import read_picture, upright_size
+from files import MOST_PIXELS, need, printable, replacing, run_command, writable
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size
