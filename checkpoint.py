@@ -11,7 +11,6 @@ Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -395,25 +394,18 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     return files[0], vae
 
 
-def encoders_inside(folder: str | os.PathLike) -> str:
-    """For messages: the text encoders inside an all-in-one file of a folder, where they are not read; "" if none."""
-    for file in sorted(Path(folder).glob("[!.]*.safetensors")):
-        inside = {name.split(".")[1] for name in open_weights(file) if re.match(r"text_encoders\.\w+\.", name)}
-        if inside:
-            return f"; {file.name} holds {', '.join(sorted(inside))} inside, but each is read from a file of its own"
-    return ""
-
-
 def _no_model(folder: Path) -> str:
     """The message for a folder without a model, with the command that downloads the model of its name, or any model."""
     lack = "no such folder"
     if folder.is_dir():
         lack = "holds no model: no sd3*.safetensors, flux*.safetensors, transformer/ with vae/"
+        if others := sorted(f.name for f in folder.glob("[!.]*.safetensors")):
+            lack += f", but {', '.join(others[:4])}"
     if folder.parent == MODELS:
         lack += f", models/ has {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
     name = folder.name.lower()
     like = "flux-schnell" if "schnell" in name else "flux" if "flux" in name else "sd3" if "sd3" in name else None
-    commands = [f"hf download {arguments} --local-dir {folder}" + (f" ({FLUX_SIZES})" if key == like == "flux" else "")
-                for key, arguments in DOWNLOADS.items() if key == (like or key)]
+    commands = [f"hf download {DOWNLOADS[key]} --local-dir {folder}" for key in ([like] if like else DOWNLOADS)]
+    sizes = f" ({FLUX_SIZES})" if like and "flux" in like else ""
     return (f"{folder}: {lack}; accept the model's licence on its page at huggingface.co, then: "
-            f"{'; or '.join(commands)}")
+            f"{'; or '.join(commands)}{sizes}")

@@ -177,6 +177,8 @@ def files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str]]:
     found = sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.safetensors.index*.json")])
     if any(file.suffix == ".json" for file in found):
         found = [file for file in found if not SHARD.search(file.name)]
+    elif shards := [file for file in found if SHARD.search(file.name)]:
+        raise ValueError(f"{folder}: {shards[0].name} and other shards without their index.json: download it too")
     plain = [f for f in found if f.name.removesuffix(".index.json") in PLAIN_NAMES]
     chosen = plain or found
     if len(chosen) == 1:
@@ -185,8 +187,6 @@ def files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if others and not found:
         raise ValueError(f"{folder}: only {others[0]}, {OTHER_SUFFIXES[Path(others[0]).suffix]}; "
                          "download the .safetensors")
-    if found and all(SHARD.search(file.name) for file in found):
-        raise ValueError(f"{folder}: {len(found)} shards without their index.json: download it too")
     inside = "; it is a model folder: give its transformer/ or a file" if (folder / "transformer").is_dir() else ""
     several = f"several models or variants ({', '.join(f.name for f in chosen[:4])}): name one file, or keep one"
     raise ValueError(f"{folder}: {several if found else 'no .safetensors file'}{inside}")
