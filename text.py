@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Weights, filled, open_weights
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, LazyTensor, Weights, filled, open_weights
 from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
 EOS = 49407            # last id of CLIP's vocabulary
@@ -30,6 +30,11 @@ CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")  # in re-exp
 T5_LENGTH = 77         # tokens, SD3's in training and evaluation; a small T5's metadata may record another "length"
 T5_MOST = 512          # tokens: Flux-dev's length, and the longest that T5 was trained on
 T5_MAX_DISTANCE = 128  # relative positions beyond it share the last bucket
+T5_UNUSED = "decoder.", "lm_head."  # of a complete T5
+T5_OTHERS = (("encoder.block.0.layer.1.DenseReluDense.wi.weight", "a T5 v1.0, whose MLPs have no gate"),
+             ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "a UMT5"))
+MOST_PADDING = 1024    # embeddings without a word; T5 XXL has 28
+T5_DOWNLOAD = f"SD3 and Flux take T5 v1.1 XXL, {SD3_DOWNLOAD} has it under text_encoders/"
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")      # preferred to fp8, which has fewer digits
 
 
@@ -96,21 +101,29 @@ class CLIPText(nn.Module):
             weights = Weights({f"text_model.{k}": t for k, t in weights.items()}, weights.metadata, weights.source)
         for name in CLIP_UNUSED:
             weights.pop(name, None)
+        if any(name.startswith("vision_model.") for name in weights):
+            raise ValueError(f"{weights.source}: holds CLIP's image encoder; give the text encoder alone, as "
+                             "CLIPTextModelWithProjection.save_pretrained writes it")
+        _expect(weights, "model_type", "clip_text_model", "clip")
+        end = "text_projection.weight"
+        if (matrix := weights.get("text_projection")) and end not in weights:  # OpenCLIP's, from width to projection
+            del weights["text_projection"]
+            weights[end] = LazyTensor(matrix.shape[::-1], lambda: matrix.read().T.contiguous())
         vocabulary, _ = weights.shape_of("text_model.embeddings.token_embedding.weight", 2, kind)
         width, = weights.shape_of("text_model.final_layer_norm.weight", 1, kind)
         positions, _ = weights.shape_of("text_model.embeddings.position_embedding.weight", 2, kind)
         mlp_width, _ = weights.shape_of("text_model.encoder.layers.0.mlp.fc1.weight", 2, kind)
-        end = "text_projection.weight"
         projection = weights.shape_of(end, 2, kind)[0] if end in weights else None
         num_heads = num_heads or weights.number("num_attention_heads", otherwise=width // 64, integer=True)
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"{weights.source}: {num_heads} heads do not divide the width {width}; give num_heads")
         activation = activation or weights.metadata.get("hidden_act", "quick_gelu" if width == 768 else "gelu")
         if activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f'{weights.source}: activation {activation!r}: a {kind} has "quick_gelu" or "gelu"')
+            raise ValueError(f'{weights.source}: activation {activation!r:.40}: a {kind} has "quick_gelu" or "gelu"')
         if eos is None:
             eos = weights.number("eos_token_id", otherwise=LEGACY_EOS, integer=True)
             eos = min(EOS, vocabulary - 1) if eos == LEGACY_EOS else eos
+        weights.need(0 <= eos < vocabulary, "eos_token_id", eos, f"an id of its vocabulary, 0 to {vocabulary - 1}")
         sizes = vocabulary, positions, width, mlp_width, weights.depth("text_model.encoder.layers."), num_heads
         clip = filled(lambda: cls(*sizes, activation, eos, projection), weights, device, dtype)
         return clip.requires_grad_(False).eval()
@@ -193,14 +206,18 @@ class T5Encoder(nn.Module):
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None) -> "T5Encoder":
-        """Read a T5 v1.1 encoder, t5xxl_*.safetensors or a transformers folder, sharded or not.
+    def load(cls, path: str | os.PathLike | Weights, device: Device = "cpu",
+             dtype: torch.dtype | None = None) -> "T5Encoder":
+        """Read the encoder of a T5 v1.1: t5xxl_*.safetensors, a transformers folder, or opened Weights of one.
 
         raises  ValueError if names or shapes are not those of T5, or dtype is float16, in which it overflows
         """
         if dtype is torch.float16:
             raise ValueError("T5 overflows in float16; compute in bfloat16 or float32 (either reads a float16 file)")
-        weights, kind = open_weights(path), "T5 encoder"
+        weights, kind = path if isinstance(path, Weights) else open_weights(path), "T5 encoder"
+        for name in [name for name in weights if name.startswith(T5_UNUSED)]:
+            del weights[name]
+        _refuse_other_t5(weights)
         if shared := weights.pop("shared.weight", None):  # files hold the embedding under one name, the other, or both
             embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
             if shared.shape != embedding.shape:
@@ -214,8 +231,10 @@ class T5Encoder(nn.Module):
         table = weights.shape_of(first + "0.SelfAttention.relative_attention_bias.weight", 2, kind)
         if inner % table[1]:
             raise ValueError(f"{weights.source}: the {table[1]} heads of {first}0 do not divide its {inner} rows of q")
-        length = weights.number("length", integer=True) or None
-        check_t5_length(length)
+        weights.need(4 <= table[0] < 4 * T5_MAX_DISTANCE, f"{first}0.SelfAttention.relative_attention_bias.weight",
+                     table[0], f"4 to {4 * T5_MAX_DISTANCE - 1} buckets")
+        length = weights.number("length", integer=True)
+        check_t5_length(length, f"{weights.source}: ")
         sizes = vocabulary, width, inner, mlp_width, weights.depth("encoder.block."), table
         return filled(lambda: cls(*sizes, length), weights, device, dtype).requires_grad_(False).eval()
 
@@ -234,27 +253,38 @@ class T5Encoder(nn.Module):
         return rearrange(table(buckets.to(table.weight.device)), "q k h -> 1 h q k")
 
 
+def _refuse_other_t5(weights: Weights) -> None:
+    """ValueError that names a relative of T5 v1.1, by its config.json or tensors."""
+    _expect(weights, "model_type", "t5")
+    _expect(weights, "feed_forward_proj", "gated-gelu")
+    _expect(weights, "relative_attention_max_distance", str(T5_MAX_DISTANCE))
+    for shows, what in T5_OTHERS:
+        if shows in weights:
+            raise ValueError(f"{weights.source}: is {what}; {T5_DOWNLOAD}")
+
+
+def _expect(weights: Weights, key: str, *accepted: str) -> None:
+    """ValueError if config.json or metadata record another value; none is fine."""
+    if (value := weights.metadata.get(key, accepted[0])) not in accepted:
+        raise ValueError(f"{weights.source}: records {key} {value!r:.40}, expected {' or '.join(accepted)}")
+
+
 # ---- what SD3 and Flux share
 
-def _load_encoders(paths: Sequence[Path], tokenizers: Sequence[CLIPTokenizer | T5Tokenizer], device: Device,
-                   dtype: torch.dtype | None) -> list[CLIPText | T5Encoder]:
-    """CLIPs and, last, T5; ValueError if one has fewer embeddings than its tokenizer has words."""
-    encoders: list[CLIPText | T5Encoder] = []
-    for path, tokenizer in zip(paths, tokenizers, strict=True):
-        if isinstance(tokenizer, CLIPTokenizer):
-            encoders.append(CLIPText.load(path, eos=tokenizer.eos, device=device, dtype=dtype))
-        else:
-            encoders.append(T5Encoder.load(path, device, dtype))
-        if tokenizer.size > (rows := encoders[-1].vocabulary):
-            raise ValueError(f"{path}: has {rows} embeddings, its tokenizer {tokenizer.size} words")
-    return encoders
+def _load(encoder: type[CLIPText] | type[T5Encoder], source: Path | Weights, tokenizer: CLIPTokenizer | T5Tokenizer,
+          **more: object) -> CLIPText | T5Encoder:
+    """An encoder; ValueError if it has fewer embeddings than its tokenizer has words, or far more."""
+    model, name = encoder.load(source, **more), source.source if isinstance(source, Weights) else source
+    if not tokenizer.size <= model.vocabulary <= tokenizer.size + MOST_PADDING:
+        raise ValueError(f"{name}: has {model.vocabulary} embeddings, its tokenizer {tokenizer.size} words")
+    return model
 
 
-def check_t5_length(t5_length: int | None) -> None:
+def check_t5_length(t5_length: int | None, source: str = "") -> None:
     """ValueError if a T5 length, from the command line or a file's metadata, is not 1 to 512 tokens; None passes."""
     if t5_length is not None and not 1 <= t5_length <= T5_MOST:
         official = f"SD3 {T5_LENGTH}, Flux-dev {T5_MOST}, Flux-schnell 256"
-        raise ValueError(f"T5 length {t5_length}: give 1 to {T5_MOST} tokens ({official})")
+        raise ValueError(f"{source}T5 length {t5_length}: give 1 to {T5_MOST} tokens ({official})")
 
 
 # ---- SD3
@@ -293,9 +323,12 @@ class SD3Text:
         folder = Path(folder)
         check_t5_length(t5_length)
         to_l, to_g = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
-        tokenizers = to_l, to_g, T5Tokenizer.load(folder / "tokenizer_3")
-        clip_l, clip_g, t5 = _load_encoders(_sd3_encoders(folder), tokenizers, device, dtype)
-        return cls(clip_l, clip_g, t5, device, t5_length or t5.length or T5_LENGTH, tokenizers)
+        to_t5, sources = T5Tokenizer.load(folder / "tokenizer_3"), _sd3_encoders(folder)
+        clip_l, clip_g = (_load(CLIPText, source, to, eos=to.eos, device=device, dtype=dtype)
+                          for source, to in zip(sources[:2], (to_l, to_g), strict=True))
+        _check_clips(clip_l, clip_g, folder)
+        t5 = _load(T5Encoder, sources[2], to_t5, device=device, dtype=dtype)
+        return cls(clip_l, clip_g, t5, device, t5_length or t5.length or T5_LENGTH, (to_l, to_g, to_t5))
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -310,7 +343,20 @@ class SD3Text:
         return sd3_context(context_l, context_g, context_t5), torch.cat((pooled_l, pooled_g), dim=-1)
 
 
-def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
+def _check_clips(clip_l: CLIPText, clip_g: CLIPText, folder: Path) -> None:
+    """ValueError if the two are not SD3's: what one alone does not show."""
+    widths = [clip.text_model.final_layer_norm.weight.shape[0] for clip in (clip_l, clip_g)]
+    if widths[0] > widths[1]:
+        raise ValueError(f"{folder}: its clip_l is {widths[0]} wide, its clip_g {widths[1]}: they are exchanged")
+    if clip_l.length != clip_g.length:
+        raise ValueError(f"{folder}: its clip_l takes {clip_l.length} tokens, its clip_g {clip_g.length}: SD3 joins "
+                         "the two token by token, LongCLIP (248) is no part of it")
+    if clip_g.text_projection is None:
+        raise ValueError(f"{folder}: its clip_g has no text_projection.weight, which SD3 needs; {SD3_DOWNLOAD} has it "
+                         "in text_encoders/clip_g.safetensors")
+
+
+def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
     official = folder / "text_encoders"
     if official.is_dir():
         preferred = [official / name for name in T5_FILES if (official / name).is_file()]
@@ -320,7 +366,15 @@ def _sd3_encoders(folder: Path) -> tuple[Path, Path, Path]:
     else:
         paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"
         where = f"{SD3_DOWNLOAD}-diffusers has it; or give {SD3_DOWNLOAD} with its text_encoders/"
-    if missing := [path for path in paths if not path.exists()]:
+    missing = [path for path in paths if not path.exists()]
+    for file in sorted(folder.glob("sd3*.safetensors")) if len(missing) == 3 else ():
+        weights = open_weights(file)  # sd3_medium_incl_clips_t5xxlfp16.safetensors holds all three
+        inside = [weights.part(f"text_encoders.{name}.transformer.") for name in ("clip_l", "clip_g", "t5xxl")]
+        if any(inside) and not inside[2]:
+            raise FileNotFoundError(f"{file}: holds both CLIPs but no T5; {SD3_DOWNLOAD} has it under text_encoders/")
+        if any(name.startswith("text_encoders.") for name in weights):
+            return inside
+    if missing:
         raise FileNotFoundError(f"{missing[0]}: not found; {where}")
     return paths
 
@@ -344,12 +398,13 @@ class FluxText:
         """
         folder = Path(folder)
         check_t5_length(t5_length)
-        paths = folder / "text_encoder", folder / "text_encoder_2"
-        if missing := [path for path in paths if not path.is_dir()]:
+        sources = folder / "text_encoder", folder / "text_encoder_2"
+        if missing := [path for path in sources if not path.is_dir()]:
             raise FileNotFoundError(f"{missing[0]}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
-        tokenizers = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
-        clip, t5 = _load_encoders(paths, tokenizers, device, dtype)
-        return cls(clip, t5, device, t5_length or t5.length or T5_MOST, tokenizers)
+        to_clip, to_t5 = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
+        clip = _load(CLIPText, sources[0], to_clip, eos=to_clip.eos, device=device, dtype=dtype)
+        t5 = _load(T5Encoder, sources[1], to_t5, device=device, dtype=dtype)
+        return cls(clip, t5, device, t5_length or t5.length or T5_MOST, (to_clip, to_t5))
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:

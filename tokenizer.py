@@ -185,9 +185,9 @@ class T5Tokenizer:
             room = length - 1
             if len(ids) > room:
                 _warn_cut("".join(pieces[room:]).replace(SPACE, " "), len(ids), room)
-            unknown = [p for p, i in zip(pieces, ids, strict=True) if i == self.unknown and p not in self.special]
-            if unknown:
-                letters, lost = "".join(prompt.split()), "".join(unknown).replace(SPACE, "")
+            words = [(p.replace(SPACE, ""), i) for p, i in zip(pieces, ids, strict=True) if p not in self.special]
+            if lost := "".join(word for word, i in words if i == self.unknown):
+                letters = "".join(word for word, _ in words)
                 warnings.warn(f"{len(lost)} of {len(letters)} letters of a prompt are unknown to T5's vocabulary; "
                               f"lost: {_shortened(lost)!r}", stacklevel=2)
             rows.append([*ids[:room], self.eos])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import sentencepiece
 import torch
 from golden import published, read_case, weights_of, write_weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from checkpoint import LazyTensor, Weights
 from text import CLIPText, CLIPTokenizer, SD3Text, T5Encoder, T5Tokenizer, sd3_context, t5_buckets
@@ -161,11 +163,11 @@ def transformers_module():
     return module
 
 
-def save_clip(folder, projected=True, act="gelu", shard="5GB", vocabulary=120):
+def save_clip(folder, projected=True, act="gelu", shard="5GB", vocabulary=120, width=48):
     t = transformers_module()
     torch.manual_seed(3)
     config = t.CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
         max_position_embeddings=20, hidden_act=act, projection_dim=40, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, initializer_factor=4.0)
     model = (t.CLIPTextModelWithProjection if projected else t.CLIPTextModel)(config).eval()
@@ -213,6 +215,46 @@ def test_t5_equals_transformers_from_its_own_folder(shard, tmp_path):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "60KB")
     expected = model(tokens).last_hidden_state
     assert error(T5Encoder.load(tmp_path)(tokens), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_complete_t5_gives_the_numbers_of_its_encoder(tmp_path):
+    t = transformers_module()
+    torch.manual_seed(5)
+    whole = t.T5ForConditionalGeneration(t.T5Config(
+        vocab_size=90, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, initializer_factor=0.7)).eval()
+    whole.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert error(T5Encoder.load(tmp_path)(tokens), whole.encoder(tokens).last_hidden_state) < 1e-5
+
+
+def other_encoders(t):
+    """Text encoders and others that are not SD3's or Flux's: name -> model, loader, words of the refusal."""
+    small = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+    t5 = dict(vocab_size=90, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
+    gated = t5 | {"feed_forward_proj": "gated-gelu"}
+    text, image = t.CLIPTextConfig(vocab_size=90, **small), t.CLIPVisionConfig(image_size=32, patch_size=16, **small)
+    both = t.CLIPConfig(text_config=text.to_dict(), vision_config=image.to_dict(), projection_dim=16)
+    return {
+        "t5 v1.0": (t.T5EncoderModel(t.T5Config(**t5)), T5Encoder, "feed_forward_proj 'relu'", "a T5 v1.0"),
+        "umt5": (t.UMT5EncoderModel(t.UMT5Config(**gated)), T5Encoder, "model_type 'umt5'", "a UMT5"),
+        "bert": (t.BertModel(t.BertConfig(vocab_size=90, **small)), T5Encoder, "model_type 'bert'", "no T5 encoder"),
+        "clip": (t.CLIPModel(both), CLIPText, "holds CLIP's image encoder", "holds CLIP's image encoder"),
+        "vision": (t.CLIPVisionModel(image), CLIPText, "image encoder|model_type 'clip_vision_model'",
+                   "image encoder|no CLIP text encoder"),
+        "t5 as clip": (t.T5EncoderModel(t.T5Config(**gated)), CLIPText, "model_type 't5'", "no CLIP text encoder")}
+
+
+@pytest.mark.parametrize("name", ["t5 v1.0", "umt5", "bert", "clip", "vision", "t5 as clip"])
+def test_other_encoders_are_named_by_their_config_or_without_it_by_their_tensors(name, tmp_path):
+    model, encoder, by_config, by_tensors = other_encoders(transformers_module())[name]
+    model.save_pretrained(tmp_path)
+    for words in (by_config, by_tensors):
+        with pytest.raises(ValueError, match=words) as refusal:
+            encoder.load(tmp_path)
+        assert str(refusal.value).startswith(str(tmp_path)) and "\n" not in str(refusal.value)
+        (tmp_path / "config.json").unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -266,6 +308,35 @@ def test_clip_refuses_heads_that_do_not_divide_and_foreign_activations(tmp_path)
         CLIPText.load(path)
     with pytest.raises(ValueError, match="5 heads do not divide the width 64; give num_heads"):
         CLIPText.load(path, num_heads=5)
+
+
+@torch.no_grad()
+def test_projection_under_openclips_name_is_transposed(tmp_path):
+    model, tokens = save_clip(tmp_path), clip_tokens()
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert error(CLIPText.load(tmp_path)(tokens)[2], model(tokens).text_embeds) < 1e-5
+
+
+@pytest.mark.parametrize(("case", "encoder", "key", "value", "message"), [
+    ("clip_l", CLIPText, "eos_token_id", "60000", "eos_token_id has 60000, expected an id of its vocabulary"),
+    ("clip_l", CLIPText, "num_attention_heads", "7", "7 heads do not divide the width 64"),
+    ("t5_encoder", T5Encoder, "length", "0", "T5 length 0: give 1 to 512 tokens"),
+    ("t5_encoder", T5Encoder, "length", "1e18", "T5 length 1000000000000000000: give 1 to 512"),
+    ("t5_encoder", T5Encoder, "relative_attention_max_distance", "64", "max_distance '64', expected 128")])
+def test_absurd_metadata_is_refused_with_its_file(case, encoder, key, value, message, tmp_path):
+    save_file(weights_of(read_case(case)), tmp_path / "encoder.safetensors", {key: value})
+    with pytest.raises(ValueError, match=f"encoder.safetensors: .*{message}"):
+        encoder.load(tmp_path / "encoder.safetensors")
+
+
+def test_t5_whose_buckets_have_no_logarithm_is_refused(tmp_path):
+    tensors = weights_of(read_case("t5_encoder"))
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    save_file(tensors | {name: tensors[name][:2].clone()}, tmp_path / "t5.safetensors")
+    with pytest.raises(ValueError, match="t5.safetensors: .*relative_attention_bias.weight has 2, expected 4 to 511"):
+        T5Encoder.load(tmp_path / "t5.safetensors")
 
 
 def test_clip_pools_at_the_first_end_and_ignores_what_follows(tmp_path):
@@ -484,6 +555,131 @@ def test_t5_tokenizer_equals_sentencepiece_and_knows_special_tokens(tiny):
     (tiny / "tokenizer_3" / "tokenizer_config.json").unlink()
 
 
+def multilingual(count):
+    """Words of many scripts from a fixed seed, between spaces of many kinds and T5's special tokens."""
+    draw = random.Random(7)
+    blocks = ((0x21, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x400, 0x500), (0x5D0, 0x5EB), (0x620, 0x650),
+              (0x900, 0x970), (0xE01, 0xE50), (0x1100, 0x1200), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x9FFF),
+              (0xAC00, 0xD7A3), (0xFE00, 0xFF60), (0x1F300, 0x1F700))
+
+    def word():
+        return "".join(chr(draw.randrange(*draw.choice(blocks))) for _ in range(draw.randint(1, 6)))
+
+    gaps = (" ", "  ", "\u3000", "\t", "\x85", "\u2581", "<extra_id_3>", "</s> ")
+    return [draw.choice(gaps).join(word() for _ in range(draw.randint(1, 9))) for _ in range(count)]
+
+
+def write_tokenizer_json(spiece, folder, extra_ids):
+    """tokenizer.json as transformers writes it from a spiece.model; sentencepiece_model.proto has the field numbers."""
+    def fields(message):
+        while message:
+            tag, message = message[0], message[1:]
+            value = shift = 0
+            while tag & 7 != 5:  # 5: four bytes; 0 and 2: a number, or the length of what follows
+                byte, message = message[0], message[1:]
+                value, shift = value | (byte & 127) << shift, shift + 7
+                if byte < 128:
+                    break
+            size = {0: 0, 2: value, 5: 4}[tag & 7]
+            yield tag >> 3, message[:size]
+            message = message[size:]
+
+    model = sentencepiece.SentencePieceProcessor(str(spiece))
+    normalizer = dict(fields(dict(fields(spiece.read_bytes()))[3]))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.normalizer = normalizers.Precompiled(normalizer[2])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in reversed(range(extra_ids)))])
+    backend.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("extra_ids", [0, 4, 100])
+def test_t5_tokenizer_from_tokenizer_json_equals_spiece_model(tiny, extra_ids, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    shutil.copy(tiny / "tokenizer_3" / "spiece.model", tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"extra_ids": extra_ids}))
+    write_tokenizer_json(tmp_path / "a" / "spiece.model", tmp_path / "b", extra_ids)
+    ours, other = T5Tokenizer.load(tmp_path / "a"), T5Tokenizer.load(tmp_path / "b")
+    assert (ours.size, ours.pad, ours.eos, ours.special) == (other.size, other.pad, other.eos, other.special)
+    for text in [*prompts(), *multilingual(1000)]:
+        assert ours.encode(text) == other.encode(text), text
+
+
+def test_t5_reports_the_letters_that_its_vocabulary_lacks(tiny):
+    tokenizer = T5Tokenizer.load(tiny / "tokenizer_3")
+    with pytest.warns(UserWarning, match="^4 of 13 letters of a prompt are unknown to T5's .*; lost: '日本語♞'$"):
+        tokenizer(["a red fox 日本語  at ♞", "the fox"], 30)
+    with pytest.warns(UserWarning, match="^4 of 4 letters .* '株式会社'$"):  # the one sign stands for four
+        tokenizer(["㍿"], 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(["the red fox", "", "<unk> the fox", "the fox</s>"], 30)
+
+
+def test_clip_vocabulary_without_a_byte_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny / "tokenizer", tmp_path, dirs_exist_ok=True)
+    words = json.loads((tmp_path / "vocab.json").read_text())
+    words["another"] = words.pop("Ł</w>")
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    with pytest.raises(ValueError, match="the vocabulary has no Ł</w>"):
+        CLIPTokenizer.load(tmp_path)
+
+
+DEEP = "[" * 100_000
+
+
+SETTINGS = "tokenizer_config.json"
+
+
+@pytest.mark.parametrize(("part", "file", "content", "message"), [
+    ("tokenizer", SETTINGS, DEEP, f"{SETTINGS}: not JSON"),
+    ("tokenizer", SETTINGS, '{"pad_token": 7}', ": pad_token is 7, expected a text"),
+    ("tokenizer", SETTINGS, '{"pad_token": {"content": ["!"]}}', ": pad_token: content"),
+    ("tokenizer", SETTINGS, '{"added_tokens_decoder": [1]}', ": added_tokens_decoder"),
+    ("tokenizer", SETTINGS, '{"added_tokens_decoder": {"1": {"content": "!", "lstrip": 3}}}', "1: lstrip is 3"),
+    ("tokenizer", "special_tokens_map.json", '{"bos_token": "\\ud800"}', "special_tokens_map.json: bos_token"),
+    ("tokenizer", "special_tokens_map.json", "[]", "special_tokens_map.json: holds a list"),
+    ("tokenizer", "vocab.json", DEEP, "vocab.json .*cannot be read"),
+    ("tokenizer", "vocab.json", '{"a": -1}', "vocab.json .*cannot be read"),
+    ("tokenizer", "merges.txt", "#version\nfox fox", "merges.txt: cannot be read"),
+    ("tokenizer", "tokenizer.json", DEEP, "tokenizer.json: not JSON"),
+    ("tokenizer", "tokenizer.json", '{"model": 3}', "tokenizer.json: cannot be read"),
+    ("tokenizer_3", SETTINGS, '{"extra_ids": 100000000}', ": extra_ids is 100000000"),
+    ("tokenizer_3", SETTINGS, '{"extra_ids": "x"}', ': extra_ids is "x"'),
+    ("tokenizer_3", "spiece.model", "", "spiece.model: (cannot be read|has no padding)"),
+    ("tokenizer_3", "spiece.model", "<!DOCTYPE html>", "spiece.model: cannot be read")])
+def test_malformed_tokenizer_file_is_one_line_that_names_it(tiny, part, file, content, message, tmp_path):
+    shutil.copytree(tiny / part, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        (T5Tokenizer if part == "tokenizer_3" else CLIPTokenizer).load(tmp_path)
+    assert str(tmp_path / file) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"model": {"type": "WordPiece"}}, "unk_id is missing"), ({"added_tokens": 5}, "added_tokens is 5"),
+    ({"normalizer": None}, "cannot be read"),
+    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot be read"),
+    ({"model": {"unk_id": 2, "vocab": [["a", "b"]]}}, "cannot be read"),
+    ({"model": {"unk_id": 2, "vocab": [["<unk>", 0.0]] * 3}}, "")])
+def test_malformed_tokenizer_json_of_t5_is_one_line_that_names_it(tiny, changed, message, tmp_path):
+    write_tokenizer_json(tiny / "tokenizer_3" / "spiece.model", tmp_path, 4)
+    content = json.loads((tmp_path / "tokenizer.json").read_text()) | changed
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}") as refusal:
+        T5Tokenizer.load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"a fox", "half \ud83d"])
+def test_what_is_no_text_is_refused_as_a_prompt(tiny, prompt):
+    for tokenizer in (CLIPTokenizer.load(tiny / "tokenizer"), T5Tokenizer.load(tiny / "tokenizer_3")):
+        with pytest.raises(ValueError, match="a prompt is not text, or not in UTF-8"):
+            tokenizer(["a fox", prompt], 20)
+
+
 def test_long_prompts_keep_the_end_and_say_what_was_cut(tiny):
     prompt = "the house is wonderful " * 20 + "with a golden fox"
     for tokenizer, room in ((CLIPTokenizer.load(tiny / "tokenizer"), 18), (T5Tokenizer.load(tiny / "tokenizer_3"), 19)):
@@ -574,8 +770,66 @@ def test_sd3_text_names_the_missing_encoder_and_its_download(tiny, official, los
         SD3Text.load(folder)
 
 
-def test_sd3_text_refuses_an_encoder_with_fewer_embeddings_than_words(tiny, tmp_path):
+def replaced(file, change):
+    """Write a file again with other tensors, and its metadata."""
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    save_file(change(load_file(file)), file, metadata)
+
+
+def test_sd3_text_is_read_from_an_all_in_one_file(tiny, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    folder, other = sd3_folder(tiny, tmp_path / "a", False), tmp_path / "b"
+    for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (other / part).symlink_to(tiny / part)
+    inside = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}
+    for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
+        if name == "t5xxl":
+            save_file(inside, other / "sd3_medium_incl_clips.safetensors", {"num_attention_heads": "3"})
+            with pytest.raises(FileNotFoundError, match="incl_clips.safetensors: holds both CLIPs but no T5"):
+                SD3Text.load(other)
+            (other / "sd3_medium_incl_clips.safetensors").unlink()
+        tensors = load_file(folder / part / "model.safetensors")
+        inside |= {f"text_encoders.{name}.transformer.{key}": t for key, t in tensors.items()}
+    save_file(inside, other / "sd3_medium_incl_clips_t5xxlfp16.safetensors", {"num_attention_heads": "3"})
+    config = folder / "text_encoder" / "config.json"  # the file does not record that this tiny one has quick GELU
+    config.write_text(config.read_text().replace("quick_gelu", "gelu"))
+    ours, expected = (SD3Text.load(of).encode(["a fox"]) for of in (other, folder))
+    assert error(ours[0], expected[0]) < 1e-5 and error(ours[1], expected[1]) < 1e-5  # tensors lie at other addresses
+
+
+def test_sd3_text_refuses_clips_that_are_not_of_one_set(tiny, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, True)
+    clip_l, clip_g = (folder / "text_encoders" / f"{name}.safetensors" for name in ("clip_l", "clip_g"))
+    position, projection = "text_model.embeddings.position_embedding.weight", "text_projection.weight"
+    short = "embeddings.position_embedding.weight"
+    original = clip_l.read_bytes()
+
+    def longer(tensors):
+        name = position if position in tensors else short
+        return tensors | {name: torch.cat([tensors[name]] * 3)}
+
+    replaced(clip_l, longer)
+    with pytest.raises(ValueError, match="clip_l takes 60 tokens, its clip_g 20: .*LongCLIP"):
+        SD3Text.load(folder)
+    clip_l.write_bytes(original)
+    replaced(clip_g, lambda tensors: {name: t for name, t in tensors.items() if name != projection})
+    with pytest.raises(ValueError, match="clip_g has no text_projection.weight, which SD3 needs; stabilityai"):
+        SD3Text.load(folder)
+
+
+def test_sd3_text_refuses_exchanged_clips(tiny, tmp_path):
     folder = sd3_folder(tiny, tmp_path, False)
-    save_t5(folder / "text_encoder_3", width=100, vocabulary=100)
-    with pytest.raises(ValueError, match="text_encoder_3: has 100 embeddings, its tokenizer 1[0-9]+ words"):
+    size = len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
+    save_clip(folder / "text_encoder", vocabulary=size, width=72)
+    with pytest.raises(ValueError, match="its clip_l is 72 wide, its clip_g 48: they are exchanged"):
+        SD3Text.load(folder)
+
+
+@pytest.mark.parametrize("rows", [100, 5000])  # 5000: the embeddings of a multilingual T5 with the tokenizer of T5
+def test_sd3_text_refuses_an_encoder_of_another_vocabulary(tiny, rows, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, False)
+    save_t5(folder / "text_encoder_3", width=100, vocabulary=rows)
+    with pytest.raises(ValueError, match=f"text_encoder_3: has {rows} embeddings, its tokenizer 1[0-9]+ words"):
         SD3Text.load(folder)
