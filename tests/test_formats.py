@@ -154,7 +154,8 @@ def test_a_layout_is_refused_with_the_words_of_its_row(layout, tmp_path):
 
 @pytest.mark.parametrize("present", [
     ("sd3.5_large.safetensors", "sd3.5_large_turbo.safetensors"),
-    ("flux1-dev.safetensors", "flux1-dev-fp8.safetensors"), ("sd3_medium.safetensors", "flux1-dev.safetensors"), ("flux1-dev.safetensors", "transformer/"),
+    ("flux1-dev.safetensors", "flux1-dev-fp8.safetensors"), ("sd3_medium.safetensors", "flux1-dev.safetensors"),
+    ("flux1-dev.safetensors", "transformer/"),
     ("sd3_medium_incl_clips.safetensors", "sd3_medium_incl_clips_t5xxlfp8.safetensors")])
 def test_two_models_in_one_folder_are_refused_and_listed(present, tmp_path):
     for name in present:
