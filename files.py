@@ -269,9 +269,9 @@ def _foreign(path: str | os.PathLike) -> str:
 def recorded(path: str | os.PathLike) -> dict[str, str]:
     """What sample.py wrote into a picture: text entries of a PNG, else JSON in the EXIF description; {} if nothing."""
     try:
-        with open_picture(path) as (picture, *_):
+        with open_picture(path) as (picture, info, *_):
             if picture.format == "PNG":
-                return {name: value for name, value in picture.info.items() if isinstance(value, str)}
+                return {name: value for name, value in info.items() if isinstance(value, str)}
             records = parse_json(str(picture.getexif().get(0x010E, "")), str(path))
     except ValueError:  # no picture, or another program's
         return {}
