@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import names
-from checkpoint import SD3_DOWNLOAD, Device, Weights, filled, open_weights
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Weights, filled, open_weights
 
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
@@ -31,7 +31,7 @@ PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {F
              "metadata, or in a config.json as scaling_factor and shift_factor")
 FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT)),   # a transformer in the same file
             ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT)))
-OTHERS = tuple((shows, f"the autoencoder of {what}", f"give an {KIND}") for shows, what in (
+OTHERS = tuple((shows, f"the autoencoder of {what}", "") for shows, what in (
     (r"^bn\.running_mean$",                                 "FLUX.2"),
     (r"^quantize\.",                                        "a VQ model"),
     (r"^((en|de)coder\.)?(layers\.)?\d+\.(conv\.|weight)", "TAESD, which is a preview"),
@@ -74,18 +74,22 @@ def read_config(weights: Weights, norm_groups: int | None = None) -> VAEConfig:
 
 def _refuse_others(weights: Weights) -> None:
     """ValueError that names an autoencoder of another model, by its config.json or tensors."""
-    said, quant = weights.metadata.get("_class_name", "AutoencoderKL"), weights.get("quant_conv.weight")
-    other = names.recognised(weights, OTHERS)
+    said, act, quant = (weights.metadata.get("_class_name", "AutoencoderKL"), weights.metadata.get("act_fn", "silu"),
+                        weights.get("quant_conv.weight"))
+    other = names.recognised(weights, OTHERS).removesuffix("; ")
     if said != "AutoencoderKL":
-        other = f"{said}, by its config.json; give an {KIND}"
-    elif channel := next((key for key in ("latents_mean", "latents_std") if key in weights.metadata), ""):
-        other = f"normalised per channel, by {channel} in its config.json; give an {KIND}"
-    elif quant is not None and quant.shape[0] == 8:
-        other = f"the autoencoder of SD1, SD2 or SDXL, with 4 latent channels; give an {KIND}"
+        other = f"{said[:40]}, by its config.json"
+    elif act not in ("silu", "swish"):
+        other = f"with {act[:40]} instead of silu, by its config.json"
+    elif key := next((key for key in ("latents_mean", "latents_std") if key in weights.metadata), ""):
+        other = f"normalised per channel, by {key} in its config.json"
     elif not other and any(len(t.shape) == 5 for t in weights.values()):
-        other = f"the autoencoder of a video model; give an {KIND}"
+        other = "the autoencoder of a video model"
+    elif not other and quant is not None and quant.shape[0] == 8:
+        other = "the autoencoder of SD1, SD2 or SDXL, with 4 latent channels"
     if other:
-        raise ValueError(f"{weights.source}: is {other}")
+        raise ValueError(f"{weights.source}: is {other}; give SD3's or Flux's, as {SD3_DOWNLOAD}, the vae/ folder of "
+                         f"its -diffusers version or {FLUX_DOWNLOAD} has it")
 
 
 def read_scale(file: Weights, scale: float | None = None, shift: float | None = None,

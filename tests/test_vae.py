@@ -1,5 +1,10 @@
 """The autoencoder: official numbers at both factors, the partition trick and its slow twin, constants, refusals."""
 
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -294,6 +299,45 @@ def test_autoencoder_with_quant_convolutions_is_refused_by_name(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+def others() -> dict[str, nn.Module]:
+    """Small autoencoders of other models."""
+    sides = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                 block_out_channels=(32, 32))
+    wan = dict(base_dim=8, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], z_dim=4)
+    tiny = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                num_decoder_blocks=(1, 1))
+    return {
+        "SDXL": diffusers.AutoencoderKL(**sides), "TAESD": diffusers.AutoencoderTiny(**tiny),
+        "FLUX.2": diffusers.AutoencoderKLFlux2(**sides), "VQ": diffusers.VQModel(**sides),
+        "Wan": diffusers.AutoencoderKLWan(**wan), "Qwen": diffusers.AutoencoderKLQwenImage(**wan),
+        "Hunyuan": diffusers.AutoencoderKLHunyuanVideo(
+            block_out_channels=(8, 8), down_block_types=("HunyuanVideoDownBlock3D",) * 2, layers_per_block=1,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 2, norm_num_groups=4)}
+
+
+@pytest.mark.parametrize("name, by_config, by_tensors", [
+    ("SDXL", "SD1, SD2 or SDXL", "SD1, SD2 or SDXL"), ("TAESD", "is AutoencoderTiny", "TAESD"),
+    ("FLUX.2", "is AutoencoderKLFlux2", "FLUX.2"), ("VQ", "is VQModel", "a VQ model"),
+    ("Wan", "is AutoencoderKLWan", "a video model"), ("Qwen", "is AutoencoderKLQwenImage", "a video model"),
+    ("Hunyuan", "is AutoencoderKLHunyuanVideo", "a video model")])
+def test_other_autoencoders_are_named_by_their_config_or_without_it_by_their_tensors(name, by_config, by_tensors,
+                                                                                     tmp_path):
+    others()[name].save_pretrained(tmp_path)
+    for words in (by_config, by_tensors):
+        with pytest.raises(ValueError, match=f"{words}.*; give SD3's or Flux's") as refusal:
+            VAE.load(tmp_path, fallback=(1.0, 0.0))
+        assert str(refusal.value).startswith(str(tmp_path)) and "\n" not in str(refusal.value)
+        (tmp_path / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("more, words", [({"latents_mean": [0.1] * 16}, "normalised per channel, by latents_mean"),
+                                         ({"act_fn": "relu"}, "with relu instead of silu")])
+def test_settings_that_change_the_latent_or_the_network_are_refused(more, words, tmp_path):
+    random_diffusers(8, **more).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        VAE.load(tmp_path)
+
+
 # ---- names and shapes
 
 @pytest.mark.parametrize("name", ["ae", "sd3_medium", "vae_flux.diffusers", "vae_sd3.diffusers"])
@@ -423,6 +467,55 @@ def test_constants_come_from_the_family_then_the_metadata_then_the_keyword(f16, 
     save_file(tensors, file, {"scale_factor": "0.5", "shift_factor": "-0.25", "norm_groups": "16"})
     assert constants() == (0.5, -0.25, 16)
     assert constants(scale_factor=2.0, shift_factor=0.0, norm_groups=8) == (2.0, 0.0, 8)
+
+
+def test_constants_of_the_family_stand_where_the_files_record_none(four_levels, tmp_path):
+    """The official names of a file without prefix are Flux's; a folder without config.json shows no family."""
+    folder, _ = four_levels
+
+    def constants(path: Path, **keywords: object) -> tuple[float, float]:
+        vae = VAE.load(path, norm_groups=8, **keywords)
+        return vae.scale_factor, vae.shift_factor
+
+    def vae_of(config: dict) -> Path:
+        (tmp_path / "vae").mkdir(exist_ok=True)
+        shutil.copy(folder / "diffusion_pytorch_model.safetensors", tmp_path / "vae")
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+        return tmp_path / "vae"
+
+    family = {"fallback": (0.7, 0.2)}
+    assert constants(vae_of({}), **family) == (0.7, 0.2)
+    assert constants(vae_of({"scaling_factor": 0.5}), **family) == (0.5, 0.0)  # as diffusers reads it
+    assert constants(vae_of({"scaling_factor": 0.5, "shift_factor": None}), **family) == (0.5, 0.0)
+    assert constants(vae_of({"shift_factor": 0.25}), **family) == (0.7, 0.25)
+    assert constants(vae_of({"scaling_factor": 0.5}), scale_factor=2.0, **family) == (2.0, 0.0)
+    assert constants(vae_of({}), scale_factor=2.0, shift_factor=1.0) == (2.0, 1.0)
+    for path in (vae_of({}), tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ValueError, match="no scale_factor and shift_factor.*1.5305 and 0.0609.*0.3611 and 0.1159"):
+            constants(path)
+    with pytest.raises(ValueError, match="records no shift_factor, and nothing"):
+        constants(vae_of({}), scale_factor=2.0)
+
+
+@pytest.mark.parametrize("beside, expected", [
+    ("joint_blocks.0.x_block.attn.qkv.weight", (SD3_SCALE, SD3_SHIFT)),
+    ("double_blocks.0.img_attn.qkv.weight", (FLUX_SCALE, FLUX_SHIFT)), ("input_blocks.0.0.weight", None)])
+def test_transformer_beside_a_prefixed_autoencoder_decides_its_constants(f16, beside, expected, tmp_path):
+    file = tmp_path / "model.safetensors"
+    tensors = {f"first_stage_model.{name}": t for name, t in weights_of(f16).items()}
+    save_file(tensors | {f"model.diffusion_model.{beside}": torch.zeros(1)}, file)
+    if expected:
+        vae = VAE.load(file)
+        assert (vae.scale_factor, vae.shift_factor) == expected
+    else:
+        with pytest.raises(ValueError, match="model.safetensors: records no .* nothing in it shows its family"):
+            VAE.load(file)
+
+
+@pytest.mark.parametrize("scale, shift", [(0.0, 0.0), (-1.0, 0.0), (5000.0, 0.0), (1.0, 5000.0)])
+def test_constants_no_latent_can_have_are_refused(files, scale, shift):
+    with pytest.raises(ValueError, match=f"scale_factor {scale:g}, shift_factor {shift:g}: expected 0.001 to 1000"):
+        VAE.load(files("vae_f16")[0], scale_factor=scale, shift_factor=shift)
 
 
 def test_encode_and_decode_apply_the_constants(files, f16, raw_vae):
