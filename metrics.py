@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data import read_picture, upright_size
-from files import MOST_PIXELS, need, printable, replacing, run_command, writable
+from files import FORMATS, MOST_PIXELS, need, printable, replacing, run_command, writable
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size
@@ -37,7 +38,6 @@ from scores.results import Results, each, identity
 from scores.sheet import detail_sheet
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
 
@@ -59,13 +59,14 @@ def find_pictures(paths: Sequence[str]) -> list[Path]:
 
 def _pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder by suffix. Hidden files are none: systems and killed processes leave them."""
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
     shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in SUFFIXES]
-    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in SUFFIXES]
+    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes]
+    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
     if not pictures:
         folders = [path.name for path in shown if path.is_dir()]
         has = f"; it has {len(others)} other files" + f" and the folders {', '.join(folders[:4])}" * bool(folders)
-        raise ValueError(f"{folder}: no picture in this folder ({', '.join(SUFFIXES)}){has}")
+        raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
     if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
         kinds = Counter(path.suffix or "no suffix" for path in skipped)
         kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
@@ -75,8 +76,11 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8, upright RGB."""
-    return np.array(read_picture(path))
+    """(H, W, 3) uint8, upright sRGB."""
+    picture = read_picture(path)
+    if picture.info.get("frames"):
+        print(printable(f"note: {path}: an animation, of which the first frame is scored"), file=sys.stderr)
+    return np.array(picture)
 
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:

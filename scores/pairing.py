@@ -1,8 +1,7 @@
 """Which prompt each generated picture belongs to: by what it records, else by its name, else by its number.
 
 Listing  lines of JSON with "text" and, on all lines or on none, "file_name"
-Record   sample.py writes the prompt and the file_name of the listing into each picture: text entries of a PNG, JSON in
-         the EXIF image description of other formats
+Record   the prompt that sample.py writes into each picture
 Name     the picture is called as file_name, whatever its suffix
 Number   without any file_name: pictures begin with the number of their line, as sample.py's do, or are as many as the
          lines, in the order of their names; 2 comes before 10
@@ -12,11 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
-from files import entry, parse_json, read_text
-
-DESCRIPTION = 0x010E  # EXIF ImageDescription
+from files import entry, open_picture, parse_json, read_text, recorded
 
 
 def pair_captions(listing: str | Path, pictures: Sequence[Path], notes: list[str]) -> dict[Path, str]:
@@ -78,36 +73,27 @@ def _read_line(line: str, where: str) -> tuple[str, str]:
 
 def by_record(listing: str | Path, prompts: list[tuple[str, str]],
               pictures: Sequence[Path]) -> tuple[dict[Path, int], list[Path]]:
-    """Picture -> index of the prompt it records, and the pictures that record none."""
+    """Picture -> index of the prompt it records, and the pictures that record none of this listing's."""
     of_text = {text.strip(): row for row, (_, text) in enumerate(prompts)}
-    rows, without, broken = {}, [], []
+    rows, without = {}, []
     for picture in pictures:
         record = recorded(picture)
-        prompt = (record or {}).get("prompt")
-        row = of_text.get(prompt.strip()) if isinstance(prompt, str) else None
-        if row is not None:
-            rows[picture] = row
-        elif record and record.get("software") == "diffusion-4k" and prompt is not None:
-            raise ValueError(f"{picture}: records the prompt {str(prompt)[:60]!r}, which is not in {listing}")
+        prompt = record.get("prompt", "").strip()
+        if prompt in of_text:
+            rows[picture] = of_text[prompt]
+        elif prompt and record.get("software") == "diffusion-4k":
+            raise ValueError(f"{picture}: records the prompt {prompt[:60]!r}, which is not in {listing}")
         else:
-            (broken if record is None else without).append(picture)
-    return rows, without if rows else [*pictures]
+            without.append(picture)
+    return rows, [picture for picture in without if not rows or can_be_opened(picture)]
 
 
-def recorded(picture: Path) -> dict | None:
-    """What a program wrote into a picture beside its pixels: {} if nothing, None if it can't be opened."""
+def can_be_opened(picture: Path) -> bool:
     try:
-        with Image.open(picture) as image:
-            if image.format == "PNG":
-                return {name: value for name, value in image.info.items() if isinstance(value, str)}
-            text = Image.Image.getexif(image).get(DESCRIPTION)
-    except (ValueError, OSError):
-        return None
-    try:
-        record = parse_json(text, "") if isinstance(text, str) else {}
-    except ValueError:  # a description in words
-        record = {}
-    return record if isinstance(record, dict) else {}
+        with open_picture(picture):
+            return True
+    except ValueError:
+        return False
 
 
 def by_name(listing: str | Path, prompts: list[tuple[str, str]], pictures: Sequence[Path]) -> dict[Path, int]:

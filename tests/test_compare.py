@@ -109,6 +109,15 @@ def test_correlations_equal_scipy_with_ties(seed):
     assert plcc(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-290, 1e-160, 1e160, 1e300])
+def test_correlations_do_not_depend_on_the_scale(scale):
+    x, y = np.random.default_rng(1).normal(size=(2, 40))
+    for statistic in (srcc, plcc):
+        assert statistic(x * scale, y) == pytest.approx(statistic(x, y), rel=1e-12)
+        assert bootstrap(statistic, x * scale, y, 50) == pytest.approx(bootstrap(statistic, x, y, 50), rel=1e-12)
+    assert plcc([1e308, -1e308, 0], [2, 1, 1.5]) == pytest.approx(1)
+
+
 def test_bootstrap_interval_holds_the_correlation_and_repeats():
     rng = np.random.default_rng(0)
     x = rng.normal(size=80)
