@@ -338,7 +338,7 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         pictures = Pictures([item.path for item, size in zip(items, sizes, strict=True) if size])
         sizes = [size for size in sizes if size]
         moments = Latents(pictures.paths, pictures.central_crop, VAE.load(vae_path, device), factor, dilation,
-                          caches / ".latents")
+                          caches / ".latents", pictures.resample)
         print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
 
 

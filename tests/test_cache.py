@@ -3,10 +3,15 @@
 import hashlib
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import CAPTIONS
+from conftest import CAPTIONS, metadata_of
+from PIL import Image
+from safetensors.torch import load_file
 
 from data import Pictures
 from family import FLUX_DEV, FLUX_SCHNELL, SD3
@@ -114,6 +119,72 @@ def test_cache_depends_on_neither_the_transformer_nor_the_folder_of_the_model(ow
         assert Embeddings(tmp_path / "cache", model).cache == before
 
 
+DAMAGE = {  # name of the damage -> what it makes of a file's tensors, records and bytes
+    "empty": lambda tensors, records, content: b"",
+    "half": lambda tensors, records, content: content[:len(content) // 2],
+    "a byte short": lambda tensors, records, content: content[:-1],
+    "no safetensors": lambda tensors, records, content: b"PK" * 200,
+    "another name": lambda tensors, records, content: saved({f"{name}_": t for name, t in tensors.items()}, records),
+    "one more": lambda tensors, records, content: saved(tensors | {"more": torch.zeros(1)}, records),
+    "one axis less": lambda tensors, records, content: saved({name: t[0] for name, t in tensors.items()}, records),
+    "other shape": lambda tensors, records, content: saved({name: t[..., :-1] for name, t in tensors.items()}, records),
+    "other dtype": lambda tensors, records, content: saved({name: t.half() for name, t in tensors.items()}, records),
+    "no records": lambda tensors, records, content: saved(tensors, None),
+    "records of another": lambda tensors, records, content: saved(tensors, dict.fromkeys(records, "another")),
+}
+
+
+def saved(tensors: dict, records: dict | None) -> bytes:
+    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, records)
+
+
+def damage(file: Path, kind: str) -> None:
+    file.write_bytes(DAMAGE[kind](load_file(file), metadata_of(file), file.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_embedding_is_refused_on_reading_and_computed_again_by_the_next_fill(model, tmp_path, capsys, kind):
+    embeddings = Embeddings(tmp_path, model)
+    embeddings.fill(CAPTIONS)
+    before, file = embeddings.read(CAPTIONS), embeddings._file(CAPTIONS[2])
+    damage(file, kind)
+    with pytest.raises(ValueError, match=f"^{file}: [^\n]*; delete it$"):
+        embeddings.read(CAPTIONS)
+    capsys.readouterr()
+    assert Embeddings(tmp_path, model).fill(CAPTIONS) == (4 if kind == "other shape" else 1)
+    assert "computed again; the first: " in capsys.readouterr().err
+    for a, b in zip(before, embeddings.read(CAPTIONS), strict=True):  # rounding differs with the batch
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_swapped_embeddings_are_seen_by_their_captions(model, tmp_path):
+    embeddings = Embeddings(tmp_path, model)
+    embeddings.fill(CAPTIONS)
+    one, other = (embeddings._file(text) for text in CAPTIONS[:2])
+    one.rename(tmp_path / "x"), other.rename(one), (tmp_path / "x").rename(other)
+    with pytest.raises(ValueError, match="was made of another caption"):
+        embeddings.read(CAPTIONS)
+    assert embeddings.fill(CAPTIONS) == 2
+
+
+def test_complete_cache_in_a_folder_that_cannot_be_written_is_read(model, tmp_path, monkeypatch):
+    Embeddings(tmp_path, model).fill(CAPTIONS)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError(13, "read-only")))
+    assert Embeddings(tmp_path, model).fill(CAPTIONS) == 0
+    with pytest.raises(OSError, match="^--cache: .* is no folder that can be written .*name another$"):
+        Embeddings(tmp_path, model).fill(["a new caption"])
+
+
+def test_leftovers_of_a_killed_encoder_are_cleared(model, tmp_path):
+    embeddings = Embeddings(tmp_path, model)
+    embeddings.fill(CAPTIONS[:1])
+    left = embeddings.cache / ".half.1.tmp.safetensors"
+    left.touch()
+    os.utime(left, (1, 1))
+    embeddings.fill(CAPTIONS)
+    assert not left.exists()
+
+
 # ---- the latent cache
 
 @pytest.fixture
@@ -133,7 +204,7 @@ def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, mo
     assert again.fill(sizes) == 3 and torch.equal(again.read(0, 32, 32)[0], mean)
 
 
-@pytest.mark.parametrize("changed", ["picture", "weights", "factor", "dilation", "size"])
+@pytest.mark.parametrize("changed", ["picture", "weights", "factor", "dilation", "size", "resample"])
 def test_latents_of_another_picture_encoder_or_size_are_not_read(photos, autoencoder, tmp_path, changed):
     shutil.copy(photos / "0.png", tmp_path / "0.png")
     pictures = Pictures([tmp_path / "0.png"])
@@ -145,6 +216,36 @@ def test_latents_of_another_picture_encoder_or_size_are_not_read(photos, autoenc
             autoencoder.encoder.conv_out.bias[0] += 1
     factor, dilation = 8 if changed == "factor" else 16, 1 if changed == "dilation" else 2
     width = 48 if changed == "size" else 32
-    other = Latents(pictures.paths, pictures.central_crop, autoencoder, factor, dilation, tmp_path / "cache")
+    resample = "bilinear" if changed == "resample" else "lanczos"
+    other = Latents(pictures.paths, pictures.central_crop, autoencoder, factor, dilation, tmp_path / "cache", resample)
     with pytest.raises(FileNotFoundError):
         other.read(0, 32, width)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_latent_is_refused_on_reading_and_computed_again_by_the_next_fill(
+        photos, autoencoder, tmp_path, capsys, kind):
+    pictures, sizes = Pictures([photos / f"{k}.png" for k in range(2)]), [(32, 48)] * 2
+    latents = Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path)
+    latents.fill(sizes)
+    before, file = latents.read(1, 32, 48)[0], latents._file(1, 32, 48)
+    damage(file, kind)
+    with pytest.raises(ValueError, match=f"^{file}: [^\n]*; delete it$"):
+        latents.read(1, 32, 48)
+    assert latents.fill(sizes) == 2 and f"1 files in {latents.folder} are computed again" in capsys.readouterr().err
+    assert torch.equal(latents.read(1, 32, 48)[0], before)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+def test_latent_of_a_picture_edited_in_the_middle_is_not_read(autoencoder, tmp_path, suffix):
+    """Size, first and last megabyte, and the time of change stay."""
+    file = tmp_path / f"large.{suffix}"
+    Image.new("RGB", (1100, 1000), "gray").save(file)
+    pictures, before = Pictures([file]), file.stat()
+    Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path / "cache").fill([(32, 32)])
+    content = bytearray(file.read_bytes())
+    content[1_600_000:1_700_000] = bytes(100_000)
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(FileNotFoundError):
+        Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path / "cache").read(0, 32, 32)
