@@ -1,15 +1,20 @@
 """What differs between SD3 and Flux: classes and defaults. Nothing else in the code branches on the family.
 
 Source    sd3-ref and flux `sampling.py`, `util.py` for sampling; the released trainers of Diffusion-4K for training
-Decided   by the names of the tensors in a file, never by the name of a file, folder or --model
-Defaults  the three families below; the metadata of a file override them, and the command line overrides both
+Decided   by the names of the tensors in a file. Turbo models and models without distillation have the tensors of
+          another one: there, as in sd3-ref, the name of the file or folder decides, and sample.py says so
+Defaults  the families below; scheduler_config.json overrides the time shift, the metadata of a file override both, the
+          command line overrides all
 Check     python -m pytest tests/test_family.py
 """
 
+import hashlib
+import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,12 +22,27 @@ from torch import Tensor
 import flux
 import mmdit
 from checkpoint import Weights, locate, open_weights
-from flow import even_sigmas, sd3_sigmas
+from files import entry, need, read_json
+from flow import FLUX_MU, even_sigmas, flux_time_shift, sd3_sigmas
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
-from text import FluxText, SD3Text
+from text import T5_MOST, FluxText, SD3Text
 
-SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res")  # what a transformer's metadata may record
+# what a transformer's metadata may record
+SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
+RES = re.compile(r"([1-9]\d{0,6})(?:[xX]([1-9]\d{0,6}))?")  # pixels: side, or WIDTHxHEIGHT
+RANGES = {  # what is accepted, in words too
+    "steps": (lambda value: 1 <= value <= 10_000, "1 to 10,000"), "cfg": (math.isfinite, "a finite number"),
+    "guidance": (lambda value: 0 <= value < math.inf, "a number from 0"),
+    "time_shift": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "factor": (lambda value: value in (8, 16), "8 or 16"),
+    "t5_length": (lambda value: 1 <= value <= T5_MOST, f"1 to {T5_MOST} tokens")}
+MOST_SIDE = 65_536  # pixels
+BLURRED = 0.9       # a schedule whose last noise level before 0 is above it draws a picture in one jump, blurred
+SCHEDULER = Path("scheduler", "scheduler_config.json")     # in a diffusers folder
+EULER = "FlowMatchEulerDiscreteScheduler"
+UNREAD = ("invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas", "use_exponential_sigmas",
+          "use_karras_sigmas")  # of EULER: other schedules than those of SD3 and Flux
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,9 @@ class Sampling:
     cfg: float
     guidance: float | None
     time_shift: float | None
-    res: str  # pixels: side, or WIDTHxHEIGHT
+    res: str
+    factor: int
+    t5_length: int | None
 
 
 @dataclass(frozen=True)
@@ -48,34 +70,63 @@ class Family:
     steps: int
     cfg: float
     guidance: float | None                  # None: the model has no such input
-    time_shift: float | None                # None: by the number of tokens, flow.flux_mu
+    time_shift: float | None                # None: by_tokens
     density: str                            # of sigma in training
     training_shift: float
+    latent_scale: tuple[float, float]       # scale and shift factor of a VAE whose files do not record them
     release_drops_latent_shift: bool        # the released trainer: latents are raw * scale, not (raw - shift) * scale
     clip_tokens: int                        # of the context, before those of T5
     t5_tokens: int
     t5_length: int | None = None            # None: from the metadata of the T5 file, else t5_tokens
     without_guidance: str = ""              # what there is instead of a guidance input
+    same_tensors: str = ""                  # other models with the same tensors, and the flags that draw them
+    by_tokens: Callable[[int], float] = flux_time_shift  # image tokens -> time shift
+    scheduler: str = ""                     # the file that time_shift or by_tokens was read from
     res: int = 1024
+    factor: int = 16
 
     def sampling(self, transformer: Weights, steps: int | None = None, cfg: float | None = None,
-                 guidance: float | None = None, time_shift: float | None = None, res: str | None = None) -> Sampling:
-        """The arguments; None: from the transformer's metadata (ValueError if no number), else the family's default."""
-        def number(name: str, value: float | None) -> float | None:
-            try:
-                return transformer.number(name, otherwise=getattr(self, name)) if value is None else value
-            except ValueError as error:
-                raise ValueError(f"{error}; give --{name.replace('_', '-')}") from None
+                 guidance: float | None = None, time_shift: float | None = None, res: str | None = None,
+                 factor: int | None = None, t5_length: int | None = None) -> Sampling:
+        """The arguments; None: from the transformer's metadata, else the family's default.
 
-        res = transformer.metadata.get("res", str(self.res)) if res is None else res
-        return Sampling(int(number("steps", steps)), number("cfg", cfg), number("guidance", guidance),
-                        number("time_shift", time_shift), res)
+        ValueError that names the flag and, if it recorded the value, the file: no number, or none of RANGES
+        """
+        def number(name: str, value: float | None, integer: bool = False) -> float | None:
+            flag, (fits, accepted) = name.replace("_", "-"), RANGES[name]
+            by = f" (recorded by {transformer.source})" if value is None and name in transformer.metadata else ""
+            try:
+                value = transformer.number(name, otherwise=getattr(self, name), integer=integer) if by else value
+            except ValueError as error:
+                raise ValueError(f"{error}; give --{flag}") from None
+            value = getattr(self, name) if value is None else value
+            need(value is None or fits(value), flag, f"{value}{by}", accepted)
+            return value
+
+        if res is None and not RES.fullmatch(res := transformer.metadata.get("res", str(self.res))):
+            raise ValueError(f"{transformer.source}: its metadata records res {res!r}, which are no pixels; give --res")
+        return Sampling(number("steps", steps, True), number("cfg", cfg), number("guidance", guidance),
+                        number("time_shift", time_shift), res, number("factor", factor, True),
+                        number("t5_length", t5_length, True))
 
     def check_guidance(self, guidance: float | None) -> None:
         """ValueError if --guidance is given to a model that has no such input."""
         if guidance is not None and self.guidance is None:
             no_input = f"this is {self.name}, which has no guidance input; {self.without_guidance}"
             raise ValueError(f"--guidance {guidance:g}: {no_input}")
+
+    def check_schedule(self, steps: int, time_shift: float, flag: str) -> str:
+        """ValueError if noise levels coincide; a note if none is between 0 and BLURRED. flag: "" is by tokens."""
+        sigmas, mu = self.sigmas(steps, time_shift), math.log(time_shift)
+        if not (sigmas.diff() < 0).all():
+            given = {"--mu": f"--mu {mu:g}", "": f"the time shift for that many pixels, {time_shift:.3g}"}
+            advice = {"--mu": "a value nearer to 0", "": "--mu 1.15, or a smaller --res"}
+            raise ValueError(f"{given.get(flag, f'--time-shift {time_shift:g}')}: some of the {steps} noise levels "
+                             f"coincide; give {advice.get(flag, 'a value nearer to 1')}")
+        if steps == 1 or (last := sigmas[-2].item()) <= BLURRED:
+            return ""
+        return (f"note: time shift {time_shift:.4g}, mu {mu:.2f}: the last noise level before 0 is {last:.3f}, above "
+                f"{BLURRED}, so that pictures are blurred; --mu 1.15 caps it")
 
     def text_tokens(self, t5_length: int | None) -> int:
         """Length of the context for a T5 length; None: as published."""
@@ -90,14 +141,45 @@ class Family:
 
 SD3 = Family(
     "SD3", MMDiT, mmdit.read_config, SD3Text, sd3_sigmas, "sd3.safetensors", vae_inside=True, steps=28, cfg=7.0,
-    guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, release_drops_latent_shift=True,
-    clip_tokens=77, t5_tokens=77, without_guidance="SD3 is guided by a second pass, --cfg")
+    guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, latent_scale=(1.5305, 0.0609),
+    release_drops_latent_shift=True, clip_tokens=77, t5_tokens=77,
+    without_guidance="SD3 is guided by a second pass, --cfg")
+SD3_5_MEDIUM = replace(SD3, name="SD3.5-medium", steps=50, cfg=5.0)
+SD3_5_LARGE = replace(SD3, name="SD3.5-large", steps=40, cfg=4.5,
+                      same_tensors="its turbo has the same tensors and takes --steps 4 --cfg 1")
+SD3_5_TURBO = replace(SD3_5_LARGE, name="SD3.5-large-turbo", steps=4, cfg=1.0,
+                      same_tensors="by its name; SD3.5-large has the same tensors and takes --steps 40 --cfg 4.5")
 FLUX_DEV = Family(
     "Flux-dev", Flux, flux.read_config, FluxText, even_sigmas, "flux.safetensors", vae_inside=False, steps=50, cfg=1.0,
-    guidance=3.5, time_shift=None, density="uniform", training_shift=1.0, release_drops_latent_shift=False,
-    clip_tokens=0, t5_tokens=512)
-FLUX_SCHNELL = replace(FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256,
-                       without_guidance="Flux-schnell draws without")
+    guidance=3.5, time_shift=None, density="uniform", training_shift=1.0, latent_scale=(0.3611, 0.1159),
+    release_drops_latent_shift=False, clip_tokens=0, t5_tokens=512)
+FLUX_SCHNELL = replace(
+    FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256,
+    without_guidance="Flux-schnell draws without", same_tensors="it has no guidance_in, nor has a Flux-dev without "
+    "distillation, which takes --steps 50 --cfg 3.5 --mu 0.63 (at 1024 px) --t5-length 512")
+FLUX_UNDISTILLED = replace(
+    FLUX_DEV, name="Flux-dev without distillation", cfg=3.5, guidance=None,
+    without_guidance="it is guided by a second pass, --cfg",
+    same_tensors="by its name or scheduler; Flux-schnell has the same tensors and takes --steps 4 --cfg 1 --mu 0")
+
+
+def size_of(res: str) -> tuple[int, int]:
+    """Width and height in pixels of a --res; ValueError if it is none."""
+    if not (match := RES.fullmatch(res)):
+        raise ValueError(f"--res {res!r}: give pixels, as 1024 or, width x height, 3072x4096")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_size(size: tuple[int, int], factor: int, config: MMDiTConfig | FluxConfig) -> int:
+    """The number of image tokens; ValueError if a side is no multiple of a patch, or beyond the position table."""
+    (width, height), step, most = size, 2 * factor, config.table_side * 2 * factor
+    if width % step or height % step:
+        raise ValueError(f"--res {width}x{height}: both sides must be multiples of {step} at --factor {factor}")
+    if max(size) > most:
+        raise ValueError(f"--res {width}x{height}: this model's position table ends at {most} px per side at --factor "
+                         f"{factor}" + ("; --factor 16 reaches twice as far" if factor == 8 else ""))
+    need(max(size) <= MOST_SIDE, "res", f"{width}x{height}", f"at most {MOST_SIDE:,} px per side")
+    return width * height // step**2
 
 
 def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tensor, latent_channels: int) -> None:
@@ -113,14 +195,71 @@ def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tens
 def family_of(weights: Weights) -> Family:
     """The family of a transformer, by the names of its tensors; ValueError that lists what the file holds instead."""
     names = weights.part("model.diffusion_model.")
-    if lora := next((name for name in names if re.search(r"lora(?:_|\d)|lokr_|hada_", name)), ""):
-        raise ValueError(f"{weights.source}: a LoRA ({lora} ...), not a complete transformer; merge it into its model")
+    if other := names.recognised():
+        raise ValueError(f"{weights.source}: {other}")
     if any(name.startswith("joint_blocks.") for name in names):
-        return SD3
+        if any(".attn2." in name for name in names):
+            return SD3_5_MEDIUM
+        return SD3_5_LARGE if names.depth("joint_blocks.") == 38 else SD3
     if any(name.startswith(("double_blocks.", "single_blocks.")) for name in names):
         return FLUX_DEV if any(name.startswith("guidance_in.") for name in names) else FLUX_SCHNELL
     raise ValueError(f"{weights.source}: holds neither an SD3 nor a Flux transformer, but {len(names)} tensors: "
                      f"{', '.join(list(names)[:2])} ...")
+
+
+def with_scheduler(family: Family, file: Path) -> Family:
+    """The family with the time shift of a diffusers folder; ValueError if the file asks for another schedule."""
+    config = read_json(file)
+
+    def number(key: str, otherwise: float, low: float, high: float) -> float:
+        return entry({key: otherwise} | config, key, float, file, low, high)
+
+    kind, other = config.get("_class_name", EULER), next((key for key in UNREAD if config.get(key)), "")
+    dynamic = entry({"use_dynamic_shifting": False} | config, "use_dynamic_shifting", bool, file)
+    if kind != EULER or other or (dynamic and family.model is MMDiT):
+        what = f"a {kind}" if kind != EULER else f"sets {other or 'use_dynamic_shifting'}"
+        raise ValueError(f"{file}: {what}, which {family.name} is not drawn with here; remove the file, and give "
+                         "--time-shift")
+    number("num_train_timesteps", 1000, 1000, 1000)
+    if not dynamic:
+        return replace(family, time_shift=number("shift", 1.0, 1e-3, 1e3), scheduler=str(file))
+    (x0, y0), (x1, y1) = FLUX_MU
+    line = ((number("base_image_seq_len", x0, 1, 1e9), number("base_shift", y0, -100, 100)),
+            (number("max_image_seq_len", x1, 1, 1e9), number("max_shift", y1, -100, 100)))
+    if line[0][0] >= line[1][0]:
+        raise ValueError(f"{file}: base_image_seq_len {line[0][0]:g} is not below max_image_seq_len {line[1][0]:g}")
+    how = {"time_shift_type": "exponential"} | config
+    if how["time_shift_type"] not in ("exponential", "linear"):
+        raise ValueError(f"{file}: time_shift_type {how['time_shift_type']!r}, expected exponential or linear")
+    linear = how["time_shift_type"] == "linear"
+    return replace(family, time_shift=None, by_tokens=partial(flux_time_shift, line=line, linear=linear),
+                   scheduler=str(file))
+
+
+def variant(family: Family, weights: Weights, scheduler: Path | None) -> Family:
+    """What the tensors do not show: by the name a turbo or undistilled model, by the scheduler's file a time shift."""
+    path = Path(os.path.abspath(weights.source))
+    name = (path.parent.name if path.name == "transformer" else path.name).lower()
+    config = read_json(scheduler) if scheduler and scheduler.is_file() else {}
+    if family is SD3_5_LARGE and "turbo" in name:
+        family = SD3_5_TURBO
+    named = re.search(r"dev|distill", name) and "schnell" not in name
+    if family is FLUX_SCHNELL and (named or config.get("use_dynamic_shifting") is True):
+        family = FLUX_UNDISTILLED
+    return with_scheduler(family, scheduler) if config else family
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Twelve digits that distinguish weights: of each file's first MiB and of 64 bytes at 1024 places, not of 24 GB."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else [path]:
+        with open(file, "rb") as f:
+            digest.update(f.read(1 << 20))
+            size = f.seek(0, os.SEEK_END)
+            for start in range(1 << 20, size, max(size // 1024, 64)):
+                f.seek(start)
+                digest.update(f.read(64))
+    return digest.hexdigest()[:12]
 
 
 def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None) -> tuple[Family, Weights, Path]:
@@ -134,10 +273,14 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
     if path.is_file() and path.name.startswith("flux") != (own.model is Flux):
         raise ValueError(f"{path}: is named like {'SD3' if own.model is Flux else 'Flux'} but holds {own.name} weights;"
                          " rename it, or put the right file there")
+    scheduler = Path(folder) / SCHEDULER
     if not transformer:
-        return own, weights, vae
+        return variant(own, weights, scheduler), weights, vae
     family = family_of(weights := open_weights(transformer))
     if family.model is not own.model:
         raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of {own.name}, "
                          f"with other text encoders; give --weights a folder of {family.name}")
-    return family, weights, vae
+    beside = Path(transformer).parent / SCHEDULER  # of the same download, if a transformer/ folder was given
+    if Path(transformer).name == "transformer" and beside.is_file():
+        scheduler = beside
+    return variant(family, weights, scheduler if scheduler is beside or family is own else None), weights, vae

@@ -22,7 +22,9 @@ from tqdm import tqdm
 DENSITIES = ("uniform", "logit_normal", "mode")
 SCHEMES = ("none", "sigma_sqrt", "cosmap")
 MODE_SCALE = 1.29  # SD3 section 3.1, the best "mode" run; also the default of diffusers
-FLUX_MU = ((256, 0.5), (4096, 1.15))  # (tokens, mu): flux sampling.py, a line through both points
+Line = tuple[tuple[float, float], tuple[float, float]]
+FLUX_MU: Line = ((256, 0.5), (4096, 1.15))  # (tokens, mu): flux sampling.py, a line through both points
+SEEDS = 2**32  # what torch's generator on the CPU distinguishes
 SD3_TIMESTEPS = 1000  # sd3-ref: the smallest sigma of its table is 1/1000, before the time shift
 
 
@@ -87,13 +89,14 @@ def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
 
     sigma    (B,) in (0, 1]
     scheme   none        1
-             sigma_sqrt  sigma^-2, the release's name: cancels the sigma² of the loss on denoised latents
+             sigma_sqrt  sigma^-2, the release's name: cancels the sigma² of the loss on denoised latents. At most 10^6,
+                         its weight at the smallest of the release's 1000 levels: drawn continuously, sigma may be 1e-7
              cosmap      2 / (π(1 - 2·sigma + 2·sigma²)), SD3 section 3.1
     """
     if scheme == "none":
         return torch.ones_like(sigma)
     if scheme == "sigma_sqrt":
-        return sigma**-2
+        return sigma.clamp(min=1 / 1000)**-2
     if scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     raise ValueError(f"unknown loss weight {scheme!r}, choose one of {', '.join(SCHEMES)}")
@@ -118,10 +121,21 @@ def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
     return torch.cat((time_shift(line, shift), line.new_zeros(1))).float()
 
 
-def flux_mu(tokens: int) -> float:
-    """Log of Flux's time shift, linear in the number of image tokens, extrapolated beyond FLUX_MU."""
-    (x0, y0), (x1, y1) = FLUX_MU
+def flux_mu(tokens: int, line: Line = FLUX_MU) -> float:
+    """Log of Flux's time shift, linear in the number of image tokens, extrapolated beyond both points of the line."""
+    (x0, y0), (x1, y1) = line
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+
+def flux_time_shift(tokens: int, line: Line = FLUX_MU, linear: bool = False) -> float:
+    """exp(mu); where a scheduler's time_shift_type is linear, mu itself. ValueError if it is not above 0.
+
+    Extrapolated, it leaves no noise level below 0.9 from 36,000 tokens on (50 steps), and above exp(700) no schedule.
+    """
+    mu = flux_mu(tokens, line)
+    if linear and mu <= 0:
+        raise ValueError(f"a linear time shift of {mu:g} for {tokens:,} image tokens; give --time-shift")
+    return mu if linear else math.exp(min(mu, 700))
 
 
 def even_sigmas(steps: int, shift: float = 1.0) -> Tensor:
@@ -142,7 +156,12 @@ def flux_sigmas(steps: int, tokens: int, shift: bool = True) -> Tensor:
 # ---- sampling
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Initial noise (B, C, h, w), fp32 on the CPU, of one generator per image: image k depends on seeds[k] alone."""
+    """Initial noise (B, C, h, w), fp32 on the CPU, of one generator per image: image k depends on seeds[k] alone.
+
+    ValueError unless seeds are 0 to 2^32 - 1: the generator ignores higher bits, and 7 + 2^32 would repeat 7.
+    """
+    if wide := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+        raise ValueError(f"seed {wide[0]}: give 0 to 2^32 - 1")
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

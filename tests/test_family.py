@@ -11,7 +11,24 @@ from golden import lazy, published
 from safetensors.torch import load_file
 
 from checkpoint import LazyTensor, Weights, locate, open_weights, save
-from family import FLUX_DEV, FLUX_SCHNELL, SD3, Sampling, check_widths, family_of, find
+from family import (
+    EULER,
+    FLUX_DEV,
+    FLUX_SCHNELL,
+    FLUX_UNDISTILLED,
+    SCHEDULER,
+    SD3,
+    SD3_5_LARGE,
+    SD3_5_MEDIUM,
+    SD3_5_TURBO,
+    Sampling,
+    check_widths,
+    family_of,
+    find,
+    fingerprint,
+    variant,
+    with_scheduler,
+)
 from flux import FluxConfig
 from mmdit import MMDiTConfig
 from models import make_tiny
@@ -39,16 +56,20 @@ def named(names) -> Weights:
 
 # ---- which family a file is of
 
-@pytest.mark.parametrize("file, family", [("sd3_medium", SD3), ("sd3.5_medium", SD3), ("sd3.5_large", SD3),
-                                          ("flux1-dev", FLUX_DEV), ("flux1-schnell", FLUX_SCHNELL)])
+@pytest.mark.parametrize("file, family", [("sd3_medium", SD3), ("sd3.5_medium", SD3_5_MEDIUM),
+                                          ("sd3.5_large", SD3_5_LARGE), ("flux1-dev", FLUX_DEV),
+                                          ("flux1-schnell", FLUX_SCHNELL)])
 def test_family_is_decided_by_the_published_names(file, family):
     assert family_of(named(published(file))) is family
 
 
-@pytest.mark.parametrize("file", ["ae", "clip_l", "t5xxl"])
-def test_a_file_without_a_transformer_is_refused_by_name(file):
-    with pytest.raises(ValueError, match="a file: holds neither an SD3 nor a Flux transformer, but [0-9]+ tensors: "):
-        family_of(named(published(file)))
+@pytest.mark.parametrize("names, message", [
+    (published("ae"), "an autoencoder .*; give an SD3 or Flux transformer"),
+    (published("clip_l"), "a CLIP text encoder .*; give an SD3"), (published("t5xxl"), "a T5 encoder .*; give an SD3"),
+    (["a", "b", "c"], "holds neither an SD3 nor a Flux transformer, but 3 tensors: a, b ...")])
+def test_a_file_without_a_transformer_is_refused_by_name(names, message):
+    with pytest.raises(ValueError, match=f"^a file: {message}"):
+        family_of(named(names))
 
 
 @pytest.mark.parametrize("name", ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
@@ -94,12 +115,16 @@ def test_a_file_of_the_other_family_under_the_wrong_name_is_refused(folders, tmp
 
 def test_sampling_settings_are_the_arguments_else_the_metadata_else_the_family():
     plain, recorded = lazy({}), lazy({})
-    recorded.metadata.update(steps="7", cfg="2", guidance="2.5", time_shift="3", res="96")
-    assert SD3.sampling(plain) == Sampling(28, 7.0, None, 3.0, "1024")
-    assert FLUX_DEV.sampling(plain) == Sampling(50, 1.0, 3.5, None, "1024")
-    assert FLUX_SCHNELL.sampling(plain) == Sampling(4, 1.0, None, 1.0, "1024")
-    assert FLUX_DEV.sampling(recorded) == Sampling(7, 2.0, 2.5, 3.0, "96")
-    assert FLUX_DEV.sampling(recorded, 3, 1.0, 5.0, 6.0, "64x32") == Sampling(3, 1.0, 5.0, 6.0, "64x32")
+    recorded.metadata.update(steps="7", cfg="2", guidance="2.5", time_shift="3", res="96", factor="8", t5_length="20")
+    assert SD3.sampling(plain) == Sampling(28, 7.0, None, 3.0, "1024", 16, None)
+    assert SD3_5_LARGE.sampling(plain) == Sampling(40, 4.5, None, 3.0, "1024", 16, None)  # Stability's sd3_infer.py
+    assert SD3_5_MEDIUM.sampling(plain) == Sampling(50, 5.0, None, 3.0, "1024", 16, None)
+    assert SD3_5_TURBO.sampling(plain) == Sampling(4, 1.0, None, 3.0, "1024", 16, None)
+    assert FLUX_DEV.sampling(plain) == Sampling(50, 1.0, 3.5, None, "1024", 16, None)
+    assert FLUX_SCHNELL.sampling(plain) == Sampling(4, 1.0, None, 1.0, "1024", 16, 256)
+    assert FLUX_DEV.sampling(recorded) == Sampling(7, 2.0, 2.5, 3.0, "96", 8, 20)
+    given = 3, 1.0, 5.0, 6.0, "64x32", 16, 30
+    assert FLUX_DEV.sampling(recorded, *given) == Sampling(*given)
     recorded.metadata["time_shift"] = "much"
     with pytest.raises(ValueError, match="time_shift 'much', which is no number; give --time-shift"):
         SD3.sampling(recorded)
@@ -127,6 +152,105 @@ def test_widths_that_do_not_match_are_refused(config):
             check_widths(config, *wrong)
 
 
+@pytest.mark.parametrize("name, value, says", [
+    ("steps", "1e9", "--steps 1000000000 .recorded by a file.: give 1 to 10,000"), ("steps", "2.5", "no integer"),
+    ("factor", "4", "--factor 4 .recorded by a file.: give 8 or 16"), ("factor", "12", "give 8 or 16"),
+    ("t5_length", "0", "--t5-length 0 .recorded"), ("time_shift", "-1", "above 0"), ("cfg", "nan", "no number"),
+    ("res", "9999999999", "a file: its metadata records res"), ("res", "", "give --res")])
+def test_recorded_settings_that_cannot_be_used_are_refused_with_file_and_flag(name, value, says):
+    with pytest.raises(ValueError, match=says):
+        FLUX_DEV.sampling(Weights({}, {name: value}, "a file"))
+
+
+# ---- what tensors do not show
+
+@pytest.mark.parametrize("name, of, family", [
+    ("sd3.5_large_turbo.safetensors", SD3_5_LARGE, SD3_5_TURBO), ("SD3.5-Turbo/transformer", SD3_5_LARGE, SD3_5_TURBO),
+    ("sd3.5_large.safetensors", SD3_5_LARGE, SD3_5_LARGE), ("sd3_turbo.safetensors", SD3, SD3),
+    ("flux1-dev-de-distill.safetensors", FLUX_SCHNELL, FLUX_UNDISTILLED), ("flux", FLUX_SCHNELL, FLUX_SCHNELL),
+    ("fluxDev2/transformer", FLUX_SCHNELL, FLUX_UNDISTILLED), ("schnell-dev.safetensors", FLUX_SCHNELL, FLUX_SCHNELL),
+    ("flux1-dev.safetensors", FLUX_DEV, FLUX_DEV)])
+def test_a_name_decides_only_between_models_of_the_same_tensors(name, of, family):
+    assert variant(of, Weights({}, {}, f"weights/{name}"), None) is family
+
+
+def scheduler(folder: Path, **config: object) -> Path:
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / SCHEDULER).write_text(json.dumps(config))
+    return folder / SCHEDULER
+
+
+@pytest.mark.parametrize("config", [
+    {"shift": 1.7}, {}, {"use_dynamic_shifting": True, "shift": 3.0},
+    {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.1, "base_image_seq_len": 64,
+     "max_image_seq_len": 900}, {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.9}])
+def test_schedule_of_a_scheduler_file_is_that_of_diffusers(config, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    family, tokens, c = with_scheduler(FLUX_DEV, scheduler(tmp_path, **config)), 300, theirs.config
+    mu = c.base_shift + (c.max_shift - c.base_shift) * (tokens - c.base_image_seq_len) / (
+        c.max_image_seq_len - c.base_image_seq_len)  # calculate_shift of diffusers' pipeline_flux.py
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / 7, 7).tolist(), mu=mu)
+    shift = family.by_tokens(tokens) if family.time_shift is None else family.time_shift
+    assert (family.sigmas(7, shift) - theirs.sigmas).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("steps", [4, 28])
+def test_schedule_of_sd3_with_a_scheduler_file_is_that_of_diffusers(steps, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.5)
+    theirs.set_timesteps(steps)
+    family = with_scheduler(SD3, scheduler(tmp_path, _class_name=EULER, shift=5.5))
+    assert (family.sigmas(steps, family.time_shift) - theirs.sigmas).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("config, says", [
+    ({"shift": "3"}, 'shift is "3", expected a number'), ({"shift": 0}, "shift is 0, expected 0.001 to 1000"),
+    ({"shift": None}, "shift is null"), ({"shift": float("nan")}, "shift is nan"),
+    ({"use_dynamic_shifting": 1}, "use_dynamic_shifting is 1, expected true or false"),
+    ({"_class_name": "DPMSolverMultistepScheduler"}, "a DPMSolverMultistepScheduler, .* give --time-shift"),
+    ({"use_karras_sigmas": True}, "sets use_karras_sigmas, .* give --time-shift"),
+    ({"shift_terminal": 0.1}, "sets shift_terminal"), ({"num_train_timesteps": 500}, "num_train_timesteps is 500"),
+    ({"use_dynamic_shifting": True, "max_shift": 1e9}, "max_shift is 1000000000.0, expected -100 to 100"),
+    ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "base_image_seq_len 4096 is not below"),
+    ({"use_dynamic_shifting": True, "time_shift_type": "cosine"}, "time_shift_type 'cosine', expected exponential")])
+def test_a_scheduler_file_that_cannot_be_followed_is_refused_by_name(config, says, tmp_path):
+    with pytest.raises(ValueError, match=f"scheduler_config.json: {says}"):
+        with_scheduler(FLUX_DEV, scheduler(tmp_path, **config))
+
+
+def test_dynamic_shifting_is_refused_for_sd3(tmp_path):
+    with pytest.raises(ValueError, match="sets use_dynamic_shifting, which SD3 is not drawn with"):
+        with_scheduler(SD3, scheduler(tmp_path, use_dynamic_shifting=True))
+
+
+def test_the_scheduler_of_a_folder_is_read_and_not_that_of_another_model(folder, schnell, tmp_path):
+    shutil.copytree(folder, tmp_path / "flux")
+    scheduler(tmp_path / "flux", shift=2.5)
+    assert find(tmp_path / "flux")[0].time_shift == 2.5
+    assert find(tmp_path / "flux", folder / "flux.safetensors")[0].time_shift == 2.5     # the same family
+    assert find(tmp_path / "flux", schnell)[0] is FLUX_SCHNELL                           # another one
+    shutil.copytree(folder, tmp_path / "tuned" / "transformer", ignore=shutil.ignore_patterns("[!f]*"))
+    scheduler(tmp_path / "tuned", shift=4.5)
+    assert find(tmp_path / "flux", tmp_path / "tuned" / "transformer")[0].time_shift == 4.5
+    assert find(tmp_path / "flux", tmp_path / "tuned" / "transformer" / "flux.safetensors")[0].time_shift == 2.5
+
+
+def test_flux_without_guidance_input_but_with_dynamic_shifting_is_undistilled(tmp_path):
+    file = scheduler(tmp_path, use_dynamic_shifting=True, shift=3.0)
+    family = variant(FLUX_SCHNELL, Weights({}, {}, str(tmp_path / "transformer")), file)
+    assert (family.name, family.steps, family.cfg, family.time_shift) == (FLUX_UNDISTILLED.name, 50, 3.5, None)
+
+
+@pytest.mark.parametrize("place", [0, 5000, 3 << 20, -70])
+def test_a_fingerprint_sees_the_header_and_samples_the_rest(place, tmp_path):
+    content = bytearray(torch.arange(4 << 20, dtype=torch.int32).numpy().tobytes()[:(4 << 20) + 1])
+    (tmp_path / "a").write_bytes(content)
+    content[place] ^= 1
+    (tmp_path / "b").write_bytes(content)
+    assert (fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")) == (place in (0, 5000, 3 << 20))
+
+
 # ---- layouts of a Flux folder
 
 def test_what_both_tiny_folders_share_is_stored_once(folders, folder):
@@ -152,6 +276,9 @@ def test_download_without_the_parts_for_diffusers_keeps_their_empty_folders(fold
     assert locate(tmp_path / "flux") == (tmp_path / "flux" / "flux.safetensors", tmp_path / "flux" / "ae.safetensors")
     for part in ("transformer", "vae"):
         save(tmp_path / "flux" / part / "diffusion_pytorch_model.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=r"several could be the model .flux.safetensors, transformer/.: keep one"):
+        locate(tmp_path / "flux")
+    (tmp_path / "flux" / "flux.safetensors").unlink()
     assert locate(tmp_path / "flux") == (tmp_path / "flux" / "transformer", tmp_path / "flux" / "vae")
 
 
@@ -161,7 +288,7 @@ def test_folder_without_its_autoencoder_or_with_two_models_is_refused(folder, tm
     with pytest.raises(FileNotFoundError, match="ae.safetensors: not found; .*black-forest-labs/FLUX.1-dev has it"):
         locate(tmp_path / "flux")
     (tmp_path / "flux" / "sd3_medium.safetensors").touch()
-    with pytest.raises(ValueError, match="several files could be the model .flux.safetensors, sd3_medium.safetensors"):
+    with pytest.raises(ValueError, match="several could be the model .flux.safetensors, sd3_medium.safetensors"):
         locate(tmp_path / "flux")
 
 
@@ -203,10 +330,10 @@ def test_folders_of_transformers_give_their_numbers(folder, tmp_path):
     clip = CLIPTextModel(CLIPTextConfig(
         vocab_size=words, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
         max_position_embeddings=20, hidden_act="quick_gelu", eos_token_id=eos, bos_token_id=eos - 1)).eval()
-    t5 = T5EncoderModel(T5Config(vocab_size=1400, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
                                  feed_forward_proj="gated-gelu")).eval()
     clip.save_pretrained(tmp_path / "text_encoder")
-    t5.save_pretrained(tmp_path / "text_encoder_2", max_shard_size="200KB")
+    t5.save_pretrained(tmp_path / "text_encoder_2", max_shard_size="100KB")
     assert len(list((tmp_path / "text_encoder_2").glob("*.safetensors"))) > 1
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(folder / name, tmp_path / name)
