@@ -10,7 +10,7 @@ Caches    DIR/.embeddings of captions, DIR/.latents of central crops, or below -
 Run       python data.py check DIR                     stops at a broken line, then lists every broken picture
           python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents: latents too
           torchrun --nproc-per-node 8 data.py encode DIR --weights flux    each rank its share; run it again to resume
-Check     python -m pytest tests/test_data.py
+Check     python -m pytest tests/test_data.py tests/test_colours.py
 """
 
 if __name__ == "__main__":  # Ctrl-C during an import ends in one line

@@ -1,6 +1,7 @@
-"""What the tests of scores/ share: the pictures of tests/data, random pictures, random weights, damaged weights."""
+"""What tests share: the pictures of tests/data, random pictures, colour profiles, random weights, damaged weights."""
 
 import json
+import struct
 import zlib
 from collections.abc import Callable
 from types import ModuleType
@@ -34,6 +35,53 @@ def random_picture(seed: int, most: int = 400) -> np.ndarray:
              np.clip(waves + rng.normal(0, 3, noise.shape), 0, 255),
              np.broadcast_to(rng.choice([0, 255], 3), noise.shape), waves]
     return kinds[seed % 7].astype(np.uint8)
+
+
+# ---- colour profiles: ICC.1 version 2, by arithmetic
+
+D50, D65 = (0.9642, 1.0, 0.8249), (0.3127, 0.329)
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+SRGB_PRIMARIES = (0.64, 0.33), (0.3, 0.6), (0.15, 0.06)
+ADOBE_PRIMARIES = (0.64, 0.33), (0.21, 0.71), (0.15, 0.06)
+PROPHOTO_PRIMARIES = (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001)
+P3_PRIMARIES = (0.68, 0.32), (0.265, 0.69), (0.15, 0.06)
+
+
+def _fixed(*values: float) -> bytes:
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def curve(gamma: float | None) -> bytes:
+    """Of a profile: value ** gamma, or with None the curve of sRGB."""
+    if gamma:
+        return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    return b"para\0\0\0\0\0\3\0\0" + _fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+
+
+def profile(space: bytes, name: str, **tags: bytes) -> bytes:
+    text = name.encode() + b"\0"
+    tags = {"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78), "cprt": b"text\0\0\0\0-\0",
+            "wtpt": b"XYZ \0\0\0\0" + _fixed(*D50)} | tags
+    start, table, content = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for key, value in tags.items():
+        table += key.encode() + struct.pack(">II", start + len(content), len(value))
+        content += value + bytes(-len(value) % 4)
+    head = struct.pack(">I", start + len(content)) + b"none\2\x40\0\0mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+    return (head + bytes(28) + _fixed(*D50)).ljust(128, b"\0") + table + content
+
+
+def gray_profile(gamma: float | None) -> bytes:
+    return profile(b"GRAY", "gray", kTRC=curve(gamma))
+
+
+def rgb_profile(primaries, gamma: float | None, white=D65, name: str = "a profile") -> bytes:
+    """primaries: x, y of red, green, blue; their XYZ are adapted to D50 as Bradford does."""
+    xyz = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
+    light = np.array([white[0] / white[1], 1, (1 - sum(white)) / white[1]])
+    adapt = np.linalg.inv(BRADFORD) @ np.diag(BRADFORD @ D50 / (BRADFORD @ light)) @ BRADFORD
+    columns = adapt @ (xyz * np.linalg.solve(xyz, light))
+    tags = {f"{c}XYZ": b"XYZ \0\0\0\0" + _fixed(*columns[:, k]) for k, c in enumerate("rgb")}
+    return profile(b"RGB ", name, **tags, **{f"{c}TRC": curve(gamma) for c in "rgb"})
 
 
 def apart(ours, expected):

@@ -1,9 +1,9 @@
 """What the values of a decoded picture mean: which are refused, how others become 8-bit sRGB. No torch.
 
-Mirrors   Pillow's ImageCms (Little CMS), relative colorimetric; tested by tests/test_data.py
+Mirrors   Pillow's ImageCms (Little CMS), relative colorimetric; tested by tests/test_colours.py
 Table     docs/formats.md, "Data folders"
 Profiles  are known by what they do, not by their name: one that changes no level by more than 1 is sRGB
-Check     python -m pytest tests/test_data.py
+Check     python -m pytest tests/test_colours.py
 """
 
 import io
