@@ -218,6 +218,18 @@ def test_t5_equals_transformers_from_its_own_folder(shard, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("only", [False, True])
+def test_half_precision_shards_are_read_only_where_there_are_no_others(only, tmp_path):
+    model = save_t5(tmp_path, "60KB")
+    tokens, expected = torch.arange(150)[None], model(torch.arange(150)[None]).last_hidden_state
+    model.half().save_pretrained(tmp_path, max_shard_size="30KB", variant="fp16")
+    for file in [file for file in tmp_path.glob("model*") if only and "fp16" not in file.name]:
+        file.unlink()
+    difference = error(T5Encoder.load(tmp_path)(tokens), expected)
+    assert 1e-4 < difference < 1e-2 if only else difference < 1e-5
+
+
+@torch.no_grad()
 def test_complete_t5_gives_the_numbers_of_its_encoder(tmp_path):
     t = transformers_module()
     torch.manual_seed(5)
@@ -824,6 +836,24 @@ def test_sd3_text_refuses_exchanged_clips(tiny, tmp_path):
     size = len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
     save_clip(folder / "text_encoder", vocabulary=size, width=72)
     with pytest.raises(ValueError, match="its clip_l is 72 wide, its clip_g 48: they are exchanged"):
+        SD3Text.load(folder)
+
+
+@pytest.mark.parametrize(("part", "token"), [("tokenizer", "fox</w>"), ("tokenizer_3", "<extra_id_0>")])
+def test_sd3_text_refuses_ids_beyond_the_embeddings(tiny, part, token, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, False)
+    (folder / part).unlink()
+    shutil.copytree(tiny / part, folder / part)
+    if part == "tokenizer":
+        words = json.loads((folder / part / "vocab.json").read_text())
+        (folder / part / "vocab.json").write_text(json.dumps(words | {token: 70_000}))
+    else:
+        write_tokenizer_json(folder / part / "spiece.model", folder / part, 0)
+        (folder / part / "spiece.model").unlink()
+        content = json.loads((folder / part / "tokenizer.json").read_text())
+        content["added_tokens"].append(content["added_tokens"][0] | {"content": token, "id": 70_000})
+        (folder / part / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has [0-9]+ embeddings, its tokenizer 70001 words"):
         SD3Text.load(folder)
 
 
