@@ -337,8 +337,9 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         sizes = sizes_of(items, res, step, most, aspect, small)
         pictures = Pictures([item.path for item, size in zip(items, sizes, strict=True) if size])
         sizes = [size for size in sizes if size]
-        moments = Latents(pictures.paths, pictures.central_crop, VAE.load(vae_path, device), factor, dilation,
-                          caches / ".latents", pictures.resample)
+        vae = VAE.load(vae_path, device, fallback=family.latent_scale)
+        moments = Latents(pictures.paths, pictures.central_crop, vae, factor, dilation, caches / ".latents",
+                          pictures.resample)
         print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
 
 
