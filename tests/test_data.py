@@ -1,6 +1,9 @@
 """Data folders: listings, pictures of every kind, broken pictures, sizes of crops, the picture cache, the script."""
 
+import io
 import json
+import os
+import re
 import shutil
 import struct
 import sys
@@ -10,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CAPTIONS, copy_of, run_script
+import tifffile
+from conftest import CAPTIONS, ROOT, copy_of, run_script
+from pictures import ADOBE_PRIMARIES, SRGB_PRIMARIES, gray_profile, rgb_profile
 from PIL import Image, ImageFile
 
 import data
@@ -78,7 +83,8 @@ GOOD = {"file_name": "0.png", "text": "fine"}
     ({"file_name": 1, "text": "a number as name"}, "file_name is 1, expected a text"),
     ({"file_name": "", "text": "no name"}, "file_name is empty"),
     ({"file_name": "1.png", "text": "fine", "alt": ["fine", ""]}, "alt is empty"),
-    ({"file_name": "1.png", "text": "fine", "alt": "letters are no captions"}, '"alt" is \'letters are no captions\', expected a list'),
+    ({"file_name": "1.png", "text": "fine", "alt": "letters are no captions"},
+     '"alt" is \'letters are no captions\', expected a list'),
     ({"file_name": "1.png", "text": "fine", "alt": ["fine", None]}, "alt is null, expected a text"),
     ({"file_name": "1.png", "text": "half \ud83d"}, "text holds U+D83D, half of a character"),
     ({"file_name": "1.png", "text": "fine", "alt": ["\udc00"]}, "alt holds U+DC00"),
@@ -228,9 +234,6 @@ def test_gray_in_floating_point_is_refused(tmp_path):
 
 def header_only(file: Path, width: int, height: int) -> Path:
     """A PNG whose header declares a size, without pixels."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
     return file
@@ -265,6 +268,188 @@ def test_pixel_limit_of_pillow_is_unchanged_by_import_and_reading(tmp_path):
     complaint(header_only(tmp_path / "bad.png", 30_000, 30_000))
     complaint(tmp_path / "gone.png")
     assert Image.MAX_IMAGE_PIXELS == limit
+
+
+# ---- docs/formats.md: every row of the tables of data folders, made and read
+
+def rows_of_docs() -> dict[str, str]:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").partition("\n## Data folders\n")[2]
+    rows = (line.strip("| ").rsplit(" | ", 1) for line in text.splitlines() if line.startswith("| "))
+    return {what: happens for what, happens in rows if happens != "what happens"}
+
+
+ROWS = rows_of_docs()
+LISTED = {"file_name": "0.png", "text": "fine"}
+LISTING_CASES = {  # row -> name of the listing and its content
+    "`metadata.jsonl`, one": ("metadata.jsonl", json.dumps(LISTED)),
+    "`metadata.csv` with": ("metadata.csv", "text,width,file_name\r\n\"fi\nne, two\",7,0.png\r\n"),
+    "UTF-8 with or": ("metadata.jsonl", ("\ufeff" + json.dumps(LISTED) + "\r\n").encode("utf-16-le")),
+    '`"alt"` that is': ("metadata.jsonl", '{"file_name": "0.png", "text": "fine", "alt": NaN, "width": null}'),
+    "file_name with backslashes": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "sub\\a\u0308.png"})),
+    "links to": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "link.png"})),
+    "a JSON list": ("metadata.jsonl", json.dumps([LISTED], indent=1)),
+    "`metadata.parquet`": ("metadata.parquet", "PAR1"),
+    "`train/metadata": ("eval/size_2048/metadata.jsonl", json.dumps(LISTED)),
+    "text that is": ("metadata.jsonl", '{"file_name": "0.png", "text": NaN}'),
+    "half of a": ("metadata.jsonl", json.dumps(LISTED | {"text": "\ud83d"})),
+    "file_name in": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "0.PNG"})),
+    "file_name that": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "..\\0.png"})),
+    "CSV with two": ("metadata.csv", "file_name,text,text\n0.png,a,b\n"),
+    "CSV with more": ("metadata.csv", "file_name,text\n0.png,a, b\n"),
+}
+
+
+def only(starts: str, rows: dict[str, str] = ROWS) -> str:
+    """What happens in the one row that begins so."""
+    (happens,) = (happens for what, happens in rows.items() if what.startswith(starts))
+    return happens
+
+
+@pytest.mark.parametrize("row", LISTING_CASES)
+def test_listing_of_every_row_of_the_table_ends_as_it_says(tmp_path, row):
+    (tmp_path / "sub").mkdir()
+    for name in ("0.png", "sub/\u00e4.png"):
+        Image.fromarray(noise(4, 4)).save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to(tmp_path / "0.png")
+    name, content = LISTING_CASES[row]
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    happens = only(row)
+    if happens.startswith("read"):
+        (item,) = read_folder(tmp_path)
+        assert item.path.is_file() and len(item.captions) == 1 and item.captions[0].startswith("fi")
+    else:
+        with pytest.raises((ValueError, OSError), match=re.escape(happens.split('"')[1])) as refusal:
+            read_folder(tmp_path)
+        assert "\n" not in str(refusal.value) and str(refusal.value).startswith(str(tmp_path))
+
+
+RGB = noise(6, 9)
+GRAY = RGB[..., 0]
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def exif(orientation: int) -> Image.Exif:
+    about = Image.Exif()
+    about[0x0112] = orientation
+    return about
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*front: bytes, behind: bytes = b"", pixels: np.ndarray = RGB) -> bytes:
+    """With chunks in front of and behind the pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    content = file.getvalue()
+    return content[:33] + b"".join(front) + content[33:-12] + behind + content[-12:]
+
+
+def as_bytes(picture: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiff(array: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **options)
+    return file.getvalue()
+
+
+def stored(kind: str, **options: object) -> bytes:
+    return as_bytes(Image.fromarray(RGB), kind, **options)
+
+
+BOX = b"\0\0\0\x18ftyp"
+DEEP = (GRAY.astype(np.uint16) * 257)
+MOVING = {"save_all": True, "append_images": [Image.new("RGB", (9, 6))], "lossless": True}
+TRUECOLOUR = {"photometric": "rgb"}
+LONG = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * (2 << 20)))
+ADOBE = rgb_profile(ADOBE_PRIMARIES, 2.2)
+HDR_AVIF = stored("AVIF").replace(b"colrnclx\0\1", b"colrnclx\0\x09").replace(b"\x09\0\x0d", b"\x09\0\x10")
+TWELVE = b"II*\0\x08\0\0\0\x08\0" + b"".join(struct.pack("<HHII", *entry) for entry in (
+    (256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 110), (278, 3, 1, 1),
+    (279, 4, 1, 3))) + bytes(4) + b"\xff\xf0\0"
+PICTURE_CASES = {  # row -> files; where it is read, each with its pixels, None where other tests have them
+    "PNG, JPEG, WebP": [(stored("PNG"), RGB), (stored("JPEG"), None), (stored("WEBP", lossless=True), RGB),
+                        (stored("AVIF"), None), (stored("TIFF"), RGB), (stored("BMP"), RGB), (stored("GIF"), None),
+                        (stored("PPM"), RGB), (stored("JPEG2000"), RGB)],
+    "PNG with texts": [(png(LONG), RGB), (png(behind=LONG), RGB)],
+    "MPO": [(stored("MPO", save_all=True, append_images=[Image.new("RGB", (9, 6))]), None)],
+    "animated": [(stored("PNG", **MOVING), RGB), (stored("WEBP", **MOVING), RGB), (stored("GIF", **MOVING), None),
+                 (stored("AVIF", **MOVING), None)],
+    "TIFF of several": [tiff(np.stack([RGB, RGB]), **TRUECOLOUR)],
+    "HEIC": [BOX + b"heic", BOX + b"mif1heic", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"8BPS", b"<svg>", b"\n<?xml ?><svg>",
+             b"%PDF-1.4", b"v/1\1", b"\0\0\1\0"],
+    "EPS": [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xc5\xd0\xd3\xc6"],
+    "a camera's": [stored("TIFF", tiffinfo={254: 1}), stored("TIFF", tiffinfo={50706: b"\1\4\0\0"}), BOX + b"crx "],
+    "video": [BOX + b"isom", b"\x1aE\xdf\xa3", b"RIFF\0\0\0\0AVI LIST"],
+    "pointer": [b"version https://git-lfs.github.com/spec/v1\n"],
+    "truncated": [stored("PNG")[:-30], b"", b"words", stored("BMP")[:-9]],
+    "no profile": [(stored("PNG"), RGB)],
+    "a profile that": [(stored("PNG", icc_profile=rgb_profile(SRGB_PRIMARIES, None, name="Adobe RGB")), RGB)],
+    "RGB, gray or": [(stored("PNG", icc_profile=ADOBE), None)],
+    "broken profile": [(stored("PNG", icc_profile=wrong), RGB) for wrong in (b"broken", gray_profile(1.0))],
+    "CMYK without": [(as_bytes(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB)],
+    "L\\*a": [(as_bytes(Image.merge("LAB", [Image.new("L", (9, 6), v) for v in (255, 128, 128)]), "TIFF"), RGB | 255)],
+    "YCbCr": [as_bytes(Image.fromarray(RGB).convert("YCbCr"), "TIFF", tiffinfo={530: (2, 2)})],
+    "transparency": [(as_bytes(Image.fromarray(GRAY), "PNG", transparency=int(GRAY[0, 0])), None)],
+    "PNG with sRGB": [(png(chunk(b"sRGB", b"\0"), chunk(b"gAMA", struct.pack(">I", 100_000))), RGB),
+                      (png(chunk(b"gAMA", struct.pack(">I", 45455))), RGB)],
+    "PNG with other": [png(chunk(b"gAMA", struct.pack(">I", 100_000))),
+                       png(chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)))],
+    "PNG or AVIF": [png(chunk(b"cICP", bytes([9, 16, 0, 1]))), HDR_AVIF],
+    "Exif of Adobe": [stored("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\1\0\2\0\4\0\0\0R03\0\0\0\0\0")],
+    "JPEG 2000 with": [stored("JPEG2000").replace(b"colr\1", b"colr\2")],
+    "1 to 8 in Exif": [(stored(kind, exif=exif(6), **options), np.rot90(RGB, -1)) for kind, options in (
+        ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}))] + [
+            (png(behind=chunk(b"eXIf", exif(8).tobytes()[6:])), np.rot90(RGB)), (stored("JPEG", exif=exif(5)), None)],
+    "1 to 8 in XMP": [(stored("TIFF", tiffinfo={700: XMP}), np.rot90(RGB, -1)),
+                      (png(behind=chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)), np.rot90(RGB, -1)),
+                      (stored("WEBP", lossless=True, xmp=XMP), np.rot90(RGB, -1))],
+    "0, 9 and": [(stored("PNG", exif=exif(value)), RGB) for value in (0, 9, 300)],
+    "gray of 1,": [(tiff(GRAY > 99, photometric="miniswhite"), np.where(GRAY > 99, 0, 255)),
+                  (tiff(GRAY, photometric="miniswhite"), 255 - GRAY),
+                  (as_bytes(Image.fromarray(GRAY > 99), "PNG"), np.where(GRAY > 99, 255, 0))],
+    "gray of 12": [(tiff(DEEP, byteorder=order), GRAY) for order in "<>"] + [
+        (tiff(DEEP, photometric="miniswhite"), 255 - GRAY), (png(pixels=DEEP), GRAY),
+        (TWELVE, np.array([[255, 0]]))],
+    "PGM": [(b"P5 2 1 1000\n" + struct.pack(">HH", 1000, 500), np.array([[255, 128]])),
+            (b"P2 2 1 3 3 0", np.array([[255, 0]]))],
+    "RGB of 16": [(tiff(RGB.astype(np.uint16) * 256 + 99, **TRUECOLOUR), RGB)],
+    "gray of 32": [tiff(GRAY.astype(np.uint32))], "signed": [tiff(GRAY.astype(kind)) for kind in ("i1", "i2", "i4")],
+    "floating": [tiff(GRAY.astype(np.float32)), b"Pf 1 1 -1.0\n\0\0\0\0"],
+}
+
+
+@pytest.mark.parametrize("row", PICTURE_CASES)
+def test_picture_of_every_row_of_the_table_ends_as_it_says(tmp_path, row):
+    happens = only(row)
+    for k, case in enumerate(PICTURE_CASES[row]):
+        content, expected = case if isinstance(case, tuple) else (case, None)
+        file = tmp_path / f"{k}.png"
+        file.write_bytes(content)
+        if isinstance(case, tuple):
+            picture = read_picture(file)
+            assert upright_size(file) == picture.size and picture.mode == "RGB"
+            if expected is not None:
+                expected = np.repeat(expected[..., None], 3, 2) if expected.ndim == 2 else expected
+                assert np.abs(np.asarray(picture, dtype=int) - expected).max() <= happens.startswith("converted")
+        else:
+            for function in (read_picture, upright_size) if row != "truncated" else (read_picture,):
+                assert happens.split('"')[1] in complaint(file, function)
+
+
+def test_every_row_of_the_tables_has_a_case(tmp_path):
+    elsewhere = {"pipe, device", "more than 400 million pixels"}  # in the tests above
+    starts = (*LISTING_CASES, *PICTURE_CASES)
+    assert {what for what in ROWS if not what.startswith(starts)} == elsewhere
+    os.mkfifo(tmp_path / "pipe.png")
+    assert only("pipe").split('"')[1] in complaint(tmp_path / "pipe.png")
+    assert only("more than").split('"')[1] in complaint(header_only(tmp_path / "huge.png", 30_000, 30_000))
 
 
 # ---- resizing and the picture cache
