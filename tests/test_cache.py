@@ -30,6 +30,11 @@ def own_model(model, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def autoencoder():
+    return new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
+
+
 # ---- text embeddings
 
 def test_cached_embeddings_equal_those_of_the_encoders(model, tmp_path):
@@ -157,6 +162,19 @@ def test_damaged_embedding_is_refused_on_reading_and_computed_again_by_the_next_
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_flipped_bit_is_refused_on_reading(model, photos, autoencoder, tmp_path):
+    embeddings, pictures = Embeddings(tmp_path, model), Pictures([photos / "0.png"])
+    latents = Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path)
+    embeddings.fill(CAPTIONS), latents.fill([(32, 32)])
+    for file, read in ((embeddings._file(CAPTIONS[1]), lambda: embeddings.read(CAPTIONS)),
+                       (latents._file(0, 32, 32), lambda: latents.read(0, 32, 32))):
+        content = bytearray(file.read_bytes())
+        content[-6] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{file}: damaged .its checksum is another.; delete it$"):
+            read()
+
+
 def test_swapped_embeddings_are_seen_by_their_captions(model, tmp_path):
     embeddings = Embeddings(tmp_path, model)
     embeddings.fill(CAPTIONS)
@@ -186,11 +204,6 @@ def test_leftovers_of_a_killed_encoder_are_cleared(model, tmp_path):
 
 
 # ---- the latent cache
-
-@pytest.fixture
-def autoencoder():
-    return new_vae(VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1), seed=0)
-
 
 def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, monkeypatch):
     pictures, sizes = Pictures([photos / f"{k}.png" for k in range(3)]), [(32, 32)] * 3

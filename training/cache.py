@@ -4,7 +4,7 @@ Paper     Diffusion-4K section 4.1: "text embeddings are pre-computed"
 Layout    DATA/.embeddings/<encoders>-<T5 length>-<dtype>/<caption>.safetensors   context (L, C), pooled (P,)
           DATA/.latents/<autoencoder, factor, dilation>/<picture, crop>.safetensors   mean and logvar (1, 16, h, w)
 Keys      every name is a hash of what decides the numbers; what other encoders or another VAE made is never read
-Damage    names, shapes, dtype and the recorded caption or key are verified; fill() computes again what does not fit
+Damage    fill() computes again what has other names, shapes, dtype, caption or key; read() verifies a checksum too
 Check     python -m pytest tests/test_cache.py
 """
 
@@ -71,7 +71,7 @@ class Embeddings:
         for start in tqdm(range(0, len(lacking), batch), desc="text embeddings", file=sys.stderr):
             texts = lacking[start:start + batch]
             for text, context, pooled in zip(texts, *encoders.encode(texts), strict=True):
-                save(self._file(text), {"context": context, "pooled": pooled}, {"caption": text})
+                _save(self._file(text), {"context": context, "pooled": pooled}, {"caption": text})
         return len(lacking)
 
     def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class Latents:
         image = to_image(self.central_crop(index, height, width))[None].to(next(self.vae.parameters()))
         mean, logvar = self.vae.moments(image, self.factor, self.dilation)
         file = self._file(index, height, width)
-        save(file, {"mean": mean, "logvar": logvar}, {"picture": self.paths[index].name, "key": file.stem})
+        _save(file, {"mean": mean, "logvar": logvar}, {"picture": self.paths[index].name, "key": file.stem})
 
     def _file(self, *crop: int) -> Path:
         """Of (index, height, width); the picture is hashed once."""
@@ -171,10 +171,25 @@ def _verified(file: Path, axes: Mapping[str, int], dtype: torch.dtype, records: 
                 raise ValueError(f"{file}: is not of {dtype}; delete it")
             if any((stored.metadata() or {}).get(key) != value for key, value in records.items()):
                 raise ValueError(f"{file}: was made of another {next(iter(records))}; delete it")
-            return {name: torch.empty(heads[name].get_shape(), device="meta") if device == "meta" else
-                    stored.get_tensor(name).clone() for name in axes}  # of a map, which another process may cut short
+            if device == "meta":
+                return {name: torch.empty(heads[name].get_shape(), device="meta") for name in axes}
+            tensors = {name: stored.get_tensor(name).clone() for name in axes}  # of a map, which others may cut short
+            if _checksum(tensors) != stored.metadata().get("sha256"):
+                raise ValueError(f"{file}: damaged (its checksum is another); delete it")
+            return tensors
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error}); delete it") from None
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor], records: Mapping[str, str]) -> None:
+    save(file, tensors, {**records, "sha256": _checksum(tensors)})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _faults(files: Mapping[T, Path], verify: Callable[[T], object]) -> dict[T, str]:
