@@ -32,7 +32,7 @@ Device = str | torch.device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 MOST_SIZE, MOST_BLOCKS = 1 << 24, 512  # of a tensor, of a model: far above the published ones
-CONFIG = ("_class_name", "model_type", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+CONFIG = ("_class_name", "model_type", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "act_fn",
           "norm_num_groups", "axes_dims_rope", "num_attention_heads", "hidden_act", "eos_token_id", "feed_forward_proj",
           "relative_attention_max_distance")
 MODELS = Path(__file__).parent / "models"
@@ -83,7 +83,7 @@ class Weights(dict[str, LazyTensor]):
                 shapes = "; ".join(f"{part} {self[part].shape}" for part in row.parts)
                 raise ValueError(f"{self.source}: shapes do not fit: {shapes}")
             if row.official in tensors:
-                raise ValueError(f"{self.source}: {row.official} is there twice, officially and as {row.parts[0]}")
+                raise ValueError(f"{self.source}: {row.official} is there under two names")
             tensors[row.official] = _assembled([self[part] for part in row.parts], row.how)
         return Weights(tensors, self.metadata, self.source)
 
@@ -94,7 +94,8 @@ class Weights(dict[str, LazyTensor]):
     def described(self) -> str:
         """What the file is, for messages."""
         known = self.recognised().partition(";")[0]
-        return f"is {known}" if known else f"holds {len(self)} tensors: {', '.join(list(self)[:2])} ..."
+        listed = f"holds {len(self)} tensors: {', '.join(list(self)[:2])} ..." if self else "holds nothing of it"
+        return f"is {known}" if known else listed
 
     def shape_of(self, name: str, axes: int, kind: str) -> tuple[int, ...]:
         """Shape of a tensor that every `kind`, e.g. "SD3 transformer", has; ValueError if absent or of other axes."""
@@ -125,7 +126,7 @@ class Weights(dict[str, LazyTensor]):
         if gap := next((number for number in map(str, range(depth)) if number not in there), ""):
             raise ValueError(f"{self.source}: holds {prefix}{depth - 1}, but {prefix}{gap} is missing")
         if depth > MOST_BLOCKS:
-            raise ValueError(f"{self.source}: {depth} {prefix}; at most {MOST_BLOCKS} are read")
+            raise ValueError(f"{self.source}: {depth} {prefix[:-1]}; at most {MOST_BLOCKS} are read")
         return depth
 
     def number(self, *keys: str, otherwise: float | None = None, integer: bool = False) -> float | None:
@@ -235,9 +236,9 @@ def _scaled(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor
     for name in [name for name in scaled if name.endswith(names.SCALES)]:
         scale, weight = scaled.pop(name), name.rpartition(".")[0] + ".weight"
         rows = (*scaled[weight].shape, 1)[0] if weight in scaled else 0
-        if not rows or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-            raise ValueError(f"{source}: {name} {scale.shape} is neither one scale of {weight} nor one per row; "
-                             f"{names.FULL}")
+        if not rows or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or scaled[weight].cut:
+            raise ValueError(f"{source}: {name} {scale.shape} is neither one scale of {weight} nor one per row, or is "
+                             f"its second; {names.FULL}")
         cut = partial(_times_scale, scaled[weight], scale)
         scaled[weight] = LazyTensor(scaled[weight].shape, partial(cut, 0, rows), cut)
     return scaled
@@ -271,8 +272,7 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
     state = module.state_dict()
     sides = ("missing", state.keys() - weights.keys()), ("unknown", weights.keys() - state.keys())
     if lists := [f"{len(some)} {what}: {', '.join(sorted(some)[:4])}" for what, some in sides if some]:
-        raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)} "
-                         f"(the file {weights.described()})")
+        raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)}")
     differ = [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
               if tuple(weights[name].shape) != tuple(t.shape)]
     if differ:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from files import entry, printable, read_json
 
-MOST_NUMBERS = 256  # different block numbers of one file; SD3.5 large has 38, Flux 57
+MOST_NUMBERS = 128  # different block numbers of one file; SD3.5 large has 38, Flux 57
 MOST_TENSORS, MOST_LETTERS = 100_000, 300  # of a file, of a name
 
 

@@ -237,9 +237,43 @@ def test_shapes_and_depths_are_read_or_named_with_their_file():
         weights.common_size(".none", 0, "none", "model")
 
 
+def test_a_tensor_under_two_names_is_refused():
+    with pytest.raises(ValueError, match="^a file: pos_embed is there under two names$"):
+        lazy({"pos_embed": (1, 4, 2), "pos_embed.pos_embed": (1, 4, 2)}).with_official_names()
+
+
+@pytest.mark.parametrize("stored", [torch.bool, torch.int64, torch.complex64])
+def test_a_parameter_that_is_stored_as_no_floating_number_is_refused_by_name(stored, tmp_path):
+    """Names that end in .weight or .bias on opening, others before they are used."""
+    with torch.device("meta"):
+        module = nn.ParameterDict({"pos_embed": nn.Parameter(torch.ones(2))})
+    save_file({"pos_embed": torch.ones(2).to(stored)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors: pos_embed is stored as {stored}, .*give the fp16"):
+        fill(module, open_weights(tmp_path / "a.safetensors"))
+    save_file({"norm.bias": torch.ones(2).to(stored)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors: norm.bias is stored as [A-Z0-9]+, which is no number"):
+        open_weights(tmp_path / "a.safetensors")
+
+
+def test_values_beyond_the_compute_dtype_are_no_damage(tmp_path):
+    save_file({"weight": torch.full((3, 5), 1e5), "bias": torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="weight holds NaN or Inf: its values exceed torch.float16; choose bf16"):
+        fill(nn.Linear(5, 3, device="meta"), open_weights(tmp_path / "a.safetensors"), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name, repository, others", [
+    ("my-flux", "black-forest-labs/FLUX.1-dev", 0), ("FLUX.1-schnell", "black-forest-labs/FLUX.1-schnell", 0),
+    ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 0),
+    ("unnamed", "stabilityai/stable-diffusion-3-medium-diffusers", 2)])
+def test_a_missing_folder_is_told_the_download_of_its_name_or_all(name, repository, others, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such folder; .*hf download {repository} ") as refusal:
+        checkpoint.locate(tmp_path / name)
+    assert str(refusal.value).count("hf download") == 1 + others
+
+
 @pytest.mark.parametrize("blocks, message", [
     ((0, 1, 3), "holds blocks.3, but blocks.2 is missing"), ((10**15,), "but blocks.0 is missing"),
-    (range(600), "600 blocks.; at most 512 are read")])
+    (range(600), "600 blocks; at most 512 are read")])
 def test_blocks_are_numbered_from_0_without_gaps(blocks, message):
     with pytest.raises(ValueError, match=f"^a file: .*{message}$"):
         lazy({f"blocks.{i}.a": (1,) for i in blocks}).depth("blocks.")

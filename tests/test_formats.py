@@ -300,10 +300,12 @@ def test_rows_of_a_scaled_weight_are_those_of_all(tmp_path):
         assert torch.equal(weights[name].rows(2, 5), value[2:5]) and weights[name].shape == value.shape
 
 
-@pytest.mark.parametrize("shape, name", [((3,), "a.scale_weight"), ((2, 2), "a.weight_scale"), ((), "b.weight_scale")])
+@pytest.mark.parametrize("shape, name", [((3,), "a.scale_weight"), ((2, 2), "a.weight_scale"), ((), "b.weight_scale"),
+                                         ((1,), "c.weight_scale")])
 def test_a_scale_that_fits_no_weight_is_refused(shape, name, tmp_path):
-    file = write(tmp_path / "m.safetensors", {"a.weight": torch.ones(6, 4), name: torch.ones(shape)})
-    with pytest.raises(ValueError, match=f"{name} .* is neither one scale of {name[0]}.weight nor one per row; give"):
+    tensors = {"a.weight": torch.ones(6, 4), "c.weight": torch.ones(6, 4), "c.scale_weight": torch.ones(())}
+    file = write(tmp_path / "m.safetensors", tensors | {name: torch.ones(shape)})
+    with pytest.raises(ValueError, match=f"{name} .* is neither one scale of {name[0]}.weight nor one per row"):
         open_weights(file)
 
 

@@ -1,10 +1,12 @@
 """Names: those of every published file, from diffusers to the official layout and back."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from golden import diffusers_names, lazy, lazy_tensors, published, published_map, shapes_of
 
-from names import Row, official_names
+from names import Row, check, official_names
 
 FAMILIES = {  # names in diffusers: official file, prefix in it
     "sd3_medium": ("sd3_medium", "model.diffusion_model."), "sd3.5_medium": ("sd3.5_medium", "model.diffusion_model."),
@@ -79,3 +81,23 @@ def test_incomplete_qkv_is_refused_by_name():
 def test_names_do_not_decide_how_long_translation_takes():
     names = ["pos_embed.pos_embed", "transformer_blocks.99999999999.attn.to_out.0.weight"]
     assert official_names(names, "a file")[-1].official == "joint_blocks.99999999999.x_block.attn.proj.weight"
+
+
+def test_absurdly_many_block_numbers_are_refused():
+    """The rows of the table are multiplied by them."""
+    with pytest.raises(ValueError, match="^a file: 129 different numbers in its tensors' names; at most 128 are read$"):
+        official_names([f"decoder.up_blocks.{i}.x" for i in range(129)], "a file")
+
+
+@pytest.mark.parametrize("stored, message", [
+    ({"a\x1b]0;x\x07": "F32"}, r"a tensor's name has control characters .* \(a\\x1b\]0;x\\x07 ...\): download it again$"),
+    ({"a" * 301: "F32"}, r"more than 300 letters"), ({"a.weight": "U8"}, "a.weight is stored as U8, which is no number"),
+    ({"b.bias": "BOOL"}, "b.bias is stored as BOOL"), ({"a.weight": "F8_E8M0"}, "a.weight is stored as F8_E8M0"),
+    (dict.fromkeys(map(str, range(100_001)), "F32"), "100001 tensors; at most 100000 are read")])
+def test_headers_that_no_published_file_has_are_refused(stored, message):
+    with pytest.raises(ValueError, match=f"^a file: .*{message}"):
+        check(Path("a file"), stored)
+
+
+def test_integers_beside_weights_are_no_weights():
+    check(Path("a file"), {"embeddings.position_ids": "I64", "bn.num_batches_tracked": "I64", "a.weight": "F16"})
