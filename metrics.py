@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C while the modules are loaded ends in one li
     files.end_on_interrupt()
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -38,12 +39,13 @@ from scores.results import Results, each, identity
 from scores.sheet import detail_sheet
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
+NOTHING = "no picture could be scored"
 BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
 
 # ---- pictures in, tables out
 
-def find_pictures(paths: Sequence[str]) -> list[Path]:
+def find_pictures(paths: Sequence[str | os.PathLike]) -> list[Path]:
     """The files, and of folders the pictures in them sorted by name; what is left out is named on stderr.
 
     raises  FileNotFoundError; ValueError if a folder has no picture
@@ -64,8 +66,8 @@ def _pictures_in(folder: Path) -> list[Path]:
     others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes]
     pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
     if not pictures:
-        folders = [path.name for path in shown if path.is_dir()]
-        has = f"; it has {len(others)} other files" + f" and the folders {', '.join(folders[:4])}" * bool(folders)
+        folders = ", ".join([path.name for path in shown if path.is_dir()][:4])
+        has = f"; it has {len(others)} other files" * bool(others) + f"; it has the folders {folders}" * bool(folders)
         raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
     if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
         kinds = Counter(path.suffix or "no suffix" for path in skipped)
@@ -147,7 +149,7 @@ def mean_of(rows: Collection[dict]) -> dict[str, float]:
     return means | sums | {"ratio": sums["raw_bytes"] / sums["jpeg_bytes"]}
 
 
-def run_detail(pictures: list[str], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
+def run_detail(pictures: list[Path], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
     """Both GLCM Scores and the compression ratio of pictures, with heat maps if `maps` names a folder."""
     paths, errors = find_pictures(pictures), []
     if maps:
@@ -155,7 +157,7 @@ def run_detail(pictures: list[str], maps: Path | None, cache: Path, workers: int
     rows = [*details(paths, Results(cache, read_pixels), workers, errors, maps).values()]
     means = mean_of(rows) if rows else {}
     last = [{"picture": f"all {len(rows)}: means, ratio of sums", **means}] if rows else []
-    conclude(as_json, {"pictures": rows, "all": means}, table(rows + last, DETAIL_COLUMNS), errors)
+    conclude(as_json, {"pictures": rows, "all": means}, table(rows + last, DETAIL_COLUMNS) if rows else NOTHING, errors)
 
 
 def check_maps(paths: Sequence[Path], maps: Path) -> None:
@@ -201,7 +203,7 @@ def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
     return {"psnr": psnr(reference, image), "ssim": ssim(reference, image), "nmse": nmse(reference, image)}
 
 
-def run_pair(reference: str, picture: str, weights: Path, device: str | None, as_json: bool) -> None:
+def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, as_json: bool) -> None:
     """How close a picture is to its reference."""
     from checkpoint import check_device
     from scores.sets import load_lpips
@@ -218,16 +220,20 @@ def run_pair(reference: str, picture: str, weights: Path, device: str | None, as
     conclude(as_json, scores | {"notes": notes}, text, errors)
 
 
-def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights: Path, device: str | None,
+def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weights: Path, device: str | None,
             as_json: bool) -> None:
     """Table 2 of the paper: what an autoencoder loses of photographs."""
-    from checkpoint import check_device, locate, model_folder
+    from checkpoint import check_device, model_folder
+    from family import find
     from scores import sets
     from vae import VAE
 
-    device, path, results, notes, errors = check_device(device), Path(model), Results(cache, read_pixels), [], []
-    file = path if path.is_file() else locate(path if path.is_dir() else model_folder(model))[1]
-    vae = VAE.load(file, device)
+    device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
+    file, fallback = model, None
+    if not model.is_file():
+        family, _, file = find(model if model.is_dir() else model_folder(str(model)))
+        fallback = family.latent_scale
+    vae = VAE.load(file, device, fallback=fallback)
     if res % (step := sets.side_step(vae, factor)):
         raise ValueError(f"--res {res}: must be a multiple of {step} at factor {factor}")
     pictures = find_pictures([folder])
@@ -252,7 +258,7 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
     columns = {"psnr": ".3f", "ssim": ".4f", "nmse": ".5f"} | ({"lpips": ".4f"} if lpips else {})
     means = {name: float(np.mean([row[name] for row in rows])) for name in columns} if rows else {}
     last = {"picture": f"mean of {len(rows)}, factor {factor}", **means}
-    lines = [table([*rows, last], {"picture": "", "width": "d", "height": "d"} | columns)]
+    lines = [table([*rows, last], {"picture": "", "width": "d", "height": "d"} | columns) if rows else NOTHING]
     if features:
         rfid = or_left_out("rFID", notes, errors, lambda: frechet_distance(*np.stack(features, axis=1)))
         if rfid is not None:
@@ -263,7 +269,7 @@ def run_vae(folder: str, model: str, factor: int, res: int, cache: Path, weights
     conclude(as_json, report, "\n".join(lines + notes), errors)
 
 
-def run_set(generated: str, reference: str | None, prompts: str | None, res: int, cache: Path, workers: int,
+def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: int, cache: Path, workers: int,
             weights: Path, device: str | None, as_json: bool) -> None:
     """Tables 1, 3 and 4 of the paper: the scores of a folder of generated pictures."""
     from checkpoint import check_device
@@ -274,7 +280,7 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
     captions = pair_captions(prompts, pictures, notes) if prompts else {}
     rows = details(pictures, results, workers, errors)
     if not rows:
-        return conclude(as_json, {"notes": notes}, "no picture could be scored", errors)
+        return conclude(as_json, {"notes": notes}, NOTHING, errors)
     pictures = list(rows)
     res = res or min(min(row["width"], row["height"]) for row in rows.values())
     left_out = partial(or_left_out, notes=notes, errors=errors)
@@ -302,7 +308,7 @@ def run_set(generated: str, reference: str | None, prompts: str | None, res: int
 
 # ---- correlate
 
-def run_correlate(ratings: str, as_json: bool) -> None:
+def run_correlate(ratings: Path, as_json: bool) -> None:
     """How well metrics rank pictures as people do."""
     number, rows, notes, errors = correlate(ratings)
     lines = [table(rows, {"metric": ""} | dict.fromkeys(list(rows[0])[1:], ".4f")),
@@ -312,14 +318,21 @@ def run_correlate(ratings: str, as_json: bool) -> None:
 
 # ---- the command line
 
+def named(text: str) -> Path:
+    """A path on the command line; refused if it is empty, which pathlib would take for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path, as of a shell variable that is not set")
+    return Path(text)
+
+
 def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The evaluation of Aesthetic-4K.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shared = {
-        "cache": dict(metavar="DIR", type=Path, help="where results are stored (default: ~/.cache/diffusion-4k)"),
+        "cache": dict(metavar="DIR", type=named, help="where results are stored (default: ~/.cache/diffusion-4k)"),
         "workers": dict(metavar="N", type=int, default=cores(),
                         help="processes, at most one per core (default: %(default)s)"),
-        "weights": dict(metavar="DIR", type=Path, default=Path("weights"),
+        "weights": dict(metavar="DIR", type=named, default=Path("weights"),
                         help="folder with official weights, never downloaded (default: %(default)s)"),
         "device": dict(help="cpu or cuda (default: cuda if there is one)")}
 
@@ -332,26 +345,35 @@ def new_parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     add = command(run_detail, "both GLCM Scores and the compression ratio of pictures", "cache", "workers")
-    add("pictures", nargs="+", metavar="PICTURE", help="files and folders")
-    add("--maps", metavar="DIR", type=Path, help="write a sheet of heat maps per picture")
+    add("pictures", nargs="+", type=named, metavar="PICTURE", help="files and folders")
+    add("--maps", metavar="DIR", type=named, help="write a sheet of heat maps per picture")
     add = command(run_pair, "PSNR, SSIM, NMSE and LPIPS of two pictures", "weights", "device")
-    add("reference", metavar="REFERENCE")
-    add("picture", metavar="PICTURE")
+    add("reference", type=named, metavar="REFERENCE")
+    add("picture", type=named, metavar="PICTURE")
     about = "rFID, NMSE, PSNR, SSIM and LPIPS of an autoencoder, without tiles"
     add = command(run_vae, about, "cache", "weights", "device")
-    add("folder", metavar="DIR", help="pictures; sides are cut to the multiple that the factor needs")
-    add("--model", default="tiny-sd3", help="folder in models/, another model folder, or a file (default: %(default)s)")
+    add("folder", type=named, metavar="DIR", help="pictures; sides are cut to the multiple that the factor needs")
+    add("--model", type=named, default=Path("tiny-sd3"),
+        help="folder in models/, another model folder, or a file (default: %(default)s)")
     add("--factor", type=int, default=16, choices=(8, 16), help="of the autoencoder (default: %(default)s)")
     add("--res", type=int, default=0, metavar="PX", help="resize and crop to a square first (default: 0, no)")
     about = "FID, patch-FID, CLIPScore, Aesthetics, GLCM Scores and compression ratio of a set"
     add = command(run_set, about, "cache", "workers", "weights", "device")
-    add("generated", metavar="GENERATED", help="folder of pictures")
-    add("--reference", metavar="DIR", help="folder of real pictures, for FID")
-    add("--prompts", metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
+    add("generated", type=named, metavar="GENERATED", help="folder of pictures")
+    add("--reference", type=named, metavar="DIR", help="folder of real pictures, for FID")
+    add("--prompts", type=named, metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
     add("--res", type=int, default=0, metavar="PX", help="squares for FID (default: the smallest generated side)")
     add = command(run_correlate, "SRCC and PLCC of every column of a CSV with its column rating")
-    add("ratings", metavar="RATINGS.csv", help="of ratio and compression_ratio the reciprocal is used, as in the paper")
+    add("ratings", type=named, metavar="RATINGS.csv",
+        help="of ratio and compression_ratio the reciprocal is used, as in the paper")
     return parser
+
+
+def home_cache() -> Path:
+    with contextlib.suppress(RuntimeError):  # a user without a name and a HOME
+        if (home := Path.home()).is_absolute():
+            return home / ".cache" / "diffusion-4k"
+    raise ValueError("no home folder for the results; name a folder with --cache")
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -363,10 +385,7 @@ def run(argv: Sequence[str] | None) -> None:
         most = int(MOST_PIXELS**0.5)
         need(0 <= args["res"] <= most, "res", args["res"], f"0 to {most} pixels")
     if "cache" in args:
-        try:
-            args["cache"] = args["cache"] or Path.home() / ".cache" / "diffusion-4k"
-        except RuntimeError:
-            raise ValueError("no home folder for the results; name a folder with --cache") from None
+        args["cache"] = args["cache"] or home_cache()
         writable(args["cache"], "--cache")
     command(**args)
 

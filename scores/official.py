@@ -6,9 +6,11 @@ Trust     a pickle is a program: it can name any function and call it. torch.loa
           archives below accept a few harmless names each and refuse all others before anything is called
 """
 
+import hashlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import LazyTensor, Weights, open_weights
+from files import regular
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,26 @@ WEIGHTS = {name: Download(use, f"{folder}/{name}", sha256, tuple(also)) for name
 
 
 def find_weights(folder: str | os.PathLike, name: str) -> Path:
-    """The path of one of WEIGHTS in a folder, under any of its names; a FileNotFoundError has address and SHA-256."""
+    """The path of one of WEIGHTS in a folder, under any of its names; a FileNotFoundError has address and SHA-256.
+
+    A file of the official name with another SHA-256 is a warning: it may be converted, damaged or of other training.
+    """
     download, folder = WEIGHTS[name], Path(folder)
     for path in (folder / other for other in (name, *download.also)):
         if path.exists():
+            if path.name == name and path.is_file() and not sha256_of(path).startswith(download.sha256):
+                warnings.warn(f"{path}: not the official file, whose sha256 begins with {download.sha256[:8]}: "
+                              f"{download.use} is not comparable with published numbers", stacklevel=2)
             return path
     other = f" (or {', '.join(download.also)})" if download.also else ""
     begins = "is" if len(download.sha256) == 64 else "begins with"
     raise FileNotFoundError(f"{folder}: no {name}{other}, which {download.use} needs: get it from {download.url}; "
                             f"its sha256 {begins} {download.sha256}")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_official(path: str | os.PathLike) -> Weights:
@@ -72,19 +86,26 @@ def open_official(path: str | os.PathLike) -> Weights:
     path = Path(path)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "pytorch_model.bin").is_file():
         path = path / "pytorch_model.bin"
-    if path.is_dir() or not path.exists() or path.suffix == ".safetensors":
+    if path.is_dir() or not path.exists():
         return open_weights(path)
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):  # TorchScript's
-        return Weights(_torchscript_tensors(path), {}, str(path))
+    regular(path)
+    if path.suffix == ".safetensors":
+        return open_weights(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:      # torch raises a dozen classes on foreign bytes, with a page of advice
+        zipped = zipfile.is_zipfile(path)
+        script = zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
+        state = None if script else torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:      # both raise a dozen classes on foreign bytes, torch with a page of advice
         asks = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it asks for {asks[1]}, which is refused" if asks else f"{path.stat().st_size} bytes: download it again"
-        raise ValueError(f"{path}: not safetensors, a pickled state dict or a TorchScript archive ({why})") from None
+        raise ValueError(f"{path}: not a .safetensors, a pickled state dict or a TorchScript archive ({why})") from None
+    if script:
+        return Weights(_torchscript_tensors(path), {}, str(path))
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path}: holds a {type(state).__name__}, which is no dict of named tensors")
+    for name, t in state.items():
+        if not isinstance(name, str) or t.layout is not torch.strided or t.is_meta or t.is_quantized:
+            raise ValueError(f"{path}: {name} is no plain tensor with a name")
     return Weights({name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in state.items()}, {}, str(path))
 
 
@@ -142,16 +163,18 @@ def _torchscript_tensors(path: Path) -> dict[str, LazyTensor]:
         with archive.open(root + "data.pkl") as f:
             return dict(_walk(Reader(f).load(), Module))
     except Exception as error:      # a damaged pickle raises anything
-        raise ValueError(f"{path}: not an archive of tensors and modules ({error}); nothing in it was run") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an archive of tensors and modules ({why}); nothing in it was run") from None
 
 
 def _read_tensor(archive: zipfile.ZipFile, key: str, dtype: torch.dtype, offset: int, shape: tuple,
                  stride: tuple) -> Tensor:
     try:
         return torch.frombuffer(bytearray(archive.read(key)), dtype=dtype).as_strided(shape, stride, offset)
-    except (RuntimeError, ValueError, TypeError, zipfile.BadZipFile) as error:    # as_strided checks the bounds
+    except Exception as error:      # as_strided checks the bounds; a damaged zip raises anything
+        why = " ".join(str(error).split())
         raise ValueError(f"{archive.filename}: a tensor of shape {tuple(shape)} is not in {key.partition('/')[2]} "
-                         f"({error}): download it again") from None
+                         f"({why}): download it again") from None
 
 
 def _walk(module: object, kind: type, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:

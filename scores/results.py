@@ -1,6 +1,6 @@
 """Results per picture, stored in a folder: the same command resumes where it stopped.
 
-Key      what was computed, and path, size and time of change of the files it depends on
+Key      what was computed, and path, size and times of change of the files it depends on
 File     an .npz with a SHA-256 over its key and its arrays: a damaged or foreign file is computed again
 Workers  end with the command, however it ends; Ctrl-C reaches the command alone
 """
@@ -28,9 +28,10 @@ VERSION = 2  # of the file; others are not found
 
 
 def identity(path: Path) -> tuple:
-    """Path, size and time of change of a file; of a folder, those of its files."""
+    """Path, size and times of change of a file, also the one that no program sets; of a folder, those of its files."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return tuple((str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                 for file in files for stat in [file.stat()])
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from scores.perceptual import resize_crop
 from scores.sheet import detail_sheet, heat
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the official file")
 
 
 @pytest.fixture
@@ -133,6 +134,9 @@ def test_results_are_stored_in_the_home_folder_or_a_line_asks_for_another(comman
     assert command("detail", DATA / "pictures" / "noise.png", cache=False)[0] == 0
     assert len(list((tmp_path / "home" / ".cache" / "diffusion-4k").glob("*.npz"))) == 1
 
+    monkeypatch.setattr(Path, "home", lambda: Path("."))  # HOME is empty
+    assert "name a folder with --cache" in command("detail", DATA / "pictures" / "noise.png", cache=False)[2][0]
+
     def homeless():
         raise RuntimeError("Could not determine home directory.")
     monkeypatch.setattr(Path, "home", homeless)
@@ -142,6 +146,7 @@ def test_results_are_stored_in_the_home_folder_or_a_line_asks_for_another(comman
 
 
 @pytest.mark.parametrize("arguments, says", [(("--work", 1), "unrecognized arguments: --work"),
+                                             (("--maps", ""), "--maps: an empty path"), (("",), "an empty path"),
                                              (("--device", "cpu"), "unrecognized arguments: --device")])
 def test_flags_are_neither_abbreviated_nor_shared_by_all_commands(command, arguments, says):
     code, _, errors = command("detail", DATA / "pictures", *arguments)

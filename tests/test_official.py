@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import random
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,7 +159,7 @@ def test_archives_that_are_cut_or_circular_are_refused_in_one_line(archive, tmp_
         open_official(path)
     half = tmp_path / "half.pt"
     half.write_bytes(archive.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="half.pt: not safetensors.*bytes: download it again"):
+    with pytest.raises(ValueError, match="half.pt: not a .safetensors.*bytes: download it again"):
         open_official(half)
 
 
@@ -185,9 +187,44 @@ def test_a_missing_file_says_what_needs_it_from_where_and_its_hash(tmp_path):
     assert all(WEIGHTS[name].sha256 in WEIGHTS[name].url for name in ("ViT-B-16.pt", "ViT-L-14.pt"))
 
 
+@pytest.mark.filterwarnings("ignore:.*not the official file")
 def test_files_are_found_by_other_names(tmp_path):
     name, other = "weights-inception-2015-12-05-6726825d.pth", tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     other.touch()
     assert find_weights(tmp_path, name) == other
     (tmp_path / name).touch()
     assert find_weights(tmp_path, name) == tmp_path / name
+
+
+def test_a_file_of_the_official_name_with_another_hash_is_a_warning(tmp_path, monkeypatch, recwarn):
+    (tmp_path / "alex.pth").write_bytes(b"abc")
+    with pytest.warns(UserWarning, match="alex.pth: not the official file, whose sha256 begins with df73285e"):
+        find_weights(tmp_path, "alex.pth")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"    # of "abc", FIPS 180-2
+    monkeypatch.setitem(WEIGHTS, "alex.pth", replace(WEIGHTS["alex.pth"], sha256=digest))
+    recwarn.clear()
+    assert find_weights(tmp_path, "alex.pth") == tmp_path / "alex.pth" and not recwarn
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_file_is_right_or_one_line(archive, tmp_path, seed):
+    draw, path = random.Random(seed), tmp_path / "damaged.pt"
+    if seed % 2:
+        torch.save(torch.jit.load(str(archive)).state_dict(), archive)
+    data = bytearray(archive.read_bytes())
+    for _ in range(draw.randint(1, 3)):
+        at = draw.choice([draw.randrange(len(data)), len(data) - 1 - draw.randrange(400)])
+        data[at:at + draw.randint(0, 9)] = draw.randbytes(draw.randint(0, 9))
+    path.write_bytes(data)
+    try:
+        assert all(tuple(t.read().shape) == t.shape for t in open_official(path).values())
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to_sparse(), lambda t: t.to("meta")])
+def test_tensors_without_plain_numbers_and_numbered_ones_are_refused(tmp_path, change):
+    for name, tensor in (("a", change(torch.eye(3))), (1, torch.eye(3))):
+        torch.save({name: tensor}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=f"w.pth: {name} is no plain tensor with a name"):
+            open_official(tmp_path / "w.pth")

@@ -105,6 +105,15 @@ def test_records_pair_pictures_of_any_name_and_order_with_several_seeds_per_prom
     assert notes[1] == "note: 1 of 30 prompts have no picture"
 
 
+def test_records_behind_the_pixels_of_a_png_count(tmp_path):
+    data = drawn(tmp_path / "x.png", "a cup").read_bytes()
+    start, pixels, end = data.index(b"iTXt") - 4, data.index(b"IDAT") - 4, len(data) - 12
+    (tmp_path / "x.png").write_bytes(data[:start] + data[pixels:end] + data[start:pixels] + data[end:])
+    assert "prompt" not in Image.open(tmp_path / "x.png").info
+    listing = listing_of(tmp_path, [{"file_name": "y.png", "text": "a cup"}])
+    assert pair_captions(listing, [tmp_path / "x.png"], []) == {tmp_path / "x.png": "a cup"}
+
+
 def test_a_record_that_is_not_in_the_listing_is_refused_and_that_of_other_programs_is_none(tmp_path):
     listing = listing_of(tmp_path, [{"file_name": "a.png", "text": "a cup"}])
     assert pair_captions(listing, [drawn(tmp_path / "a.png", '{"3": {}}', software="ComfyUI")], [])

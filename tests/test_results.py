@@ -147,6 +147,16 @@ def test_a_picture_is_read_only_where_nothing_is_stored_and_errors_name_it(tmp_p
         results.of_picture(("other",), path, fails)
 
 
+def test_identity_sees_another_content_of_the_same_size_and_time(tmp_path):
+    file = tmp_path / "a.bmp"
+    file.write_bytes(b"one")
+    before, stat = identity(file), file.stat()
+    time.sleep(0.02)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns and identity(file) != before
+
+
 def test_identity_of_a_folder_changes_with_its_files(tmp_path):
     (tmp_path / "a").write_bytes(b"1")
     before = identity(tmp_path)
