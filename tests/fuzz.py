@@ -339,7 +339,7 @@ def json_files(folder: Path, random: Random) -> None:
 # ---- what runs write
 
 def caches(folder: Path, random: Random) -> None:
-    """A damaged embedding: it is computed again, bit for bit."""
+    """A damaged embedding: it is computed again, up to the rounding of another batch, or refused by its checksum."""
     import torch
 
     from training.cache import Embeddings
@@ -359,7 +359,7 @@ def caches(folder: Path, random: Random) -> None:
         embeddings.fill(captions)
     expected = Embeddings(source, ROOT / "models" / "tiny-sd3").read(captions)
     for ours, theirs in zip(embeddings.read(captions), expected, strict=True):
-        right(torch.equal(ours, theirs), "another embedding")
+        right(torch.allclose(ours, theirs, atol=1e-5), "another embedding")
 
 
 def checkpoints(folder: Path, random: Random) -> None:
