@@ -298,4 +298,4 @@ FOREIGN = (  # first bytes of other files, what they look like, what to do
     (b"PK", ", looks like a zip archive or pickle", CONVERT), (b"\x80", ", looks like a pickle", CONVERT),
     (b"GGUF", ", looks like a GGUF file", CONVERT), (b"<", ", looks like a web page", "download it again"),
     (b"version https://git-lfs", ", a pointer of Git LFS", "git lfs pull fetches the file"),
-    (b"{", ", looks like JSON", "download it again"))
+    (b"{", ", looks like JSON", "give the folder of an index.json, or download it again"))

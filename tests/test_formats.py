@@ -86,6 +86,7 @@ BYTES = {  # layout: name and content of a file
     "GGUF": ("flux1-dev-Q4_K_S.gguf", b"GGUF"), "ONNX": ("model.onnx", b"\x08"), "Flax": ("flux.msgpack", b""),
     "TensorFlow": ("tf_model.h5", b""), "TensorRT": ("unet.engine", b""), "web page": ("f.safetensors", b"<html>" * 9),
     "pointer of Git LFS": ("f.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n"),
+    "index instead of its folder": ("model.safetensors.index.json", b'{"weight_map": {}}'),
     "incomplete download": ("f.safetensors", (len(b'{}' * 400)).to_bytes(8, "little") + b"{")}
 
 
@@ -202,7 +203,7 @@ def read_file(layout: str, folder: Path) -> tuple[Tensors, Tensors]:
     if layout == "SD3.5 medium, SD3.5 large":
         assert family_of(lazy(published("sd3.5_large"))).model is family_of(lazy(SD35)).model
         return opened(write(file, SD35), "tiny-sd3"), SD35
-    if layout == "Flux-dev, Flux-schnell":
+    if layout in ("Flux-dev, Flux-schnell", "Flux Kontext, Flux Krea"):
         return opened(write(file, FLUX, AXES)), FLUX
     if layout == "Flux without distillation":
         own = {name: t for name, t in FLUX.items() if not name.startswith("guidance_in.")}
