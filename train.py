@@ -9,17 +9,19 @@ Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1
 Check      python -m pytest tests/test_train.py tests/test_ranks.py
 """
 
+if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
+    import files
+    files.end_on_interrupt()
+
 import ctypes
 import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -29,21 +31,22 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Weights, check_device, model_folder
+from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights
 from data import Item, Pictures, read_folder, sizes_of
 from family import Family, check_widths, find
-from files import writable
-from flow import flux_mu, interpolate, loss_weight
+from files import INTERRUPTED, run_command, writable
+from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
-from training.batches import Part, batches, read_batch
-from training.cache import Embeddings, Latents
+from text import check_t5_length
+from training.batches import Part, batches, read_batch, uneven
+from training.cache import Embeddings, Latents, encoders_key
 from training.logs import SampleSettings, Tally
 from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer
 from training.plan import check_memory, plan_of, this_machine
-from training.ranks import SharedError, device_of, join, on_all, rank, world
-from training.resume import identity_of
-from training.run import Run, export_newest
+from training.ranks import SharedError, device_of, gathered, join, on_all, rank, stop_on_signals, world
+from training.resume import digest_of, identity_of
+from training.run import Run, check_out, export_newest, only_run
 from training.settings import Settings, check, parse, settle
 from vae import VAE
 from wavelet import objective
@@ -189,9 +192,19 @@ class Job:
 
     def identity(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be resumed."""
+        weights = {"transformer": digest_of(self.transformer.part("model.diffusion_model.")),
+                   "VAE": digest_of(open_weights(self.vae_path).part("first_stage_model.")),
+                   "text encoders": encoders_key(self.folder)}
         listing = [(str(item.path.relative_to(self.settings.data)), item.captions, size)
                    for item, size in zip(self.items, self.sizes, strict=True)]
-        return identity_of(self.settings, self.family, self.config, listing)
+        return identity_of(self.settings, self.family, self.config, weights, listing)
+
+    def described(self) -> str:
+        """The settings as JSON, and what is read from where."""
+        sizes = [f"{width}x{height}" for height, width in sorted(set(self.sizes))]
+        read = {"family": self.family.name, "transformer": self.transformer.source, "vae": str(self.vae_path),
+                "text_encoders": str(self.folder), "pictures": len(self.items), "crops": sizes}
+        return json.dumps(asdict(self.settings) | {"read": read}, indent=1)
 
 
 def open_job(settings: Settings) -> Job:
@@ -200,15 +213,24 @@ def open_job(settings: Settings) -> Job:
     family, transformer, vae_path = find(folder, settings.transformer)
     if settings.offload and device.type == "cpu" and not rank():
         print("--offload: without a GPU everything is in host memory already; nothing is moved", flush=True)
+    check_out(settings.out, folder, settings.transformer, settings.data)
     settings = settle(settings, family)
+    if not settings.t5_length:  # a run that this one begins from may have recorded it
+        settings = replace(settings, t5_length=transformer.number("t5_length", integer=True))
+        check_t5_length(settings.t5_length)
     items, step = read_folder(settings.data), 2 * settings.factor
     config = family.config(transformer.part("model.diffusion_model."))
-    sizes = sizes_of(items, settings.res, step, config.table_side * step, settings.aspect)
+    sizes = sizes_of(items, settings.res, step, config.table_side * step, settings.aspect, settings.small)
+    items, sizes = zip(*(pair for pair in zip(items, sizes, strict=True) if pair[1]), strict=True)
     if not rank():
         check_memory(settings, this_machine(device, world()))
+        if repeated := uneven(sizes, settings.batch):
+            print(repeated, flush=True)
     if not settings.dry_run:
         writable(Path(settings.out), f"--out {settings.out}")
-    pictures = Pictures([item.path for item in items])
+        if settings.cache:
+            writable(Path(settings.cache), f"--cache {settings.cache}")
+    pictures = Pictures([item.path for item in items], settings.resize)
     return Job(settings, device, family, transformer, config, folder, vae_path, items, pictures, sizes)
 
 
@@ -218,7 +240,7 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     mesh = init_device_mesh(job.device.type, (world(),)) if settings.sharded else None  # all ranks meet here
     split = partial(shard, settings=settings, mesh=mesh)
     model = on_all(lambda: build(settings, job.family, weights, job.device, split))
-    vae = on_all(lambda: VAE.load(job.vae_path, job.device).requires_grad_(False))
+    vae = on_all(lambda: VAE.load(job.vae_path, job.device, fallback=job.family.latent_scale).requires_grad_(False))
     if not settings.latent_shift:
         vae.shift_factor = 0.0
     for height, width in set(job.sizes):
@@ -228,15 +250,15 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
 
 def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings, Latents | None]:
     """Text embeddings, and latents with --cache-latents; each rank encodes its share, then frees the text encoders."""
-    settings, data = job.settings, Path(job.settings.data)
-    texts = Embeddings(data / ".embeddings", job.folder, job.device, job.family, settings.t5_length)
+    settings, cache = job.settings, Path(job.settings.cache or job.settings.data)
+    texts = Embeddings(cache / ".embeddings", job.folder, job.device, job.family, settings.t5_length)
     captions = ["", *(caption for item in job.items for caption in item.captions)]
     on_all(lambda: texts.fill(captions, rank=rank(), world=world()))
     check_widths(model.config, *texts.read([""]), vae.config.latent_channels)
     if not settings.cache_latents:
         return texts, None
     latents = Latents(job.pictures.paths, job.pictures.central_crop, vae, settings.factor, settings.dilation,
-                      data / ".latents")
+                      cache / ".latents", job.pictures.resample)
     on_all(lambda: latents.fill(job.sizes, rank(), world()))
     return texts, latents
 
@@ -245,94 +267,84 @@ def sample_settings_of(job: Job, channels: int) -> SampleSettings:
     """How sample pictures are drawn: as sample.py would, at --res."""
     settings, sampling = job.settings, job.family.sampling(job.transformer)
     shape = channels, settings.res // settings.factor, settings.res // settings.factor
-    sigmas = job.family.sigmas(sampling.steps, sampling.time_shift or math.exp(flux_mu(settings.tokens)))
+    sigmas = job.family.sigmas(sampling.steps, sampling.time_shift or job.family.by_tokens(settings.tokens))
     return SampleSettings(sigmas, shape, sampling.cfg, settings.guidance, settings.factor, settings.seed)
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[Event]:
-    """An event that SIGTERM and Ctrl-C set while the block runs, so that the step is finished and saved.
+def train(settings: Settings) -> int:
+    """The complete run, from checks to the exported file; resumes from OUT/checkpoints.
 
-    Before the block they end the process at once: there is nothing to save.
+    returns  the number of the signal that stopped it, 0 if none did
     """
-    stop = Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(settings: Settings) -> None:
-    """The complete run, from checks to the exported file; resumes from OUT/checkpoints."""
     job = on_all(lambda: open_job(settings))               # arguments, files and memory are checked here
     settings, device = job.settings, job.device
     if not rank():
-        print(json.dumps(asdict(settings), indent=1), flush=True)
+        print(job.described(), flush=True)
     if settings.dry_run:
-        return
+        return 0
 
-    model, vae = load_models(job)                          # meta -> shard -> fill
-    sync = Sync(model, settings.sharded)                   # the DDP above, FSDP, or nothing
-    optimizer = new_optimizer(settings, model)
-    ema = EMA(model, settings.ema, settings.ema_on_host)
-    run = Run(settings, job.identity(), model, ema.copies, optimizer)
-    start = done = run.resume()                            # complete steps
-    texts, latents = prepare_caches(job, model, vae)       # the text encoders are freed here
-    shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]    # the empty prompt is for cfg
-    empty, _ = texts.read([""])
-    run.begin(start, device, settings.res // settings.factor, empty.shape[1])
-    tally, how = Tally(device), sample_settings_of(job, vae.config.latent_channels)
+    with only_run(Path(settings.out)):                     # a second run with this --out is refused
+        model, vae = load_models(job)                          # meta -> shard -> fill
+        sync = Sync(model, settings.sharded)                   # the DDP above, FSDP, or nothing
+        optimizer = new_optimizer(settings, model)
+        ema = EMA(model, settings.ema, settings.ema_on_host)
+        run = Run(settings, job.identity(), model, ema.copies, optimizer)
+        start = done = run.resume()                            # complete steps
+        texts, latents = prepare_caches(job, model, vae)       # the text encoders are freed here
+        shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]    # the empty prompt is for cfg
+        empty, _ = texts.read([""])
+        run.begin(start, device, settings.res // settings.factor, empty.shape[1])
+        tally, how = Tally(device), sample_settings_of(job, vae.config.latent_channels)
 
-    read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
-                   resized=job.pictures.resized, channels=vae.config.latent_channels)
-    with stop_on_signals() as stop:
-        # reads one step ahead; ends after --steps, or when any rank was asked to stop
-        upcoming = batches(read, start, settings.steps, stop, on_error=run.save)
-        bar = tqdm(upcoming, initial=start, total=settings.steps, file=sys.stderr, disable=bool(rank()))
-        for step, parts in bar:
-            sync.zero()
-            losses = []                                    # velocity loss of each sample, named if the step diverges
-            for k, part in enumerate(parts):               # --accumulate passes of forward and backward
-                # data: a latent drawn from each posterior, the embedding of its caption
-                latent = encode(vae, part, settings, latents)                   # (B, 16, h, w)
-                context, pooled = texts.read(part.captions)                     # (B, L, C), (B, P)
-                # noise: from each sample's own generator, so that it does not depend on the split of the batch
-                noise, sigma = part.noise.to(device), part.sigma.to(device)     # (B, 16, h, w), (B,)
-                z = interpolate(latent, noise, sigma)                           # (1 - sigma)·latent + sigma·noise
-                # predict
-                guidance = None if settings.guidance is None else torch.full_like(sigma, settings.guidance)
-                with autocast(settings):                                        # --dtype bf16 of fp32 weights
-                    velocity = model(z, sigma, context, pooled, guidance)       # (B, 16, h, w)
-                # loss: equation 4, or another --objective
-                weight = loss_weight(sigma, settings.weighting)
-                loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
-                                 settings.huber)
-                # backward; DDP reduces in the last pass only, FSDP in every one
-                sync.set_last(k + 1 == len(parts))
-                (loss / len(parts)).backward()
-                losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
-            sync.wait()                                    # from here every p.grad is the average over the ranks
+        read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
+                       resized=job.pictures.resized, channels=vae.config.latent_channels, texts=texts, latents=latents)
+        with stop_on_signals() as stop:
+            # reads one step ahead; ends after --steps, or when any rank was asked to stop
+            upcoming = batches(read, start, settings.steps, stop, on_error=run.save)
+            bar = tqdm(upcoming, initial=start, total=settings.steps, file=sys.stderr, disable=bool(rank()))
+            for step, parts in bar:
+                sync.zero()
+                losses = []                                # velocity loss of each sample, named if the step diverges
+                for k, part in enumerate(parts):               # --accumulate passes of forward and backward
+                    # data: a latent drawn from each posterior, the embedding of its caption
+                    latent = encode(vae, part, settings)                            # (B, 16, h, w)
+                    context, pooled = part.context, part.pooled                     # (B, L, C), (B, P)
+                    # noise: from each sample's own generator, so that it does not depend on the split of the batch
+                    noise, sigma = part.noise.to(device), part.sigma.to(device)     # (B, 16, h, w), (B,)
+                    z = interpolate(latent, noise, sigma)                           # (1 - sigma)·latent + sigma·noise
+                    # predict
+                    guidance = None if settings.guidance is None else torch.full_like(sigma, settings.guidance)
+                    with autocast(settings):                                        # --dtype bf16 of fp32 weights
+                        velocity = model(z, sigma, context, pooled, guidance)       # (B, 16, h, w)
+                    # loss: equation 4, or another --objective
+                    weight = loss_weight(sigma, settings.weighting)
+                    loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
+                                     settings.huber)
+                    # backward; DDP reduces in the last pass only, FSDP in every one
+                    sync.set_last(k + 1 == len(parts))
+                    (loss / len(parts)).backward()
+                    losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
+                sync.wait()                                    # from here every p.grad is the average over the ranks
 
-            norm = clip(model, settings.clip)
-            if not norm.isfinite():                        # the same on all ranks; the step waits for the device here
-                raise SharedError(what_diverged(step, norm, parts, losses, job))
-            lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            ema.update(step)
+                norm = clip(model, settings.clip)
+                if not norm.isfinite():                    # the same on all ranks; the step waits for the device here
+                    raise SharedError(what_diverged(step, norm, parts, losses, job))
+                lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                ema.update(step)
 
-            done = step + 1
-            if run.due(settings.log_every, done):
-                bar.set_postfix_str(run.log(done, tally, norm, lr))
-            if run.due(settings.save_every, done):         # before sampling: a crash while sampling loses nothing
-                run.save(done)
-            if run.due(settings.sample_every, done):
-                with autocast(settings):
-                    run.draw(done, vae, *texts.read(shown), how)
-        run.finish(done, job.family, job.transformer, job.vae_path)    # exports, or saves the stopped run
+                done = step + 1
+                if run.due(settings.log_every, done):
+                    bar.set_postfix_str(run.log(done, tally, norm, lr))
+                if run.due(settings.save_every, done):         # before sampling: a crash while sampling loses nothing
+                    run.save(done)
+                if run.due(settings.sample_every, done):
+                    with autocast(settings):
+                        run.draw(done, vae, *texts.read(shown), how)
+            run.finish(done, job.family, job.transformer, job.vae_path)    # exports, or saves the stopped run
+    return stop.number
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
@@ -345,10 +357,7 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
     """Error text for a non-finite gradient: the samples whose loss is non-finite, or else the complete batch."""
     mine = [(job.items[picture].path.name, sigma, loss) for part, of_part in zip(parts, losses, strict=True)
             for picture, sigma, loss in zip(part.pictures, part.sigma.tolist(), of_part.tolist(), strict=True)]
-    everyone = [mine] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, mine)
-    batch = sum(everyone, [])
+    batch = sum(gathered(mine), [])
     bad = [row for row in batch if not math.isfinite(row[2])] or batch
     return (f"step {step}: gradient norm {norm.item()}, velocity loss {sum(row[2] for row in batch) / len(batch):.4g}; "
             f"picture, sigma, loss: {', '.join(f'{name} {sigma:.3f} {loss:.3g}' for name, sigma, loss in bad[:8])}; "
@@ -357,35 +366,41 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
 
 def return_freed_memory() -> None:
     """Make glibc return freed blocks from 1 MiB on to the system: it would keep a tenth of a CPU run's memory."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(argv)
+def command(settings: Settings) -> None:
+    """What the command line asks for; of an error that all ranks know, the first rank alone prints a line."""
+    if settings.export:
+        return print(export_newest(settings))
+    if settings.plan:
+        return print(plan_of(settings))
+    if not settings.data:
+        raise ValueError("--data DIR: a folder of pictures and metadata.jsonl is needed")
+    check_device(settings.device)
+    join(device_of(settings.device), settings.sharded)
     try:
-        if settings.export:
-            return print(export_newest(settings))
-        if settings.plan:
-            return print(plan_of(settings))
-        if not settings.data:
-            raise ValueError("--data DIR: a folder of pictures and metadata.jsonl is needed")
-        check_device(settings.device)
-        join(device_of(settings.device), settings.sharded)
         on_all(lambda: check(settings, world()))
         torch.set_num_threads(settings.threads)
         return_freed_memory()
-        train(settings)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+        stopped_by = train(settings)
+    except SharedError:
         if rank():
-            raise SystemExit(1 if isinstance(error, SharedError) else f"error: rank {rank()}: {error}") from None
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("error: interrupted before the first step") from None
-    except torch.OutOfMemoryError:
-        raise SystemExit("error: the GPU's memory is too small for this run; --plan says what would fit") from None
+            raise SystemExit(1) from None
+        raise
+    except (ValueError, OSError) as error:
+        raise (ValueError(f"rank {rank()}: {error}") if rank() else error) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped_by == signal.SIGINT:
+        if rank():
+            raise SystemExit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(lambda: command(parse(argv)))
 
 
 if __name__ == "__main__":

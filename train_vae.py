@@ -9,14 +9,20 @@ Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official name
 Check      python -m pytest tests/test_train_vae.py
 """
 
+if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
+    import files
+    files.end_on_interrupt()
+
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +30,13 @@ from tqdm import tqdm
 
 from checkpoint import open_weights, save
 from data import Pictures, read_folder
-from files import need, writable
+from files import need, parse_json, run_command, writable
+from flow import SEEDS
 from training.adamw import MOMENTS
 from training.batches import random_crop
+from training.ranks import stop_on_signals
 from training.resume import same_settings
+from training.run import check_out, only_run
 from training.seeds import seed_of
 from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
@@ -158,13 +167,19 @@ def save_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, ste
 
 def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, decisive: Mapping) -> int:
     """Load a file of save_state in place; returns its step, 0 without a file, ValueError if the settings differ."""
-    if not path.is_file():
+    try:
+        os.stat(path)
+    except FileNotFoundError:
         return 0
     state = open_weights(path)
-    if "settings" not in state.metadata:
+    then, step = parse_json(state.metadata.get("settings", "null"), str(path)), state.number("step", integer=True)
+    if not isinstance(then, dict) or step is None:
         raise ValueError(f"{path}: not the state of a run; use another --out")
-    same_settings(path, json.loads(state.metadata["settings"]), decisive)
-    step = int(state.metadata["step"])
+    same_settings(path, then, decisive)
+    kinds = ("model", *(MOMENTS if len(state) > len(vae.state_dict()) else ()))
+    shapes = {f"{kind}.{name}": tuple(t.shape) for kind in kinds for name, t in vae.state_dict().items()}
+    if {name: tuple(t.shape) for name, t in state.items()} != shapes:
+        raise ValueError(f"{path}: not the tensors of such an autoencoder; use another --out")
     vae.load_state_dict({name: state[f"model.{name}"].read() for name in vae.state_dict()})
     for name, p in vae.named_parameters():
         if f"{MOMENTS[0]}.{name}" in state:
@@ -207,32 +222,63 @@ def check_settings(s: Settings) -> None:
     for name in ("norm-groups", "blocks", "save-every", "steps", "pixels", "threads", "warmup", "holdout"):
         value, low = getattr(s, name.replace("-", "_")), 0 if name in ("warmup", "holdout") else 1
         need(value >= low, name, value, f"{low} or more")
+    need(0 <= s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(0 < s.lr < math.inf, "lr", s.lr, "a number above 0")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
 
 
-def train(settings: Settings) -> None:
-    """Train, then write the autoencoder; resumes from OUT/state.safetensors if there is one."""
+def split_pictures(settings: Settings) -> tuple[Pictures, Pictures]:
+    """The pictures to train on, and --holdout others, evenly chosen."""
     paths = [item.path for item in read_folder(settings.data)]
     every = max(1, len(paths) // max(1, settings.holdout))
     held_out = paths[settings.holdout // 2::every][:settings.holdout]
-    pictures, unseen = Pictures([path for path in paths if path not in held_out]), Pictures(held_out)
-    if not len(pictures):
+    if len(held_out) == len(paths):
         raise ValueError(f"{settings.data}: --holdout {settings.holdout} leaves no picture to train on")
+    return Pictures([path for path in paths if path not in held_out]), Pictures(held_out)
+
+
+def train(settings: Settings) -> int:
+    """Train, then write the autoencoder; resumes from OUT/state.safetensors if there is one.
+
+    returns  the number of the signal that stopped it, 0 if none did
+    """
+    check_out(settings.out, settings.data)
+    pictures, unseen = split_pictures(settings)
     out, decisive, widths = Path(settings.out), settings.decisive(), tuple(map(int, settings.widths.split(",")))
     writable(out, f"--out {out}")
     config = VAEConfig(widths, widths, settings.blocks, settings.blocks + 1, LATENT_CHANNELS, settings.norm_groups)
     vae = new_vae(config, settings.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
-    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
-          f"held out: {', '.join(path.name for path in held_out)}; step {start} of {settings.steps}")
+    with only_run(out):
+        start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
+        held_out = ", ".join(path.name for path in unseen.paths)
+        print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
+              f"held out: {held_out}; step {start} of {settings.steps}", flush=True)
+        with stop_on_signals() as stop:
+            done = take_steps(settings, vae, optimizer, pictures, unseen, start, stop)
+        if done < settings.steps:
+            print(f"stopped after step {done}; the same command resumes there")
+            return stop.number
+        equalize(vae, pictures)
+        scale, shift = latent_statistics(vae, pictures)
+        save(out / "vae.safetensors", vae.state_dict(), {"norm_groups": config.norm_groups, "scale_factor": scale,
+                                                         "shift_factor": shift, "training": json.dumps(decisive)})
+    print(f"wrote {out / 'vae.safetensors'}")
+    return 0
 
+
+def take_steps(settings: Settings, vae: VAE, optimizer: torch.optim.Optimizer, pictures: Pictures, unseen: Pictures,
+               start: int, stop: Event) -> int:
+    """The steps from `start` on, until `stop` is set; saves states and log lines. Returns the complete steps."""
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, file=sys.stderr)
-    began, losses = time.time(), []
+    began, losses, out, done = time.time(), [], Path(settings.out), start
     for step in bar:
         generator = torch.Generator().manual_seed(seed_of(settings.seed, step))  # of every draw of the step
-        image = batch_of(pictures, settings.pixels, generator)
+        try:
+            image = batch_of(pictures, settings.pixels, generator)
+        except (ValueError, OSError):  # a picture is broken: the run resumes here once it is repaired
+            save_state(out / "state.safetensors", vae, optimizer, done, settings.decisive())
+            raise
         draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8, generator=generator)
 
         loss = vae_loss(vae, image, draw)
@@ -240,7 +286,7 @@ def train(settings: Settings) -> None:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), settings.clip)
         if not torch.isfinite(norm):
-            raise SystemExit(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; "
+            raise ValueError(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; "
                              f"{out}/state.safetensors holds the last good state")
         warmup = (step + 1) / max(1, settings.warmup)
         lr = settings.lr * min(warmup, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
@@ -251,31 +297,33 @@ def train(settings: Settings) -> None:
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
         done = step + 1
-        if done % settings.save_every == 0 or done == settings.steps:
-            save_state(out / "state.safetensors", vae, optimizer, done, decisive)
+        due = done % settings.save_every == 0 or done == settings.steps
+        if due or stop.is_set():
+            save_state(out / "state.safetensors", vae, optimizer, done, settings.decisive())
+        if due:
             row = {"step": done, "loss": round(sum(losses) / len(losses), 5), "lr": lr,
                    "s_per_step": round((time.time() - began) / len(losses), 3)}
-            for factor in (8, 16) if held_out else ():
+            for factor in (8, 16) if len(unseen) else ():
                 row[f"psnr_f{factor}_db"] = round(sum(reconstruction_psnr(vae, unseen, factor)) / len(unseen), 2)
             began, losses = time.time(), []
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
-    equalize(vae, pictures)
-    scale, shift = latent_statistics(vae, pictures)
-    save(out / "vae.safetensors", vae.state_dict(), {"norm_groups": config.norm_groups, "scale_factor": scale,
-                                                     "shift_factor": shift, "training": json.dumps(decisive)})
-    print(f"wrote {out / 'vae.safetensors'}")
+        if stop.is_set():
+            break
+    return done
+
+
+def command(settings: Settings) -> None:
+    check_settings(settings)
+    torch.set_num_threads(settings.threads)
+    if train(settings) == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = read_flags(Settings, "Train an autoencoder of the official shape on a folder of pictures.", {}, argv)
-    try:
-        check_settings(settings)
-        torch.set_num_threads(settings.threads)
-        train(settings)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    about = "Train an autoencoder of the official shape on a folder of pictures."
+    run_command(lambda: command(read_flags(Settings, about, {}, argv)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from scores.sheet import detail_sheet  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="The figure of the README.", allow_abbrev=False)
     parser.add_argument("--picture", metavar="FILE", default=ROOT / "examples" / "dandelion_meadow.jpg",
                         help="(default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", type=Path, default="out/detail.jpg", help="(default: %(default)s)")

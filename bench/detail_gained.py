@@ -39,7 +39,7 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description="Detail before and after fine-tuning at 1024 px.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="its captions are the prompts")
@@ -54,7 +54,7 @@ def main() -> None:
 
     folder, res, base = model_folder(args.model, args.weights), args.res, open_weights(args.base)
     family, tuned, vae_path = find(folder)
-    sampling, vae = family.sampling(tuned), VAE.load(vae_path)
+    sampling, vae = family.sampling(tuned), VAE.load(vae_path, fallback=family.latent_scale)
     text = family.text.load(folder, t5_length=family.t5_length)
     items = read_folder(args.data)
     items = items[::max(1, len(items) // args.prompts)][:args.prompts]

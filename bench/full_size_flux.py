@@ -67,8 +67,8 @@ def load_block_by_block(path: Path) -> Flux:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Flux-dev at its full size: one velocity, block by block.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--file", type=Path, default="runs/flux1-dev-random.safetensors", help="24 GB, written if it is absent")
     add("--delete", action="store_true", help="remove the file afterwards")

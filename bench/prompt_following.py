@@ -64,7 +64,7 @@ def tasks_of(items: Sequence[Item], captions: str, limit: int, prompts: str | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description="Does a model draw what its captions ask for?", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="pictures and metadata.jsonl")
@@ -84,7 +84,8 @@ def main() -> None:
     family, transformer, vae_path = find(folder, args.transformer)
     family.check_guidance(args.guidance)
     sampling = family.sampling(transformer, args.steps, args.cfg, args.guidance, args.time_shift)
-    text, vae = family.text.load(folder, t5_length=family.t5_length), VAE.load(vae_path)
+    text = family.text.load(folder, t5_length=family.t5_length)
+    vae = VAE.load(vae_path, fallback=family.latent_scale)
     paint = painter(family, transformer, text, vae, sampling, args.res, args.seed)
     items = read_folder(args.data)
     photographs = Pictures([item.path for item in items])

@@ -185,7 +185,7 @@ def write_listings(rows: list[dict], folder: Path, state: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Fetch the photographs of the embedded models.", allow_abbrev=False)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR", help="folder to fill")
     add("--list", type=Path, metavar="FILE", default=Path(__file__).with_name("photos_train.jsonl"),

@@ -124,8 +124,8 @@ def write_flux(folder: Path, sd3: Path, vae: Weights, generator: torch.Generator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Make the folders of a small SD3 and a small Flux.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="folder whose captions give the vocabularies")
     add("--vae", required=True, metavar="FILE", help="autoencoder written by train_vae.py")

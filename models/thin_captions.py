@@ -45,8 +45,8 @@ def thin_folder(folder: Path, copies: int, drop: float, seed: int) -> tuple[int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Add thinned wordings of every caption to a data folder.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="pictures and metadata.jsonl")
     parser.add_argument("--copies", type=int, default=3, help="thinned wordings per caption; 0 takes all out again")
     parser.add_argument("--drop", type=float, default=0.4, help="probability of each word to be left out")

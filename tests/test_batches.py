@@ -1,5 +1,6 @@
 """The samples of a step: order of pictures, crops, captions. Each depends on seed and step alone."""
 
+from collections import Counter
 from threading import Event
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 import train
 from data import Pictures, read_folder
 from flow import sample_sigma
-from training.batches import batch_of_step, batches, draw_caption, random_crop, read_batch
-from training.cache import Latents
+from training.batches import batch_of_step, batches, draw_caption, random_crop, read_batch, uneven
+from training.cache import Embeddings, Latents
 from training.model import encode
 from training.seeds import SAMPLES, seed_of
 from training.settings import settle
@@ -83,6 +84,17 @@ def test_batch_has_one_size_and_repeats_pictures_of_a_rare_size():
     assert batch_of_step([(64, 64)], 5, 0, 9) == [0] * 5
 
 
+def test_line_about_rare_sizes_counts_how_often_their_pictures_are_drawn():
+    sizes, batch = [(64, 64)] * 9 + [(32, 96)] * 2 + [(96, 32)], 4
+    steps = 3 + 1 + 1  # of an epoch
+    drawn = Counter(sum((batch_of_step(sizes, batch, 0, step) for step in range(steps)), []))
+    common, rare, rarest = (sum(drawn[k] for k in chosen) / len(chosen) for chosen in (range(9), (9, 10), (11,)))
+    assert (common, rare, rarest) == (12 / 9, 2, 4)
+    line = uneven(sizes, batch)
+    assert "1 of 32x96 px 4 times" in line and "others 1.33 times" in line and "96x32" not in line and "\n" not in line
+    assert uneven([(64, 64)] * 3, 32) == uneven([(64, 64)] * 64 + [(32, 96)] * 32, 32) == ""
+
+
 # ---- captions
 
 def test_caption_depends_on_its_generator_alone():
@@ -111,13 +123,15 @@ def drawn(model):
         settings = settle(settings, family)
         items = read_folder(settings.data)
         sizes, pictures = [(settings.res, settings.res)] * len(items), Pictures([item.path for item in items])
-        parts = read_batch(step, settings, [item.captions for item in items], sizes, pictures.resized, 16)
-        latents = None
+        texts, latents = Embeddings(f"{settings.data}/.embeddings", model), None
+        texts.fill(["", *CAPTIONS])
         if settings.cache_latents:
             latents = Latents(pictures.paths, pictures.central_crop, vae, settings.factor, settings.dilation,
                               settings.data + "/.latents")
             latents.fill(sizes)
-        return parts, [encode(vae, part, settings, latents) for part in parts]
+        captions = [item.captions for item in items]
+        parts = read_batch(step, settings, captions, sizes, pictures.resized, 16, texts, latents)
+        return parts, [encode(vae, part, settings) for part in parts]
 
     return of
 

@@ -1,9 +1,12 @@
 """Checkpoints: resumed bit for bit, complete or absent after kill -9 or a full disk, refused if of another run."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, assert_same_run, copy_of, log_of, refusal_of, seeded, state_of, steps_of
+from conftest import (
+    ONE_THREAD,
+    ROOT,
+    assert_same_run,
+    copy_of,
+    log_of,
+    metadata_of,
+    refusal_of,
+    seeded,
+    state_of,
+    steps_of,
+)
 from golden import diffusers_names, distance, shapes_of
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import train
@@ -24,6 +38,7 @@ from data import read_folder
 from flux import Flux
 from mmdit import MMDiT
 from training.batches import batch_of_step
+from training.cache import Latents
 from training.resume import load_checkpoint, newest, save_checkpoint, saved_shapes, weights_of
 
 
@@ -159,29 +174,106 @@ def test_only_the_newest_checkpoints_remain(settings, tmp_path):
     assert names == ["step-00000003", "step-00000004", "step-00000005"]
 
 
-@pytest.mark.parametrize("damage", ["no shard", "no run.json", "truncated shard"])
-def test_damaged_checkpoint_is_skipped_and_the_one_before_it_resumed(settings, tmp_path, capsys, damage):
-    train.train(settings(steps=6, out=tmp_path / "one"))
-    train.train(settings(steps=6))
-    last = newest(tmp_path / "out")
-    (file,) = last.glob("run.json" if damage == "no run.json" else "*.safetensors")
-    if damage == "truncated shard":
-        file.write_bytes(file.read_bytes()[:-9])
-    else:
+def damage_file(file: Path, damage: str) -> None:
+    content = file.read_bytes()
+    if damage == "missing":
         file.unlink()
-    train.train(settings(steps=6))
-    assert f"{last}: " in capsys.readouterr().out
+    elif damage == "truncated":
+        file.write_bytes(content[:-9])
+    elif damage == "one bit":
+        file.write_bytes(content[:-400] + bytes([content[-400] ^ 1]) + content[-399:])
+    elif damage == "zeros":
+        file.write_bytes(content[:len(content) // 2] + bytes(len(content) - len(content) // 2))
+    elif damage == "other entries":
+        file.write_text(json.dumps(json.loads(content) | {"files": ["../settings.json"]}))
+    else:
+        file.write_text("[" * 9000)
+
+
+@pytest.mark.parametrize("name, damage, reason", [
+    ("*.safetensors", "missing", "safetensors is missing"), ("run.json", "missing", "run.json is missing"),
+    ("*.safetensors", "truncated", " bytes instead of "), ("run.json", "truncated", "not JSON"),
+    ("*.safetensors", "one bit", "not as it was written (SHA-256)"),
+    ("*.safetensors", "zeros", "not as it was written (SHA-256)"),
+    ("run.json", "nested", "nested"), ("run.json", "other entries", "files is ")])
+def test_damaged_checkpoint_is_skipped_and_the_one_before_it_resumed(settings, tmp_path, capsys, name, damage, reason):
+    train.train(settings(steps=4, save_every=2, out=tmp_path / "one"))
+    train.train(settings(steps=4, save_every=2))
+    last = newest(tmp_path / "out")
+    damage_file(next(last.glob(name)), damage)
+    capsys.readouterr()
+    train.train(settings(steps=4, save_every=2))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{last}: ")]
+    assert reason in line and line.endswith("; using the one before it, step-00000002")
     assert_same_run(tmp_path / "one", tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(settings, tmp_path):
+    train.train(settings(steps=2, save_every=1))
+    for folder in (tmp_path / "out" / "checkpoints").iterdir():
+        damage_file(next(folder.glob("*.safetensors")), "one bit")
+    before = contents(tmp_path / "out")
+    message = refusal_of(settings, steps=4)
+    assert "step-00000001: shard" in message and "no checkpoint before it is left: restore it" in message
+    assert contents(tmp_path / "out") == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["checkpoints", "run.json", "shard-00001-model-00001-of-00001.safetensors"])
+def test_checkpoint_that_cannot_be_read_for_the_moment_stops_the_run_and_is_kept(settings, tmp_path, monkeypatch,
+                                                                                 number, name):
+    train.train(settings(steps=2, save_every=1))
+    before, asked = contents(tmp_path / "out"), ("listdir" if name == "checkpoints" else "stat")
+    ask, where = getattr(os, asked), name if name == "checkpoints" else f"step-00000002/{name}"
+
+    def unreadable(path, *rest, **more):
+        if str(path).endswith(where):
+            raise OSError(number, os.strerror(number), str(path))
+        return ask(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, asked, unreadable)
+        message = refusal_of(settings, steps=4)
+    assert os.strerror(number) in message and f"{tmp_path}/out/checkpoints" in message
+    assert contents(tmp_path / "out") == before
+    train.train(settings(steps=4))
+    train.train(settings(steps=4, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", tmp_path / "out")
+
+
+def test_file_that_is_not_the_runs_is_not_read(settings, tmp_path):
+    train.train(settings(steps=3))
+    state = state_of(tmp_path / "out")
+    save_file({name: t + 1 for name, t in state.items()}, newest(tmp_path / "out") / "shard-00002-foreign.safetensors")
+    train.train(settings(steps=5))
+    train.train(settings(steps=5, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", tmp_path / "out")
+
+
+def test_checkpoint_of_an_older_version_resumes(settings, tmp_path):
+    """It has no checksums, no hash of the weights and no interpolation among its settings."""
+    train.train(settings(steps=3))
+    file = newest(tmp_path / "out") / "run.json"
+    about = json.loads(file.read_text())
+    del about["sha256"], about["weights"], about["settings"]["resize"]
+    file.write_text(json.dumps(about))
+    train.train(settings(steps=5))
+    train.train(settings(steps=5, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_finishes_the_step_and_saves_a_checkpoint(settings, tmp_path, monkeypatch, number):
-    formula, stops = train.objective, (signal.SIGTERM, signal.SIGINT)
+    formula, stops = train.objective, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(stop) for stop in stops]
     train.train(settings(steps=6, out=tmp_path / "one"))
     with monkeypatch.context() as patch:
         patch.setattr(train, "objective", lambda *inputs: [formula(*inputs), os.kill(os.getpid(), number)][0])
-        train.train(settings(steps=6))
+        assert train.train(settings(steps=6)) == number
     assert steps_of(tmp_path / "out") == 1 and not (tmp_path / "out" / "sd3.safetensors").exists()
     assert handlers == [signal.getsignal(stop) for stop in stops]
     train.train(settings(steps=6))
@@ -208,6 +300,56 @@ def test_run_that_meets_an_unreadable_picture_saves_and_resumes_when_it_is_repai
     third.write_bytes(good)
     train.train(settings(**usual))
     assert_same_run(tmp_path / "one", tmp_path / "out")
+
+
+def test_run_that_meets_an_unreadable_latent_saves_and_resumes_when_it_is_encoded_again(settings, photos, tmp_path):
+    folder = copy_of(photos, tmp_path / "data")
+    usual = dict(steps=4, batch=1, save_every=100, data=folder, cache_latents=True)
+    train.train(settings(**usual, out=tmp_path / "one"))
+    third = batch_of_step([(64, 64)] * 4, 1, 0, 2)[0]
+    (file,) = [file for file in folder.glob(".latents/*/*") if metadata_of(file)["picture"] == f"{third}.png"]
+    fill = Latents.fill
+
+    def filled_then_damaged(self, *rest):
+        fill(self, *rest)
+        file.write_bytes(file.read_bytes()[:100])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Latents, "fill", filled_then_damaged)
+        assert file.name in refusal_of(settings, **usual)
+    assert steps_of(tmp_path / "out") == 2
+    file.unlink(missing_ok=True)
+    train.train(settings(**usual))
+    assert_same_run(tmp_path / "one", tmp_path / "out")
+
+
+# ---- another place, another run
+
+def test_run_resumes_with_its_weights_at_another_place_and_not_with_other_ones(settings, model, folders, tmp_path):
+    train.train(settings(steps=3))
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    train.train(settings(steps=5, weights=moved))
+    train.train(settings(steps=5, out=tmp_path / "one"))
+    a, b = state_of(tmp_path / "one"), state_of(tmp_path / "out")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    weights = open_weights(moved / "sd3.safetensors")
+    tensors = {name: t.read().clone() for name, t in weights.items()}
+    for name, part in (("model.diffusion_model.x_embedder.proj.bias", "(transformer)"),
+                       ("first_stage_model.encoder.conv_in.weight", "(VAE)")):
+        changed = tensors | {name: tensors[name].index_fill(0, torch.tensor(0), 0.125)}
+        checkpoint.save(moved / "sd3.safetensors", changed, weights.metadata)
+        assert f"that run began from other weights {part}" in refusal_of(settings, steps=7, weights=moved)
+
+
+def test_second_run_into_one_folder_is_refused_with_the_name_of_the_first(settings, tmp_path):
+    process = start(settings.flags(steps=100_000))
+    wait_for_checkpoint(tmp_path / "out", process)
+    message = refusal_of(settings, steps=100_000)
+    process.kill()
+    process.communicate()
+    words = f"another run writes there, process {process.pid} on {socket.gethostname()}, since 20"
+    assert f"--out {tmp_path}/out: {words}" in message
+    train.train(settings(steps=steps_of(tmp_path / "out")))  # the lock of a killed process is free
 
 
 # ---- refusals, saves that fail

@@ -1,31 +1,82 @@
 """The settings of a run: defaults of recipe and family, which of them identify a run, refusals."""
 
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields
 
 import pytest
+from conftest import ROOT, run_script
 
 from family import FLUX_DEV, FLUX_SCHNELL, SD3
-from training.settings import GIB, IDENTITY, Machine, Settings, parse, settle
+from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, parse, settle
 
-MAY_CHANGE = {"data", "out", "recipe", "steps", "shard", "offload", "accumulate", "activations", "ema_on_host",
-              "device", "save_dtype", "save_every", "keep", "log_every", "sample_every", "threads", "export", "plan",
-              "dry_run"}
+# the sizes and captions of pictures are compared one by one: they tell whether --small changed anything
+MAY_CHANGE = {"data", "out", "cache", "small", "recipe", "steps", "shard", "offload", "accumulate", "activations",
+              "ema_on_host", "device", "save_dtype", "save_every", "keep", "log_every", "sample_every", "threads",
+              "export", "plan", "dry_run"}
+# how the released trainers prepare pictures and captions, and the cell of docs/differences.md that says so
+RELEASE = {
+    "mirrored crops": ("flip", True, "with probability 1/2"),
+    "captions": ("drop_caption", 0, "always the caption"),
+    "resizing": ("resize", "bilinear", "bilinear"),
+    "pictures smaller than the crop": ("small", "enlarge", "enlarged"),
+    "what the loss compares": ("objective", "release", "bands of the denoised latent"),
+    "loss weight w_t": ("weighting", "none", "1"),
+    "guidance fed to Flux-dev": ("guidance", 3.5, "3.5"),
+    "σ for Flux": ("density", "uniform", "uniform, no time shift"),
+    "σ for SD3": ("density", "logit_normal", "logit-normal(0, 1), time shift 3"),
+    "T5 tokens for Flux": ("t5_length", 77, "77 in training"),
+    "T5 tokens for SD3": ("t5_length", 77, "77 in training")}
 
 
 def test_every_setting_either_identifies_a_run_or_may_change():
     names = {field.name for field in fields(Settings)}
-    assert names == set(IDENTITY) | MAY_CHANGE and not MAY_CHANGE & set(IDENTITY)
+    assert names == {*IDENTITY, *SOURCE, *MAY_CHANGE}
+    assert len(names) == len(IDENTITY) + len(SOURCE) + len(MAY_CHANGE)
 
 
 def test_recipe_sets_what_the_flags_leave_open_and_single_flags_override_it(settings):
     release, chosen = {"recipe": "release"}, {}
-    mixed = release | {"objective": "noise", "flip": True}
-    for name, changed in (("ours", {}), ("release", release), ("mixed", mixed)):
+    mixed = release | {"objective": "noise", "resize": "lanczos", "small": "refuse"}
+    for name, changed in (("ours", {}), ("release", release), ("paper", {"recipe": "paper"}), ("mixed", mixed)):
         s = settle(settings(**changed), SD3)
-        chosen[name] = (s.objective, s.dilation, s.latent_shift, s.flip, s.t5_length, s.density, s.time_shift)
-    assert chosen["ours"] == ("paper", 2, True, True, None, "logit_normal", 3.0)
-    assert chosen["release"] == ("release", 1, False, False, 77, "logit_normal", 3.0)
-    assert chosen["mixed"] == ("noise", 1, False, True, 77, "logit_normal", 3.0)
+        chosen[name] = (s.objective, s.dilation, s.latent_shift, s.flip, s.drop_caption, s.resize, s.small, s.t5_length)
+        assert (s.density, s.time_shift) == ("logit_normal", 3.0)
+    assert chosen["ours"] == ("paper", 2, True, True, 0.1, "lanczos", "refuse", None)
+    assert chosen["paper"] == ("paper", 2, True, False, 0, "lanczos", "refuse", None)
+    assert chosen["release"] == ("release", 1, False, True, 0, "bilinear", "enlarge", 77)
+    assert chosen["mixed"] == ("noise", 1, False, True, 0, "lanczos", "refuse", 77)
+
+
+@pytest.mark.parametrize("family", [SD3, FLUX_DEV, FLUX_SCHNELL])
+def test_release_recipe_is_what_the_table_of_differences_says_of_the_release(settings, family):
+    text = (ROOT / "docs" / "differences.md").read_text()
+    table = re.search(r"## Training\n\n((?:\|.*\n)+)", text)[1]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines() if " | " in row]
+    cells = {row[0]: row[2] for row in rows}
+    recipe = settle(settings(recipe="release"), family)
+    for row, (name, value, words) in RELEASE.items():
+        assert cells[row].startswith(words), row
+        of_another = "SD3" in row and family is not SD3 or "Flux" in row and family is SD3
+        assert of_another or getattr(recipe, name) == value or name == "guidance" and family is FLUX_SCHNELL, row
+    (flags,) = re.findall(r"--recipe release` is `([^`]*)`", " ".join(text.split()))
+    flags = flags if family.release_drops_latent_shift else flags.replace("--no-latent-shift", "")
+    by_hand = settle(parse([*settings.flags(), *flags.split()]), family)
+    assert asdict(by_hand) | {"recipe": "release"} == asdict(recipe)
+
+
+@pytest.mark.parametrize("flag", ["weights", "data", "out", "transformer", "cache"])
+def test_empty_flag_of_an_unset_shell_variable_is_refused(flag):
+    with pytest.raises(ValueError, match=f'--{flag} "": give a value; a shell variable may be unset'):
+        parse([f"--{flag}="])
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("LOCAL_WORLD_SIZE", "two", "LOCAL_WORLD_SIZE=two"), ("RANK", "0", "RANK=0 and WORLD_SIZE=None"),
+    ("WORLD_SIZE", "-1", "WORLD_SIZE=-1")])
+def test_environment_that_torchrun_did_not_set_is_refused_in_one_line(settings, name, value, words):
+    done = run_script("train.py", *settings.flags(), **{name: value})
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"error: {words}") and "torchrun" in line
 
 
 def test_family_decides_what_the_flags_leave_open(settings):
@@ -35,6 +86,14 @@ def test_family_decides_what_the_flags_leave_open(settings):
     by_tokens = settle(settings(time_shift="tokens", res=1024), FLUX_DEV)
     assert by_tokens.time_shift == pytest.approx(1.878, abs=1e-3)  # exp(0.63)
     assert settle(settings(res=4096), SD3).activations == "recompute" and settle(settings(), SD3).activations == "keep"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--bands", "1,1,x,1"], "four numbers from 0"), (["--time-shift", "three"], 'a number above 0, or "tokens"')])
+def test_flag_that_is_no_number_is_refused_in_words(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags)
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_settings_are_frozen(settings):

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -26,13 +27,14 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from checkpoint import save
+from checkpoint import open_weights, save
 from flow import flux_mu
 from flux import Flux, FluxConfig, new_flux
 from mmdit import MMDiT
 from text import FluxText, SD3Text
 from training import batches, run
 from training.cache import Embeddings
+from training.resume import newest
 from vae import VAE
 
 # ---- learning, logging, written files
@@ -107,7 +109,21 @@ def test_run_writes_checkpoints_log_model_and_settings_and_nothing_else(settings
     out = tmp_path / "out"
     train.train(settings(steps=2, save_dtype="fp16"))
     assert json.loads((out / "settings.json").read_text())["save_dtype"] == "fp16"
-    assert sorted(f.name for f in out.iterdir()) == ["checkpoints", "log.jsonl", "sd3.safetensors", "settings.json"]
+    assert sorted(f.name for f in out.iterdir()) == [".lock", "checkpoints", "log.jsonl", "sd3.safetensors",
+                                                     "settings.json"]
+
+
+def test_t5_length_of_a_run_is_recorded_and_the_next_run_and_the_pictures_take_it(settings, model, tmp_path):
+    train.train(settings(steps=1, t5_length=5, factor=8))
+    file = tmp_path / "out" / "sd3.safetensors"
+    records = metadata_of(file)
+    assert (records["t5_length"], records["factor"]) == ("5", "8")
+    sampling = train.find(model, file)[0].sampling(open_weights(file))
+    assert (sampling.t5_length, sampling.factor) == (5, 8)
+    train.train(settings(steps=1, transformer=file, out=tmp_path / "next"))
+    assert json.loads((tmp_path / "next" / "settings.json").read_text())["t5_length"] == 5
+    train.main(["--export", f"--out={tmp_path}/next"])
+    assert metadata_of(tmp_path / "next" / "sd3.safetensors")["t5_length"] == "5"
 
 
 @pytest.mark.parametrize("on_host", [None, True])
@@ -193,6 +209,34 @@ def test_run_that_reads_the_latent_cache_equals_the_one_that_filled_it(settings,
     assert_same_run(tmp_path / "filled", tmp_path / "read")
 
 
+def test_caches_may_lie_elsewhere(settings, photos, tmp_path):
+    folder = copy_of(photos, tmp_path / "data")
+    train.train(settings(steps=1, data=folder, cache=tmp_path / "cache", cache_latents=True))
+    assert sorted(f.name for f in (tmp_path / "cache").iterdir()) == [".embeddings", ".latents"]
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("small, pictures", [("skip", 3), ("enlarge", 4)])
+def test_small_pictures_are_skipped_or_enlarged(settings, photos, tmp_path, small, pictures):
+    folder = broken_folder(photos, tmp_path / "data", "small")
+    train.train(settings(steps=1, data=folder, small=small))
+    run_json = json.loads((newest(tmp_path / "out") / "run.json").read_text())
+    assert run_json["data"]["pictures"] == pictures
+
+
+def test_resizing_of_the_release_is_pillows_bilinear(settings, photos, tmp_path, monkeypatch):
+    folder = copy_of(photos, tmp_path / "data")
+    for k in range(4):
+        Image.open(folder / f"{k}.png").resize((100, 100), Image.Resampling.NEAREST).save(folder / f"{k}.png")
+    seen, read = [], batches.to_image
+    monkeypatch.setattr(batches, "to_image", lambda pixels: seen.append(pixels.copy()) or read(pixels))
+    train.train(settings(steps=1, data=folder, flip=None, recipe="release", dilation=2))
+    expected = [Image.open(folder / f"{k}.png").resize((64, 64), Image.Resampling.BILINEAR) for k in range(4)]
+    for pixels in seen[:4]:
+        assert any((pixels == np.asarray(image)).all() or (pixels[:, ::-1] == np.asarray(image)).all()
+                   for image in expected)
+
+
 def test_run_whose_captions_are_cached_loads_no_text_encoder(settings, photos, model, tmp_path, monkeypatch):
     Embeddings(photos / ".embeddings", model).fill(["", *CAPTIONS])
     monkeypatch.setattr(SD3Text, "load", None)  # a call would raise
@@ -217,6 +261,20 @@ def test_sample_pictures_are_written_as_a_grid(settings, tmp_path):
 
 # ---- refusals and failures
 
+@pytest.mark.parametrize("changed, holds", [
+    ({"out": "{model}"}, "{model}"), ({"out": "{model}/run"}, "{model}"), ({"out": "{photos}/a/b"}, "{photos}"),
+    ({"out": "{photos}/../{name}/x"}, "{photos}"),
+    ({"out": "{tmp_path}", "transformer": "{tmp_path}/sd3.safetensors"}, "{tmp_path}/sd3.safetensors")])
+def test_out_that_would_change_what_is_read_is_refused(settings, photos, model, tmp_path, changed, holds):
+    shutil.copy(model / "sd3.safetensors", tmp_path)
+    names = {"photos": photos, "model": model, "tmp_path": tmp_path, "name": photos.name}
+    changed = {key: value.format(**names) for key, value in changed.items()}
+    before = sorted(model.iterdir()), sorted(photos.iterdir())
+    message = refusal_of(settings, **changed)
+    assert message.startswith(f"error: --out {changed['out']}: give a folder outside of {holds.format(**names)}")
+    assert before == (sorted(model.iterdir()), sorted(photos.iterdir()))
+
+
 def test_loss_that_is_nan_ends_the_run_and_leaves_the_last_checkpoint(settings, tmp_path, monkeypatch):
     factors, formula = iter([1, 1, 1, 1, float("nan")]), train.objective
     monkeypatch.setattr(train, "objective", lambda *arguments: formula(*arguments) * next(factors))
@@ -235,12 +293,16 @@ def test_diverged_run_writes_no_weights_that_are_not_finite(settings, tmp_path, 
     assert all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
 
 
-def test_dry_run_prints_the_settings_and_writes_nothing(settings, photos, tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_the_settings_and_what_is_read_and_writes_nothing(settings, photos, model, tmp_path, monkeypatch,
+                                                                        capsys):
     monkeypatch.setattr(MMDiT, "load", None)  # a call would raise
     before = sorted(photos.rglob("*"))
     train.train(settings(dry_run=True, bands="1,2,2,4"))
     printed = json.loads(capsys.readouterr().out)
     assert printed["bands"] == [1, 2, 2, 4] and printed["steps"] == 6 and printed["objective"] == "paper"
+    assert printed["read"] | {"vae": 0, "transformer": 0} == {
+        "family": "SD3", "transformer": 0, "vae": 0, "text_encoders": str(model), "pictures": 4, "crops": ["64x64"]}
+    assert printed["read"]["transformer"] == printed["read"]["vae"] == f"{model}/sd3.safetensors"
     assert not (tmp_path / "out").exists() and sorted(photos.rglob("*")) == before
 
 

@@ -1,6 +1,8 @@
 """Training an autoencoder: its start, batches by step, overfitting, resuming bit for bit, refusals in one line."""
 
 import json
+import os
+import signal
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import log_of, metadata_of, run_script, seeded
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_vae
@@ -254,7 +256,7 @@ def test_run_broken_off_and_resumed_equals_an_uninterrupted_one(photos, small_cr
     logs = [[(row["step"], row["loss"], row["lr"]) for row in log_of(tmp_path / run)] for run in ("unbroken", "parts")]
     assert logs[0] == logs[1] and [step for step, *_ in logs[0]] == [3, 6]
     files = sorted(file.name for file in (tmp_path / "parts").iterdir())
-    assert files == ["log.jsonl", "state.safetensors", "vae.safetensors"]
+    assert files == [".lock", "log.jsonl", "state.safetensors", "vae.safetensors"]
 
 
 def test_written_autoencoder_loads_and_records_what_shapes_do_not_determine(photos, small_crops, tmp_path):
@@ -284,11 +286,35 @@ def test_finished_run_is_left_as_it_is(photos, small_crops, tmp_path, monkeypatc
 def test_diverged_gradient_ends_the_run_and_keeps_the_last_state(photos, small_crops, tmp_path, monkeypatch):
     factors, loss = iter([1, 1, 1, 1, float("nan")]), train_vae.vae_loss
     monkeypatch.setattr(train_vae, "vae_loss", lambda *arguments: loss(*arguments) * next(factors))
-    with pytest.raises(SystemExit, match="step 4: gradient is nan, .*state.safetensors holds the last good state"):
+    with pytest.raises(ValueError, match="step 4: gradient is nan, .*state.safetensors holds the last good state"):
         train(settings(photos, tmp_path))
     state = load_file(tmp_path / "state.safetensors")
     assert metadata_of(tmp_path / "state.safetensors")["step"] == "3"
     assert all(t.isfinite().all() for t in state.values())
+
+
+def test_signal_saves_the_state_and_the_run_resumes_to_the_same_autoencoder(photos, small_crops, tmp_path, monkeypatch):
+    train(settings(photos, tmp_path / "unbroken", save_every=100))
+    loss = train_vae.vae_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vae, "vae_loss", lambda *inputs: [loss(*inputs), os.kill(os.getpid(), signal.SIGUSR1)][0])
+        assert train(settings(photos, tmp_path / "parts", save_every=100)) == signal.SIGUSR1
+    assert metadata_of(tmp_path / "parts" / "state.safetensors")["step"] == "1"
+    train(settings(photos, tmp_path / "parts", save_every=100))
+    unbroken, parts = (load_file(tmp_path / run / "vae.safetensors") for run in ("unbroken", "parts"))
+    assert all(torch.equal(unbroken[name], parts[name]) for name in unbroken)
+
+
+def test_state_that_is_none_of_this_run_is_refused(photos, small_crops, tmp_path, monkeypatch):
+    """Other tensors, or settings that are no JSON object."""
+    train(settings(photos, tmp_path, steps=1))
+    state, file = load_file(tmp_path / "state.safetensors"), tmp_path / "state.safetensors"
+    metadata = metadata_of(file)
+    name = next(name for name in state if name.startswith("exp_avg."))
+    for tensors, records in ((state | {name: torch.ones(3)}, metadata), (state, metadata | {"settings": "[" * 200}),
+                             (state, metadata | {"step": "one"})):
+        save_file(tensors, file, records)
+        assert str(file) in refusal_of(monkeypatch, photos, tmp_path, steps=2)
 
 
 # ---- refusals
@@ -305,9 +331,12 @@ def test_other_settings_are_refused_on_resume(photos, small_crops, tmp_path, mon
 
 
 def test_damaged_picture_is_named(photos, small_crops, tmp_path, monkeypatch):
-    (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes()[:200])
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "half a picture"}))
-    assert "0.png: not a complete picture" in refusal_of(monkeypatch, tmp_path, tmp_path / "out")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "0.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (data / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "half a picture"}))
+    assert "0.png: not a complete picture" in refusal_of(monkeypatch, data, tmp_path / "out")
+    assert "out: give a folder outside of" in refusal_of(monkeypatch, data, data / "out")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -322,9 +351,10 @@ def test_damaged_picture_is_named(photos, small_crops, tmp_path, monkeypatch):
     ({"clip": float("inf")}, "--clip inf: give a number above 0"), ({"warmup": -1}, "--warmup -1: give 0 or more")])
 def test_settings_that_cannot_work_are_refused(photos, small_crops, tmp_path, monkeypatch, change, message):
     if change == {"holdout": 1}:  # nothing would be left to train on
-        (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes())
-        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "the only picture"}))
-        photos = tmp_path
+        (data := tmp_path / "data").mkdir()
+        (data / "0.png").write_bytes((photos / "0.png").read_bytes())
+        (data / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "the only picture"}))
+        photos = data
     assert message in refusal_of(monkeypatch, photos, tmp_path / "out", **change)
 
 

@@ -8,6 +8,7 @@ Shapes    B samples of one backward pass on one rank, H and W pixels, h and w la
 Check     python -m pytest tests/test_batches.py
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flow import sample_sigma
+from training.cache import Embeddings, Latents
 from training.ranks import rank, together, world
 from training.seeds import SAMPLES, seed_of
 from training.settings import Settings
@@ -31,6 +33,9 @@ class Part:
     pictures: list[int]                  # indices into the folder's items
     captions: list[str]
     images: list[Tensor] | None          # (3, H, W) each, in [-1, 1]; None where the moments come from the latent cache
+    moments: list[tuple[Tensor, Tensor]] | None  # mean and logvar, (1, 16, h, w) each, from that cache
+    context: Tensor                      # (B, L, C) and
+    pooled: Tensor                       # (B, P), of the captions
     size: tuple[int, int]                # H, W
     noise: Tensor                        # (B, 16, h, w)
     sigma: Tensor                        # (B,)
@@ -73,33 +78,52 @@ def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> 
     return batches[int(torch.randperm(count, generator=generator)[step % count])]
 
 
+def uneven(sizes: Sequence[tuple[int, int]], batch: int) -> str:
+    """A line about sizes whose pictures are drawn at least twice as often as others; "" if there are none.
+
+    A batch has one size and is always full, so that few pictures of a size repeat: n of them come
+    batch * ceil(n / batch) / n times per epoch.
+    """
+    counts = Counter(sizes)
+    times = {size: batch * -(-n // batch) / n for size, n in counts.items()}
+    often = sorted((size for size in counts if times[size] >= 2 * min(times.values())), key=times.get, reverse=True)
+    shown = ", ".join(f"{counts[height, width]} of {width}x{height} px {times[height, width]:.3g} times"
+                      for height, width in often[:4])
+    return (f"--batch {batch} repeats pictures of {len(often)} rare sizes; each is drawn per epoch: {shown}; others "
+            f"{min(times.values()):.3g} times; a smaller --batch evens it out") if often else ""
+
+
 def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]], sizes: Sequence[tuple[int, int]],
-               resized: Callable[[int, int, int], np.ndarray], channels: int) -> list[Part]:
+               resized: Callable[[int, int, int], np.ndarray], channels: int, texts: Embeddings,
+               latents: Latents | None) -> list[Part]:
     """This rank's share of a step, one Part per backward pass.
 
     captions  of every picture
     sizes     (height, width) of every picture's crop
     resized   (index, height, width) -> uint8 pixels that cover the crop: data.Pictures.resized
     channels  of the latent
+    latents   the cache of --cache-latents
     """
     chosen = batch_of_step(sizes, settings.batch, settings.seed, step)
     share, parts = settings.batch // (world() * settings.accumulate), []
     height, width = sizes[chosen[0]]
     for k in range(settings.accumulate):
         first = (k * world() + rank()) * share
-        texts, images, noises, sigmas, generators = [], [], [], [], []
+        drawn, images, noises, sigmas, generators = [], [], [], [], []
         for place in range(first, first + share):
             generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
-            texts.append(draw_caption(captions[chosen[place]], generator, settings.drop_caption))
-            if not settings.cache_latents:
+            drawn.append(draw_caption(captions[chosen[place]], generator, settings.drop_caption))
+            if not latents:
                 pixels = resized(chosen[place], height, width)
                 images.append(random_crop(pixels, height, width, generator, settings.flip))
             latent_shape = channels, height // settings.factor, width // settings.factor
             noises.append(torch.randn(latent_shape, generator=generator))
             sigmas.append(sample_sigma(1, settings.density, settings.time_shift, generator=generator))
             generators.append(generator)
-        parts.append(Part(chosen[first:first + share], texts, images or None, (height, width), torch.stack(noises),
-                          torch.cat(sigmas), generators))
+        mine = chosen[first:first + share]
+        moments = [latents.read(picture, height, width) for picture in mine] if latents else None
+        parts.append(Part(mine, drawn, images or None, moments, *texts.read(drawn), (height, width),
+                          torch.stack(noises), torch.cat(sigmas), generators))
     return parts
 
 
@@ -108,7 +132,7 @@ def batches(read: Callable[[int], list[Part]], start: int, steps: int, stop: Eve
     """Yield (step, parts) from `start` up to `steps`, reading one step ahead in a thread.
 
     stop      set on any rank, it ends the batches
-    on_error  saves the run: called with the number of complete steps before an unreadable picture ends it
+    on_error  saves the run: called with the number of complete steps before an unreadable file ends it
     """
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read, start)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from files import replacing
-from flow import draw_noise, euler, velocity_with_cfg
+from files import entry, parse_json, read_text, replacing
+from flow import SEEDS, draw_noise, euler, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT
 from training.ranks import world
@@ -70,14 +70,18 @@ class Log:
 
     def __init__(self, out: Path, start: int):
         self.file = out / "log.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = read_text(self.file).splitlines() if self.file.exists() else []
         complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
-        self.rows = [row for row in map(json.loads, complete) if row["step"] <= start]
+        self.rows = [row for row in map(self.parsed, complete) if row["step"] <= start]
         if len(self.rows) < len(lines):
             with replacing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         board = _installed("torch.utils.tensorboard")
         self.board = board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) if board else None
+
+    def parsed(self, line: str) -> dict[str, object]:
+        row = parse_json(line, f"{self.file}: {line[:40]}")
+        return row | {"step": entry(row, "step", int, f"{self.file}: {line[:40]}")}
 
     def write(self, row: dict[str, object]) -> None:
         """Append a row, which has a "step"; a list becomes one curve per entry."""
@@ -145,7 +149,7 @@ def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor,
     images = []
     for k in range(1, len(context)):
         velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], how.cfg, how.guidance)
-        noise = draw_noise([how.seed + k - 1], how.shape).to(context.device)
+        noise = draw_noise([(how.seed + k - 1) % SEEDS], how.shape).to(context.device)
         images.append(vae.decode(euler(velocity, noise, how.sigmas), how.factor)[0].float().cpu())
     return images
 

@@ -20,7 +20,6 @@ from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training.adamw import RoundedAdamW
 from training.batches import Part
-from training.cache import Latents
 from training.ranks import rank, world
 from training.settings import Settings
 from vae import VAE
@@ -107,12 +106,12 @@ def autocast(settings: Settings) -> torch.autocast:
 
 
 @torch.no_grad()
-def encode(vae: VAE, part: Part, settings: Settings, latents: Latents | None) -> Tensor:
+def encode(vae: VAE, part: Part, settings: Settings) -> Tensor:
     """(B, 16, h, w), drawn from the posterior; one picture at a time: no latent depends on the split of the batch."""
     weight, drawn = next(vae.parameters()), []
     for k, generator in enumerate(part.generators):
-        if latents:
-            mean, logvar = (moment.to(weight) for moment in latents.read(part.pictures[k], *part.size))
+        if part.moments:
+            mean, logvar = (moment.to(weight) for moment in part.moments[k])
         else:
             mean, logvar = vae.moments(part.images[k][None].to(weight), settings.factor, settings.dilation)
         drawn.append(vae.draw(mean, logvar, generator))

@@ -31,6 +31,7 @@ from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training.model import blocks_of, make
+from training.ranks import from_torchrun
 from training.resume import FILE_BYTES
 from training.settings import GIB, Machine, Settings, check, settle
 from vae import VAE, VAEConfig, read_config
@@ -39,6 +40,7 @@ from wavelet import objective
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
 PICTURES = GIB  # resized pictures that a rank keeps: data.CACHE_BYTES
 RANKS_PER_HOST = 8
+UNKNOWN = 1 << 60       # bytes of a machine that does not tell
 SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
 OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
 PUBLISHED = {  # --model NAME without its folder: family and configuration
@@ -123,8 +125,10 @@ def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | F
 def this_machine(device: torch.device, ranks: int) -> Machine:
     if device.type == "cuda":
         return Machine(ranks, torch.cuda.get_device_properties(device).total_memory)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Machine(ranks, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local)
+    if not hasattr(os, "sysconf"):  # Windows
+        return Machine(ranks, UNKNOWN)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Machine(ranks, memory // from_torchrun("LOCAL_WORLD_SIZE", 1))
 
 
 def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[

@@ -1,15 +1,22 @@
-"""The processes of one run: joining those that torchrun started, and failing together.
+"""The processes of one run: joining those that torchrun started, failing together, stopping on signals.
 
 Check     python -m pytest tests/test_ranks.py
 """
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from files import INTERRUPTED
+
+STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
 Result = TypeVar("Result")
 
 
@@ -23,7 +30,19 @@ def world() -> int:
 
 def launched() -> tuple[int, int]:
     """(rank, world) that torchrun gave this process, for work in which ranks need not meet; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank < world:
+        raise ValueError(f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}: torchrun sets "
+                         "both, RANK from 0 and below WORLD_SIZE; unset them, or start with torchrun")
+    return rank, world
+
+
+def from_torchrun(name: str, least: int) -> int:
+    """A number that torchrun sets in the environment; `least` without it, ValueError if it is none or below that."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text}: torchrun sets it to a number from {least}; unset it, or start with torchrun")
+    return int(text)
 
 
 def device_of(name: str) -> torch.device:
@@ -35,7 +54,7 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda":
         index, cards = device.index, torch.cuda.device_count()
         if index is None:
-            index = int(os.environ.get("LOCAL_RANK", 0))
+            index = from_torchrun("LOCAL_RANK", 0)
         if index >= cards:
             raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; "
                              "give torchrun a smaller --nproc-per-node")
@@ -48,6 +67,7 @@ def join(device: torch.device, sharded: bool) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    launched()  # refuses half of torchrun's environment
     if "RANK" in os.environ:
         try:
             store, number, size = next(dist.rendezvous("env://"))
@@ -61,6 +81,14 @@ def join(device: torch.device, sharded: bool) -> None:
                              "--master-port") from None
     elif sharded:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def gathered(value: Result) -> list[Result]:
+    """The values of all ranks, in their order."""
+    everyone = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 class SharedError(ValueError):
@@ -80,10 +108,7 @@ def together(work: Callable[[], Result], stop: bool = False) -> tuple[Result, bo
         if not dist.is_initialized():
             raise
         error = str(failure)
-    replies = [(error, stop)]
-    if dist.is_initialized():
-        replies *= world()
-        dist.all_gather_object(replies, (error, stop))
+    replies = gathered((error, stop))
     if errors := [f"{text} (rank {k})" if k else text for k, (text, _) in enumerate(replies) if text]:
         raise SharedError(errors[0])
     return result, any(asked for _, asked in replies)
@@ -97,3 +122,35 @@ def on_all(work: Callable[[], Result]) -> Result:
 def on_first(work: Callable[[], object]) -> None:
     """Run work() on rank 0 only; if it raises, all ranks raise its error."""
     together(work if not rank() else lambda: None)
+
+
+class Stop(Event):
+    """Set by the first signal, whose number it keeps; a second Ctrl-C ends the process at once."""
+
+    number = 0
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            os.write(2, b"\ninterrupted\n")
+            os._exit(INTERRUPTED)
+        if not self.number:
+            self.number = number
+            self.set()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """An event that STOPS set while the block runs, so that the step is finished and saved.
+
+    Before the block they end the process at once: there is nothing to save. One that is ignored, as SIGHUP is under
+    nohup, stays ignored.
+    """
+    stop, before = Stop(), {}
+    for number in (getattr(signal, name) for name in STOPS if hasattr(signal, name)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, stop.ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,14 +1,14 @@
 """Checkpoints of a training run: sharded, complete or absent, found again by the same command.
 
-Layout    OUT/checkpoints/step-00000500/   shard-*.safetensors, one or more per rank; run.json: step, identity, files
+Layout    OUT/checkpoints/step-00000500/   shard-*.safetensors, one or more per rank; run.json: step, identity, and
+          name, size and SHA-256 of each file: only these are read, and only if they are as they were written
 Format    torch.distributed.checkpoint with its safetensors storage. Tensors are split by rows over the ranks; any
-          number of ranks, with any --shard, reads what any other wrote
-Trust     nothing on disk is a pickle: names, shapes and offsets are JSON in each file's header (torch's default storage
-          pickles its metadata and loads it unchecked)
+          number of ranks, with any --shard, reads what any other wrote. Nothing is a pickle, as torch's default
+          storage has for its metadata
 Commit    everything is written and synced under .step-00000500.tmp, which is then renamed: a folder named step-... is
           complete. On several nodes, OUT must be on a shared file system
 Names     model.<official name>, ema.<...>, exp_avg.<...>, exp_avg_sq.<...>
-Memory    host: one file of FILE_BYTES per rank at a time
+Memory    host: one file of FILE_BYTES per rank at a time; sums are taken in chunks, each rank's of its own files
 Check     python -m pytest tests/test_resume.py
 """
 
@@ -20,38 +20,62 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoint import Weights
 from family import Family
-from files import read_json
+from files import entry, read_json
 from flux import FluxConfig
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW
-from training.ranks import SharedError, rank, world
-from training.settings import IDENTITY, Settings
+from training.ranks import SharedError, gathered, on_all, on_first, rank, world
+from training.settings import IDENTITY, SOURCE, Settings
 
 FILE_BYTES = 1 << 31
 ABOUT = "run.json"
+LATER = {"resize": "lanczos"}  # settings that older checkpoints do not record, with the value they had
 
 
 def newest(out: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None without any. Incomplete folders are skipped with a message."""
-    for folder in reversed(_committed(out)):
-        if not (fault := _fault_of(folder)):
+    """The newest undamaged checkpoint of a run, None without any; all ranks together, each reads a share of its files.
+
+    A damaged one is skipped with a line.
+    raises  SharedError if all are damaged, or if one cannot be read for the moment: it may be good
+    """
+    folders = gathered(on_all(lambda: _committed(out)))[0][::-1]
+    for folder, before in zip_longest(folders, folders[1:]):
+        faults = gathered(on_all(partial(_fault_of, folder)))
+        if not (fault := next(filter(None, faults), "")):
             return folder
-        print(f"{folder}: {fault}; using the checkpoint before it", flush=True)
+        if not before:
+            raise SharedError(f"{folder}: {fault}; no checkpoint before it is left: restore it, or move it away to "
+                              "begin at step 0")
+        if not rank():
+            print(f"{folder}: {fault}; using the one before it, {before.name}", flush=True)
     return None
 
 
 def _committed(out: Path) -> list[Path]:
-    return sorted((f for f in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", f.name)), key=step_of)
+    """All checkpoints, the oldest first. OSError if the folder cannot be read: glob would find nothing in it."""
+    try:
+        names = os.listdir(out / "checkpoints")
+    except FileNotFoundError:
+        return []
+    return sorted((out / "checkpoints" / name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of)
+
+
+def folder_of(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
@@ -59,14 +83,38 @@ def step_of(folder: Path) -> int:
 
 
 def _fault_of(folder: Path) -> str:
-    """What is wrong with a committed checkpoint; empty if nothing is."""
+    """What is proven wrong with this rank's share of a checkpoint, "" if nothing; OSError if that cannot be told."""
     try:
-        files = read_json(folder / ABOUT)["files"]
-    except (OSError, ValueError, KeyError) as error:
+        os.stat(folder / ABOUT)
+        for name, size, digest in _recorded(folder)[rank()::world()]:
+            if (length := os.stat(folder / name).st_size) != size:
+                return f"{name} has {length} bytes instead of {size}"
+            if digest and sha256_of(folder / name) != digest:
+                return f"{name} is not as it was written (SHA-256)"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError as error:
         return f"no complete {ABOUT} ({error})"
-    wrong = [name for name, size in files.items()
-             if not (folder / name).is_file() or (folder / name).stat().st_size != size]
-    return f"{len(wrong)} of {len(files)} files are missing or truncated, the first is {wrong[0]}" if wrong else ""
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be read for the moment ({error.strerror}: {error.filename}); it is left as it "
+                      "is: make it readable, or use another --out") from None
+    return ""
+
+
+def _recorded(folder: Path) -> list[tuple[str, int, str]]:
+    """Name, size and SHA-256 of each file of a checkpoint, by run.json; older ones have no SHA-256, "" here."""
+    where = folder / ABOUT
+    about = read_json(where)
+    sizes, digests = entry(about, "files", dict, where), about.get("sha256", dict.fromkeys(about["files"], ""))
+    if not sizes or any(Path(name).name != name for name in sizes):
+        raise ValueError(f"{where}: files are not names of files in this folder")
+    return [(name, entry(sizes, name, int, where, 0), entry(digests, name, str, where)) for name in sorted(sizes)]
+
+
+def sha256_of(file: Path) -> str:
+    """The checksum of a file, read in chunks."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- writing
@@ -78,30 +126,39 @@ def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], about: 
     tensors  name -> tensor, a DTensor where it is sharded
     about    what run.json records beside the step and the files
     keep     how many checkpoints remain, the newest
-    raises   OSError on the first rank, SharedError on the others, if one could not write; earlier ones are untouched
+    raises   SharedError if one rank could not write; earlier checkpoints are untouched
     """
-    folder = out / "checkpoints" / f"step-{step:08d}"
+    folder = folder_of(out, step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     if not rank():
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
     try:
-        writer = HuggingFaceStorageWriter(str(temporary), _files_of(tensors), save_distributed=True)
-        with warnings.catch_warnings(action="ignore"):  # that a single process is one
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-        error = "" if rank() else _commit(temporary, folder, {"step": step} | dict(about))
-    except (CheckpointException, OSError) as failure:
-        failures = getattr(failure, "failures", {0: (failure, None)})
-        error = "; ".join(f"rank {k}: {wrapped[0]}" for k, wrapped in sorted(failures.items()))
-    errors = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(errors, 0)
-    if errors[0]:
+        digests = {}
+        for part in gathered(on_all(lambda: _write(temporary, tensors))):
+            digests |= part
+        on_first(lambda: _commit(temporary, folder, {"step": step} | dict(about), digests))
+    except (ValueError, OSError) as error:
         if not rank():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise (SharedError if rank() else OSError)(
-            f"{folder}: could not be written ({errors[0].splitlines()[0]}); the checkpoints before it are untouched")
+        raise SharedError(f"{folder}: could not be written ({str(error).splitlines()[0]}); the checkpoints before it "
+                          "are untouched") from None
     if not rank():
         _remove_old(out, step, keep)
+
+
+def _write(temporary: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write this rank's files; returns their checksums. OSError on all ranks if one cannot."""
+    writer = HuggingFaceStorageWriter(str(temporary), _files_of(tensors), save_distributed=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that a single process is one
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as failure:
+        raise OSError(_reasons(failure)) from None
+    return {file.name: sha256_of(file) for file in temporary.glob(f"shard-{rank() + 1:05d}-*")}
+
+
+def _reasons(failure: CheckpointException) -> str:
+    return "; ".join(f"rank {k}: {wrapped[0]}" for k, wrapped in sorted(failure.failures.items()))
 
 
 def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -113,34 +170,34 @@ def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _commit(temporary: Path, folder: Path, about: Mapping[str, object]) -> str:
-    """Write run.json, sync, rename: now the checkpoint is complete. Returns an error's text, or an empty one."""
-    try:
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        with open(temporary / ABOUT, "w", encoding="utf-8") as f:
-            json.dump(dict(about) | {"files": sizes}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        _sync(temporary)
-        if folder.exists():  # a damaged one that newest() skipped
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        return str(error)
-    return ""
+def _commit(temporary: Path, folder: Path, about: Mapping[str, object], digests: Mapping[str, str]) -> None:
+    """Write run.json, sync, rename: now the checkpoint is complete."""
+    sizes = {name: (temporary / name).stat().st_size for name in sorted(digests)}
+    with open(temporary / ABOUT, "w", encoding="utf-8") as f:
+        json.dump(dict(about) | {"files": sizes, "sha256": digests}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    _sync(temporary)
+    if folder.exists():  # newest() proved it damaged
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    _sync(folder.parent)
 
 
 def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    if os.name != "nt":  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _remove_old(out: Path, step: int, keep: int) -> None:
-    remaining = [f for f in _committed(out) if step_of(f) <= step][-keep:]  # newest() skipped a later, damaged one
+    remaining = [f for f in _committed(out) if step_of(f) <= step][-keep:]  # newest() proved the later ones damaged
     for old in set(_committed(out)).difference(remaining):
-        os.rename(old, old.with_name(f".{old.name}.old"))  # a folder named step-... is complete until it is gone
+        try:
+            os.rename(old, old.with_name(f".{old.name}.old"))  # a folder named step-... is complete until it is gone
+        except OSError as error:
+            print(f"{old}: could not be removed ({error.strerror}); remove it by hand", flush=True)
     for left in (out / "checkpoints").glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -152,22 +209,40 @@ def load_checkpoint(folder: Path, tensors: Mapping[str, Tensor], alone: bool = F
 
     tensors  name -> tensor of the saved shape; the dtype may differ
     alone    only this process reads, whether or not there are others
-    raises   ValueError if a name or a shape differs from the saved one
+    raises   ValueError if a name or a shape differs from the saved one, or a file cannot be read
     """
+    check = partial(_same_shapes, folder, tensors)
+    check() if alone else on_all(check)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(dict(tensors), storage_reader=_reader(folder), no_dist=alone or not dist.is_initialized())
+    except CheckpointException as failure:
+        raise SharedError(f"{folder}: could not be read ({_reasons(failure).splitlines()[0]}); "
+                          "it is left as it is") from None
+
+
+def _same_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     saved = saved_shapes(folder)
     differ = [name for name in tensors if saved.get(name) != tuple(tensors[name].shape)]
     if differ:
         raise ValueError(f"{folder}: {len(differ)} tensors are missing or of another shape, the first is {differ[0]}: "
                          f"saved {saved.get(differ[0])}, here {tuple(tensors[differ[0]].shape)}; use another --out")
-    with warnings.catch_warnings(action="ignore"):
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)),
-                 no_dist=alone or not dist.is_initialized())
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a checkpoint, from the headers of its files."""
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    try:
+        metadata = _reader(folder).read_metadata()
+    except (SafetensorError, KeyError, TypeError) as error:  # only in checkpoints without checksums
+        raise ValueError(f"{folder}: its files are damaged ({error}); move it away to use the one before it") from None
+    return {name: tuple(tensor.size) for name, tensor in metadata.state_dict_metadata.items()}
+
+
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    """A reader of the files that run.json names; others in the folder are not the run's."""
+    reader, names = HuggingFaceStorageReader(str(folder)), [name for name, _, _ in _recorded(folder)]
+    reader.fs.ls = lambda _: [str(folder / name) for name in names]
+    return reader
 
 
 def weights_of(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -196,15 +271,27 @@ def tensors_of(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.opt
     return tensors
 
 
-def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig,
+def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig, weights: Mapping[str, str],
                 listing: Sequence[tuple[str, Sequence[str], tuple[int, int]]]) -> dict[str, object]:
-    """Identity of the run, recorded in run.json. Resuming with different values is refused.
+    """Identity of the run, recorded in run.json. Resuming with different values is refused, but for SOURCE.
 
+    weights  hashes of what the run began from: they tell whether weights at another place are the same
     listing  file name, captions and crop size of every picture: these decide the order; a picture may be repaired
     """
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-    return {"settings": {name: getattr(settings, name) for name in IDENTITY},
+    return {"settings": {name: getattr(settings, name) for name in SOURCE + IDENTITY}, "weights": dict(weights),
             "model": {"family": family.name} | asdict(config), "data": {"pictures": len(listing), "digest": digest}}
+
+
+def digest_of(weights: Weights) -> str:
+    """A hash of names, shapes and three rows of each tensor: equal wherever and however the weights are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        height = tensor.shape[0] if tensor.shape else 0
+        for row in sorted({0, height // 2, height - 1} if height else ()):
+            digest.update(tensor.rows(row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def same_settings(source: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
@@ -215,17 +302,24 @@ def same_settings(source: str | os.PathLike, then: Mapping[str, object], now: Ma
         raise ValueError(f"{source}: that run had other settings ({', '.join(differ)}); use them, or another --out")
 
 
-def load_run(folder: Path, identity: Mapping[str, object], tensors: Mapping[str, Tensor], settings: Settings) -> int:
-    """Load a checkpoint in place; returns its step. ValueError if it belongs to another run."""
-    then, now = read_json(folder / ABOUT), json.loads(json.dumps(dict(identity)))
-    if then["model"] != now["model"]:
+def same_run(folder: Path, identity: Mapping[str, object], settings: Settings) -> None:
+    """ValueError if a checkpoint belongs to another run."""
+    about, now = read_json(folder / ABOUT), json.loads(json.dumps(dict(identity)))
+    parts = ("model", "settings", "data", *(["weights"] if "weights" in about else []))
+    then = {part: entry(about, part, dict, folder / ABOUT) for part in parts}
+    if any(now["model"].get(key) != value for key, value in then["model"].items() if key != "family"):
         raise ValueError(f"{folder}: is of another model, {then['model']}; here it is {identity['model']}; "
                          "use another --out")
-    same_settings(folder, then["settings"], now["settings"])
+    weights = then.get("weights")  # older checkpoints know them by their place only
+    compared = IDENTITY + (SOURCE if weights is None else ())
+    same_settings(folder, {name: then["settings"].get(name, LATER.get(name)) for name in compared},
+                  {name: now["settings"][name] for name in compared})
+    if weights and (other := [part for part, digest in now["weights"].items() if weights.get(part) != digest]):
+        raise ValueError(f"{folder}: that run began from other weights ({', '.join(other)}); use the same ones, "
+                         "or another --out")
     if then["data"] != now["data"]:
-        counts = f"{then['data']['pictures']} pictures, now {now['data']['pictures']}; names, shapes or captions differ"
+        counts = (f"{then['data'].get('pictures')} pictures, now {now['data']['pictures']}; "
+                  "names, shapes or captions differ")
         raise ValueError(f"{settings.data} has changed since that run began ({counts}), and with it the order of the "
                          "pictures: restore it, or use another --out, starting from what train.py --export "
                          f"--out {settings.out} writes")
-    load_checkpoint(folder, tensors)
-    return step_of(folder)

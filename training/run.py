@@ -8,25 +8,81 @@ Check     python -m pytest tests/test_train.py tests/test_resume.py
 """
 
 import json
+import os
+import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, save
 from family import SAMPLING, Family, find
-from files import read_json
+from files import entry, need, printable, read_json, read_text
 from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
 from training.plan import flop_of_image
 from training.ranks import on_all, on_first, rank, world
-from training.resume import ABOUT, load_run, newest, save_checkpoint, step_of, tensors_of, weights_of
-from training.settings import Settings
+from training.resume import (
+    ABOUT,
+    folder_of,
+    load_checkpoint,
+    newest,
+    same_run,
+    save_checkpoint,
+    step_of,
+    tensors_of,
+    weights_of,
+)
+from training.settings import SOURCE, Settings
 from vae import VAE
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold OUT/.lock while the block runs; the system releases it however the process ends.
+
+    raises  ValueError that names the process which holds it
+    """
+    lock = on_all(lambda: None if rank() or not fcntl else _lock(out / ".lock"))
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+def _lock(path: Path) -> TextIO:
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"--out {path.parent}: another run writes there, {printable(read_text(path, 1000))}: wait for "
+                         "it, stop it, or give another --out") from None
+    except OSError as error:
+        print(f"{path.parent}: no locks on this file system ({error.strerror}); start no second run there", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
+def check_out(out: str | os.PathLike, *sources: str | os.PathLike | None) -> None:
+    """ValueError if --out is, or lies in, a folder that the run reads, or holds a file that it reads."""
+    out = Path(out).resolve()
+    for source in (Path(source).resolve() for source in sources if source):
+        inside = source in (out, *out.parents) or source.is_file() and source.parent == out
+        need(not inside, "out", out, f"a folder outside of {source}, which is read and must stay as it is")
 
 
 class Run:
@@ -46,12 +102,12 @@ class Run:
 
     def resume(self) -> int:
         """Load the newest complete checkpoint; returns its step, 0 without any. ValueError if it is of another run."""
-        newest_here = [None if rank() else newest(self.out)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(newest_here, 0)
-        if folder := newest_here[0]:
-            tensors = tensors_of(self.model, self.ema, self.optimizer, step_of(folder))
-            self.saved_step = on_all(lambda: load_run(folder, self.identity, tensors, self.settings))
+        if folder := newest(self.out):
+            on_all(lambda: same_run(folder, self.identity, self.settings))
+            load_checkpoint(folder, tensors_of(self.model, self.ema, self.optimizer, step_of(folder)))
+            self.saved_step = step_of(folder)
+            if not rank():
+                print(f"resumes after step {self.saved_step}, from {folder}", flush=True)
         return self.saved_step
 
     def begin(self, step: int, device: torch.device, latent_side: int, context_tokens: int) -> None:
@@ -106,7 +162,8 @@ class Run:
             self.save(done)
             text = f"stopped after step {done}; the same command resumes there"
         elif not rank():
-            text = f"wrote {export(newest(self.out), self.settings, family, transformer, vae_path)}"
+            folder = folder_of(self.out, self.saved_step)
+            text = f"wrote {export(folder, self.settings, family, transformer, vae_path)}"
         if not rank():
             print(text)
 
@@ -129,11 +186,11 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
     returns      the path of the file
     raises       ValueError if a weight is NaN or Inf in that dtype
     """
-    dtype, path, then = DTYPES[settings.save_dtype], Path(settings.out) / family.file, read_json(folder / ABOUT)
+    dtype, path, then = DTYPES[settings.save_dtype], Path(settings.out) / family.file, _settings_of(folder)
     tensors = weights_of(folder, dtype)
     records = {name: value for name, value in transformer.metadata.items() if name in SAMPLING}
     if family.vae_inside:
-        vae = VAE.load(vae_path)
+        vae = VAE.load(vae_path, fallback=family.latent_scale)
         records |= {"norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
                     "shift_factor": vae.shift_factor}
         tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
@@ -143,9 +200,15 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
     if bad := next((name for name, t in tensors.items() if not torch.isfinite(torch.stack(t.aminmax())).all()), ""):
         raise ValueError(f"{bad} holds NaN or Inf in {settings.save_dtype}: {path} is not written; "
                          "try a smaller --lr, or a wider --save-dtype")
-    training = json.dumps({"steps": then["step"]} | then["settings"])
-    save(path, tensors, records | {"res": settings.res, "factor": settings.factor, "training": training})
+    records |= {"res": settings.res, "factor": settings.factor}
+    records |= {"t5_length": settings.t5_length} if settings.t5_length else {}
+    save(path, tensors, records | {"training": json.dumps({"steps": step_of(folder)} | then)})
     return path
+
+
+def _settings_of(folder: Path) -> dict[str, object]:
+    """The settings that a checkpoint records."""
+    return entry(read_json(folder / ABOUT), "settings", dict, folder / ABOUT)
 
 
 def export_newest(settings: Settings) -> str:
@@ -153,8 +216,12 @@ def export_newest(settings: Settings) -> str:
     folder = newest(Path(settings.out))
     if not folder:
         raise FileNotFoundError(f"{settings.out}/checkpoints: no complete checkpoint there")
-    then = read_json(folder / ABOUT)["settings"]
-    named = {name: getattr(settings, name) or then[name] for name in ("model", "weights", "transformer")}
-    settings = replace(settings, res=then["res"], factor=then["factor"], **named)
-    source = find(model_folder(settings.model, settings.weights), settings.transformer)
+    then, where = _settings_of(folder), folder / ABOUT
+    named = {name: getattr(settings, name) or then.get(name) and entry(then, name, str, where) for name in SOURCE}
+    length = entry(then, "t5_length", int, where, 1) if then.get("t5_length") else None
+    settings = replace(settings, res=entry(then, "res", int, where, 1), factor=entry(then, "factor", int, where, 8, 16),
+                       t5_length=length, **named)
+    model = model_folder(settings.model, settings.weights)
+    check_out(settings.out, model, settings.transformer)
+    source = find(model, settings.transformer)
     return f"wrote {export(folder, settings, *source)}, step {step_of(folder)}"

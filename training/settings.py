@@ -2,7 +2,7 @@
 
 Order     parse() reads the flags, check() refuses values out of range, settle() resolves what recipe and family decide
 Recipes   "paper" and "release" set everything in which the two differ; single flags override them (docs/differences.md)
-Resume    a run resumes only with equal IDENTITY; all other settings may change
+Resume    a run resumes only with equal IDENTITY and equal weights, wherever they lie; other settings may change
 Check     python -m pytest tests/test_settings.py ; python train.py --help
 """
 
@@ -18,8 +18,9 @@ import torch
 from checkpoint import DTYPES
 from family import Family
 from files import need
-from flow import DENSITIES, SCHEMES, flux_mu
+from flow import DENSITIES, SCHEMES, SEEDS, flux_mu
 from text import check_t5_length
+from training.ranks import from_torchrun
 from wavelet import OBJECTIVES
 
 T = TypeVar("T")
@@ -27,10 +28,10 @@ GIB = 1 << 30
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 RECIPES = {  # settings in which paper and release differ; None = family default
     "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None,
-              "flip": False},
+              "flip": False, "drop_caption": 0.0, "resize": "lanczos", "small": "refuse"},
     "release": {"objective": "release", "dilation": 1, "latent_shift": False, "weighting": "none", "t5_length": 77,
-                "flip": False}}
-OURS = RECIPES["paper"] | {"flip": True}
+                "flip": True, "drop_caption": 0.0, "resize": "bilinear", "small": "enlarge"}}
+OURS = RECIPES["paper"] | {"flip": True, "drop_caption": 0.1}
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,20 @@ def flag(default: object, help: str, **options: object) -> Any:
 
 
 def four_numbers(text: str) -> tuple[float, ...]:
-    values = tuple(float(v) for v in text.split(","))
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
     if len(values) != 4 or not all(0 <= value < math.inf for value in values):
         raise argparse.ArgumentTypeError(f"{text!r}: four numbers from 0 for LL,LH,HL,HH")
     return values
 
 
 def shift_or_tokens(text: str) -> float | str:
-    return text if text == "tokens" else float(text)
+    try:
+        return text if text == "tokens" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r}: a number above 0, or "tokens"') from None
 
 
 def ranks_and_gigabytes(text: str) -> Machine:
@@ -87,8 +94,13 @@ class Settings:
                                 choices=(1, 2))
     latent_shift: bool | None = flag(None, "latent = (raw - shift) * scale; without it raw * scale (default: with)")
     flip: bool | None = flag(None, "mirror each crop with probability 1/2 (default: yes)")
-    cache_latents: bool = flag(False, "train on central crops, encoded once into DATA/.latents; nothing is mirrored")
-    drop_caption: float = flag(0.1, "probability of the empty caption, which cfg needs")
+    resize: str | None = flag(None, "interpolation of pictures to the crop's size (default: lanczos)",
+                              choices=("lanczos", "bilinear"))
+    small: str | None = flag(None, "pictures below --res: refuse the run, skip or enlarge them (default: refuse)",
+                             choices=("refuse", "skip", "enlarge"))
+    cache: str | None = flag(None, "where .embeddings and .latents are kept (default: the data folder)", metavar="DIR")
+    cache_latents: bool = flag(False, "train on central crops, encoded once into .latents; nothing is mirrored")
+    drop_caption: float | None = flag(None, "probability of the empty caption, which cfg needs (default: 0.1)")
     t5_length: int | None = flag(None, "tokens of T5 (default: SD3 77, Flux-dev 512, Flux-schnell 256)")
     # objective
     recipe: str | None = flag(None, "all settings in which paper and released trainer differ; single flags override it",
@@ -152,9 +164,10 @@ class Settings:
 
 # What decides the numbers of a run. A run resumes only with equal values of these; the other settings may change.
 IDENTITY = (
-    "model", "weights", "transformer", "res", "aspect", "factor", "dilation", "latent_shift", "flip", "cache_latents",
-    "drop_caption", "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting",
-    "batch", "lr", "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
+    "res", "aspect", "factor", "dilation", "latent_shift", "flip", "resize", "cache_latents", "drop_caption",
+    "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting", "batch", "lr",
+    "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
+SOURCE = ("model", "weights", "transformer")  # where the weights lie; a checkpoint also records what they are
 
 
 def settle(settings: Settings, family: Family) -> Settings:
@@ -184,12 +197,13 @@ def check(s: Settings, ranks: int) -> None:
         need(getattr(s, flag.replace("-", "_")) >= 1, flag, getattr(s, flag.replace("-", "_")), "1 or more")
     for flag in ("lr", "huber", "warmup", "weight-decay", "seed", "sample-every"):
         need(getattr(s, flag.replace("-", "_")) >= 0, flag, getattr(s, flag.replace("-", "_")), "0 or more")
-    need(0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
+    need(s.drop_caption is None or 0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
     need(s.batch % share == 0, "batch", s.batch,
          f"a multiple of {share}, {ranks} ranks times --accumulate {s.accumulate}")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
     need(s.time_shift in (None, "tokens") or 0 < s.time_shift < math.inf, "time-shift", s.time_shift,
          'a number above 0, or "tokens"')
+    need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(s.guidance is None or 0 <= s.guidance < math.inf, "guidance", s.guidance, "a number from 0")
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
     need(0 <= s.ema < 1, "ema", s.ema, "0 for none, or a decay below 1")
@@ -218,14 +232,17 @@ def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Seque
         elif f.default is not None:
             options["help"] += " (default: %(default)s)"
         group.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    return kind(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        need(value != "", name.replace("_", "-"), '""', "a value; a shell variable may be unset")
+    return kind(**values)
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """The command line of train.py; what the model family decides is still open."""
     s = read_flags(Settings, "Fine-tune the transformer of a model folder on captioned pictures.", GROUPS, argv)
     on_gpu = torch.cuda.is_available() or s.plan is not None  # plans are made for cards, wherever we are
-    cores_per_rank = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores_per_rank = (os.cpu_count() or 1) // from_torchrun("LOCAL_WORLD_SIZE", 1)
     return replace(s, device=s.device or ("cuda" if on_gpu else "cpu"), dtype=s.dtype or ("bf16" if on_gpu else "fp32"),
                    threads=max(1, cores_per_rank) if s.threads is None else s.threads,
                    model=s.model or (None if s.weights or s.export else "tiny-sd3"))
