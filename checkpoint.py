@@ -229,6 +229,9 @@ def _open_file(file: Path) -> Weights:
 def _scaled(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
     """Scaled fp8: each weight times its scale, when it is read; what else describes the scaling is left out."""
     scaled = {name: t for name, t in tensors.items() if not names.BESIDE_SCALES.search(name)}
+    if len(scaled) < len(tensors) and not any(name.endswith(names.SCALES) for name in tensors):
+        raise ValueError(f"{source}: {min(tensors.keys() - scaled.keys())} shows scaled fp8, but there are no scales; "
+                         f"{names.FULL}")
     for name in [name for name in scaled if name.endswith(".comfy_quant")]:
         text = bytes(scaled.pop(name).read().flatten()[:1000].byte().tolist()).decode("utf-8", "replace")  # JSON
         if not any(f'"{known}"' in text for known in names.FP8_FORMATS) or "convrot" in text:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import FluxTransformer2DModel
 from golden import diffusers_names, distance, lazy, published, read_case, weights_of
 from safetensors.torch import save_file
 from torch import Tensor
@@ -299,6 +300,24 @@ def test_rows_of_a_scaled_weight_are_those_of_all(tmp_path):
     weights = open_weights(write(tmp_path / "m.safetensors", stored))
     for name, value in values.items():
         assert torch.equal(weights[name].rows(2, 5), value[2:5]) and weights[name].shape == value.shape
+
+
+@pytest.mark.parametrize("marker", ["scaled_fp8", "model.diffusion_model.scaled_fp8", "a.input_scale", "a.scale_input"])
+def test_scaled_weights_without_their_scales_are_refused(marker, tmp_path):
+    tensors = {"a.weight": torch.ones(6, 4).to(torch.float8_e4m3fn), marker: torch.ones(1)}
+    with pytest.raises(ValueError, match=f"{marker} shows scaled fp8, but there are no scales; give the fp16"):
+        open_weights(write(tmp_path / "m.safetensors", tensors))
+
+
+def test_variants_and_shards_as_diffusers_writes_them(tmp_path):
+    model = FluxTransformer2DModel(num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
+                                   joint_attention_dim=48, pooled_projection_dim=24, axes_dims_rope=(4, 14, 14))
+    model.half().save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size="300KB")
+    model.float().save_pretrained(tmp_path / "plain", max_shard_size="300KB")
+    assert len(list((tmp_path / "variant").glob("*.safetensors"))) > 1
+    read, expected = opened(tmp_path / "variant"), opened(tmp_path / "plain")
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert diffusers_names(read).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("shape, name", [((3,), "a.scale_weight"), ((2, 2), "a.weight_scale"), ((), "b.weight_scale"),
