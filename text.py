@@ -369,11 +369,11 @@ def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
     missing = [path for path in paths if not path.exists()]
     for file in sorted(folder.glob("sd3*.safetensors")) if len(missing) == 3 else ():
         weights = open_weights(file)  # sd3_medium_incl_clips_t5xxlfp16.safetensors holds all three
-        inside = [weights.part(f"text_encoders.{name}.transformer.") for name in ("clip_l", "clip_g", "t5xxl")]
-        if any(inside) and not inside[2]:
-            raise FileNotFoundError(f"{file}: holds both CLIPs but no T5; {SD3_DOWNLOAD} has it under text_encoders/")
         if any(name.startswith("text_encoders.") for name in weights):
-            return inside
+            inside = [weights.part(f"text_encoders.{name}.transformer.") for name in ("clip_l", "clip_g", "t5xxl")]
+            if all(inside):
+                return inside
+            where = f"{file.name} holds its text encoders but not all three; {where}"
     if missing:
         raise FileNotFoundError(f"{missing[0]}: not found; {where}")
     return paths

@@ -32,10 +32,10 @@ PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {F
 FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT)),   # a transformer in the same file
             ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT)))
 OTHERS = tuple((shows, f"the autoencoder of {what}", "") for shows, what in (
-    (r"^bn\.running_mean$",                                 "FLUX.2"),
-    (r"^quantize\.",                                        "a VQ model"),
+    (r"^bn\.running_mean$",                                "FLUX.2"),
+    (r"^quantize\.",                                       "a VQ model"),
     (r"^((en|de)coder\.)?(layers\.)?\d+\.(conv\.|weight)", "TAESD, which is a preview"),
-    (r"^(en|de)coder\.(conv1|(down|up)samples|middle)\.",   "Wan or Qwen-Image"),
+    (r"^(en|de)coder\.(conv1|(down|up)samples|middle)\.",  "Wan or Qwen-Image"),
     (r"\.conv_in\.conv\.|\.time_conv\.",                   "a video model"),
     (r"^(en|de)coder\.(stages|patchify)\b",                "Sana or another deep-compression model")))
 

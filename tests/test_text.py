@@ -799,9 +799,8 @@ def test_sd3_text_is_read_from_an_all_in_one_file(tiny, tmp_path):
     for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
         if name == "t5xxl":
             save_file(inside, other / "sd3_medium_incl_clips.safetensors", {"num_attention_heads": "3"})
-            with pytest.raises(FileNotFoundError, match="incl_clips.safetensors: holds both CLIPs but no T5"):
+            with pytest.raises(FileNotFoundError, match="incl_clips.safetensors holds .* not all three; "):
                 SD3Text.load(other)
-            (other / "sd3_medium_incl_clips.safetensors").unlink()
         tensors = load_file(folder / part / "model.safetensors")
         inside |= {f"text_encoders.{name}.transformer.{key}": t for key, t in tensors.items()}
     save_file(inside, other / "sd3_medium_incl_clips_t5xxlfp16.safetensors", {"num_attention_heads": "3"})
