@@ -16,7 +16,6 @@ if __name__ == "__main__":  # Ctrl-C while the modules are loaded ends in one li
     files.end_on_interrupt()
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -369,13 +368,6 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def home_cache() -> Path:
-    with contextlib.suppress(RuntimeError):  # a user without a name and a HOME
-        if (home := Path.home()).is_absolute():
-            return home / ".cache" / "diffusion-4k"
-    raise ValueError("no home folder for the results; name a folder with --cache")
-
-
 def run(argv: Sequence[str] | None) -> None:
     args = vars(new_parser().parse_args(argv))
     command = args.pop("run")
@@ -385,7 +377,10 @@ def run(argv: Sequence[str] | None) -> None:
         most = int(MOST_PIXELS**0.5)
         need(0 <= args["res"] <= most, "res", args["res"], f"0 to {most} pixels")
     if "cache" in args:
-        args["cache"] = args["cache"] or home_cache()
+        try:
+            args["cache"] = args["cache"] or Path.home() / ".cache" / "diffusion-4k"
+        except RuntimeError:  # a user without a name and without HOME
+            raise ValueError("no home folder for the results; name a folder with --cache") from None
         writable(args["cache"], "--cache")
     command(**args)
 

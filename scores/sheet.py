@@ -1,6 +1,7 @@
 """A sheet of heat maps: the picture, then both GLCM Scores and the bits of its JPEG, cell by cell.
 
-Scale  every colour is one of the bar under its map, and means the same in every sheet; gray: no complete cell
+Scale  every colour is one of the bar under its map, and means the same in every sheet; a + marks larger numbers in it;
+       gray: no complete cell
 Run    python metrics.py detail PICTURES… --maps DIR
 """
 
@@ -46,7 +47,7 @@ def detail_sheet(pixels: np.ndarray, title: str, width: int = 480) -> Image.Imag
         sheet.paste(Image.fromarray(colours), (left, LINE_PX))
         bar = heat(np.linspace(low, high, width - 8)[None], low, high).repeat(BAR_PX - 2, axis=0)
         sheet.paste(Image.fromarray(bar), (left + 4, bottom + 2))
-        numbers = f"{low:g}", f"{(low + high) / 2:g}", f"{high:g}+"
+        numbers = f"{low:g}", f"{(low + high) / 2:g}", f"{high:g}" + "+" * bool((values > high).any())
         for at, number, anchor in zip((0, 0.5, 1), numbers, ("la", "ma", "ra"), strict=True):
             draw.text((left + 4 + at * (width - 8), bottom + BAR_PX + 3), number, "black", font, anchor)
     return sheet
