@@ -115,14 +115,13 @@ class Family:
             no_input = f"this is {self.name}, which has no guidance input; {self.without_guidance}"
             raise ValueError(f"--guidance {guidance:g}: {no_input}")
 
-    def check_schedule(self, steps: int, time_shift: float, flag: str) -> str:
-        """ValueError if noise levels coincide; a note if none is between 0 and BLURRED. flag: "" is by tokens."""
+    def check_schedule(self, steps: int, time_shift: float, given: str) -> str:
+        """ValueError if noise levels coincide; a note if none is between 0 and BLURRED. given: the flag."""
         sigmas, mu = self.sigmas(steps, time_shift), math.log(time_shift)
         if not (sigmas.diff() < 0).all():
-            given = {"--mu": f"--mu {mu:g}", "": f"the time shift for that many pixels, {time_shift:.3g}"}
-            advice = {"--mu": "a value nearer to 0", "": "--mu 1.15, or a smaller --res"}
-            raise ValueError(f"{given.get(flag, f'--time-shift {time_shift:g}')}: some of the {steps} noise levels "
-                             f"coincide; give {advice.get(flag, 'a value nearer to 1')}")
+            advice = {"--mu": "a value nearer to 0", "--time-shift": "a value nearer to 1"}.get(
+                given.split()[0], f"--mu 1.15, or a smaller --res (by tokens, mu is {mu:.0f})")
+            raise ValueError(f"{given}: some of the {steps} noise levels coincide; give {advice}")
         if steps == 1 or (last := sigmas[-2].item()) <= BLURRED:
             return ""
         return (f"note: time shift {time_shift:.4g}, mu {mu:.2f}: the last noise level before 0 is {last:.3f}, above "

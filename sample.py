@@ -258,7 +258,9 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     tokens = check_size(settings.size, settings.factor, family.config(transformer.part("model.diffusion_model.")))
     if settings.time_shift is None:
         settings = replace(settings, time_shift=family.by_tokens(tokens))
-    flag = "" if given.time_shift is given.mu is None else "--time-shift" if mu is None else "--mu"
+    flag = f"--time-shift {settings.time_shift:g}" if mu is None else f"--mu {mu:g}"
+    if sampling.time_shift is None:
+        flag = f"--res {settings.res}"
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
     return settings

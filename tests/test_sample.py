@@ -178,6 +178,17 @@ def refusal(draw, tmp_path):
 
 
 @pytest.fixture
+def says(draw, capsys):
+    """The line that sample.py prints before it draws, and what it wrote to stderr."""
+    def says(*arguments, **more) -> tuple[str, str]:
+        draw(*arguments, **more)
+        printed = capsys.readouterr()
+        return printed.out.splitlines()[0], printed.err
+
+    return says
+
+
+@pytest.fixture
 def no_loading(monkeypatch):
     """Fails where weights would be loaded."""
     def loaded(*_, **__):
@@ -328,6 +339,29 @@ def test_one_line_a_picture_with_path_time_and_memory(draw, capsys):
         assert re.fullmatch(re.escape(str(path)) + r"  \d+\.\d\d s/step  peak \d+\.\d GiB", line)
 
 
+def test_the_line_before_drawing_tells_where_each_setting_comes_from(says, diffusers_folder, folder, tmp_path):
+    line, _ = says("--prompt", "a hill", "--cfg", 4)
+    assert line == (f"SD3; transformer {folder}/sd3.safetensors, VAE {folder}/sd3.safetensors; cpu, fp32; "
+                    "res 64 (recorded), factor 16, steps 2 (recorded), cfg 4 (given), time shift 2 (recorded)")
+    (diffusers_folder / "scheduler").mkdir()
+    (diffusers_folder / "scheduler" / "scheduler_config.json").write_text('{"shift": 4.5}')
+    line, _ = says("--prompt", "a hill", "--res", 64, "--steps", 1, "--t5-length", 9, weights=diffusers_folder, out="b")
+    assert line.endswith("steps 1 (given), cfg 7, time shift 4.5 (scheduler), t5 length 9 (given)")
+    assert f"VAE {diffusers_folder}/vae, {diffusers_folder}/scheduler/scheduler_config.json; " in line
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_a_model_taken_for_schnell_is_called_so_with_the_flags_of_the_other(says, schnell, tmp_path):
+    line, _ = says("--prompt", "a hill", "--res", 64, "--transformer", schnell)
+    assert line.startswith("Flux-schnell (it has no guidance_in, nor has a Flux-dev without distillation, which takes "
+                           "--steps 50 --cfg 3.5 --mu ") and "time shift 1," in line
+    shutil.copy(schnell, tmp_path / "my-dev.safetensors")
+    line, _ = says("--prompt", "a hill", "--res", 64, "--transformer", tmp_path / "my-dev.safetensors", "--steps", 2,
+                   "--mu", 1, out="b")
+    assert line.startswith("Flux-dev without distillation (by its name") and "steps 2 (given), cfg 3.5" in line
+    assert "time shift 2.718 (given)" in line
+
+
 def test_a_folder_may_be_called_like_a_picture(draw, tmp_path):
     (tmp_path / "all.png").mkdir()
     paths = draw("--prompt", "a hill", "--prompt", "", out="all.png")
@@ -352,6 +386,150 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, 
     with pytest.raises(SystemExit, match="a-hill-0.png: could not be written .encoder error"):
         draw("--prompt", "a hill")
     assert [entry.read_bytes() for entry in (tmp_path / "out").iterdir()] == [before]
+
+
+@pytest.mark.parametrize("changed, how", [
+    (("--cfg", "5"), "cfg '3.0', not '5.0'"), (("--dtype", "bf16"), "dtype 'fp32', not 'bf16'"),
+    (("--res", "96"), "res '64x64', not '96x96'"), (("--negative", "snow"), "negative '', not 'snow'")])
+def test_a_picture_of_other_settings_is_not_replaced(draw, refusal, changed, how):
+    [path] = draw("--prompt", "a hill")
+    assert draw("--prompt", "a hill") == [path]  # its own picture is
+    assert f"000-a-hill-0.png: exists and was drawn with {how}; give another --out" in refusal(
+        "--prompt", "a hill", *changed)
+
+
+@pytest.mark.parametrize("out", ["picture.png", "picture.jpg", "picture.webp", ""])
+def test_a_picture_of_another_prompt_or_program_is_not_replaced(draw, refusal, tmp_path, out):
+    out = out or "folder"
+    [path] = draw("--prompt", "a hill", out=out)
+    if path.parent != tmp_path:  # the name is the same
+        assert "was drawn with prompt 'a hill', not 'A Hill.'" in refusal("--prompt", "A Hill.", out=out)
+    else:
+        assert "was drawn with prompt 'a hill', not 'snow'" in refusal("--prompt", "snow", out=out)
+    Image.new("RGB", (64, 64)).save(path)
+    assert f"{path.name}: exists and records nothing of this program" in refusal("--prompt", "a hill", out=out)
+    path.write_text("notes")
+    assert "records nothing of this program" in refusal("--prompt", "a hill", out=out)
+
+
+# ---- names of pictures
+
+@pytest.mark.parametrize("prompt, name", [
+    ("A hill, at dawn!", "a-hill-at-dawn"), ("Красная чашка", "красная-чашка"), 
+    ("ธงชาติ नमस्ते", "ธงชาติ-नमस्ते"), ("cafe\u0301", "café"), ("", "empty"), ("snake_case", "snake-case"), ("1+1", "1-1")])
+def test_a_slug_keeps_the_letters_of_every_script(prompt, name):
+    assert sample.slug_of(prompt) == name
+
+
+@pytest.mark.parametrize("one, other", [("🐼", "🦊"), ("a 🐼", "a 🦊"), ("?", "!"), (49 * "a", 49 * "a" + "b"),
+                                        ("é" * 60, "é" * 61), ("x" * 48 + " y", "x" * 48 + " z")])
+def test_a_slug_that_loses_letters_has_a_hash(one, other):
+    slugs = [sample.slug_of(prompt) for prompt in (one, other)]
+    assert slugs[0] != slugs[1] and all(re.search("-[0-9a-f]{8}$", slug) for slug in slugs)
+
+
+def named(settled, tmp_path, prompts, *flags) -> list[str]:
+    settings = settled("--out", tmp_path / "out", *flags)
+    return [picture.path.name for picture in sample.name_pictures(prompts, settings)]
+
+
+def test_names_sorted_are_in_the_order_of_the_prompts_and_seeds(settled, tmp_path):
+    names = named(settled, tmp_path, [(f"cup {k}", "") for k in range(1001)], "--count", 3, "--seed", 8)
+    assert names == sorted(names) and len(set(names)) == 3003
+    assert names[:3] == ["0000-cup-0-08.png", "0000-cup-0-09.png", "0000-cup-0-10.png"]
+    assert all(len(os.fsencode(f".{name}.12345678.tmp.latent.safetensors")) < 256 for name in named(
+        settled, tmp_path, [(60 * "𐍈", "")]))
+
+
+# ---- lists of prompts
+
+def test_json_lines_give_prompts_and_names(draw, settled, tmp_path):
+    rows = [{"file_name": "b/2.jpg", "text": " a hill \u2028 in fog", "alt": ["x"]},
+            {"file_name": "1.tif", "text": "snow"}]
+    (tmp_path / "prompts.txt").write_text("\n".join(json.dumps(row) for row in rows) + "\r\n\r\n")
+    paths = draw("--prompt", "a hill", "--prompts", tmp_path / "prompts.txt")
+    assert [path.name for path in paths] == ["000-a-hill-0.png", "1.png", "2.png"]
+    assert Image.open(paths[2]).text["prompt"] == "a hill \u2028 in fog"
+    assert named(settled, tmp_path, [("a", "x"), ("b", "")], "--count", 2) == [
+        "x-0.png", "x-1.png", "001-b-0.png", "001-b-1.png"]
+
+
+@pytest.mark.parametrize("name", ["list", "list.txt", "list.jsonl", "list.json"])
+def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
+    (tmp_path / name).write_text('{"text": "a cup"}\n{"text": "snow", "file_name": "2.png"}\n')
+    assert sample.read_list(str(tmp_path / name)) == [("a cup", ""), ("snow", "2")]
+    if name != "list.json":
+        (tmp_path / name).write_bytes('{red, blue} cup\r\n[two] 红茶\r"a cup"\n42, 43'.encode("utf-16"))
+        assert [prompt for prompt, _ in sample.read_list(str(tmp_path / name))] == [
+            "{red, blue} cup", "[two] 红茶", '"a cup"', "42, 43"]
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("a.csv", "a cup", "a table or JSON"), ("a.json", '{"a": 1,\n"b": 2}', "a table or JSON"),
+    ("a.txt", '[{"text": "a cup"}]', "a table or JSON"), ("a.txt", '{\n"text": "a cup"\n}', "a table or JSON"),
+    ("a.txt", "file_name,text\n1.png,a cup", "a table or JSON"), ("a.txt", "id\tcaption\n1\ta cup", "a table or JSON"),
+    ("a.txt", '{"text": "a cup"}\nsnow', "a.txt:2: not JSON"), ("a.txt", 'snow\n{"text": "a"}', "a.txt:1: not JSON"),
+    ("a.jsonl", '{"text": null}', "a.jsonl:1: text is null"), ("a.jsonl", '{"prompt": "a"}', ":1: text is missing"),
+    ("a.jsonl", '{"text": " "}', "text must not be empty"), ("a.jsonl", '{"text": "\\ud800"}', "not UTF-8"),
+    ("a.jsonl", '{"text": "a", "file_name": 3}', ":1: file_name is 3, expected a text"),
+    ("a.jsonl", '{"text": "a", "file_name": ".a.png"}', "file_name a file's name"),
+    ("a.jsonl", '{"text": "a", "file_name": "a\\u001b[2J.png"}', "file_name a file's name"),
+    ("a.jsonl", json.dumps({"text": "a", "file_name": 300 * "a"}), "at most 180 bytes"),
+    ("a.jsonl", 2 * '{"text": "a", "file_name": "1.png"}\n', "two lines have one file_name"),
+    ("a.parquet", "PAR1", "a table or JSON")])
+def test_a_list_that_is_neither_lines_nor_json_lines_is_refused(refusal, no_loading, tmp_path, file, content, says):
+    (tmp_path / file).write_text(content)
+    message = refusal("--prompts", tmp_path / file)
+    assert says in message and (f"--prompts {tmp_path / file}" in message or "UTF-8" in message)
+
+
+# ---- only the decode fails
+
+def test_where_the_vae_overflows_a_wider_dtype_decodes(draw, monkeypatch, capsys):
+    [plain] = draw("--prompt", "a hill", "--dtype", "bf16", out="a")
+    decode = VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda vae, latent, factor: decode(vae, latent, factor) * (
+        math.inf if latent.dtype is not torch.float32 else 1))
+    [wider] = draw("--prompt", "a hill", "--dtype", "bf16", out="b")
+    assert "note: the VAE overflowed in bf16: decoded in fp32" in capsys.readouterr().err
+    difference = torch.frombuffer(bytearray(pixels(plain)), dtype=torch.uint8).float() - torch.frombuffer(
+        bytearray(pixels(wider)), dtype=torch.uint8).float()
+    assert 0 < difference.abs().mean() < 2  # the same latent, in another dtype
+
+
+@pytest.mark.parametrize("fault, says", [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "ran out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "ran out of memory"), (None, "the VAE overflowed in fp32")])
+def test_a_latent_whose_decode_fails_is_kept_and_the_other_pictures_are_drawn(draw, tmp_path, monkeypatch, fault, says):
+    whole = draw("--prompt", "a hill", "--count", 3, out="whole")
+    decode, calls = VAE.decode, []
+
+    def second_fails(vae, latent, factor):
+        calls.append(latent.clone())
+        if len(calls) == 2 and fault:
+            raise fault
+        return decode(vae, latent, factor) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(VAE, "decode", second_fails)
+    with pytest.raises(SystemExit) as end:
+        draw("--prompt", "a hill", "--count", 3)
+    assert says in end.value.code and "--cfg" not in end.value.code and "\n" not in end.value.code
+    kept = tmp_path / "out" / "000-a-hill-1.latent.safetensors"
+    assert str(kept) in end.value.code and torch.equal(load_file(kept)["latent"], calls[1])
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["000-a-hill-0.png", kept.name, "000-a-hill-2.png"]
+    assert [pixels(path) for path in sorted(kept.parent.glob("*.png"))] == [pixels(whole[0]), pixels(whole[2])]
+
+
+def test_every_picture_that_fails_has_its_line(draw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(VAE, "decode", lambda *_: torch.full((1, 3, 64, 64), math.inf))
+    with pytest.raises(SystemExit) as end:
+        draw("--prompt", "a hill", "--prompt", "snow")
+    assert "error: " + str(tmp_path / "out" / "000-a-hill-0.png") in capsys.readouterr().err
+    assert str(tmp_path / "out" / "001-snow-0.png") in end.value.code and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_metadata_too_long_for_jpeg_are_refused_before_drawing(refusal, no_loading, draw):
+    assert "picture.jpg: prompts and settings take 70," in refusal("--prompt", 70_000 * "a", out="picture.jpg")
 
 
 # ---- defaults
@@ -517,8 +695,62 @@ def test_a_model_that_is_not_there_is_refused_with_the_download_command(refusal,
 
 
 @pytest.mark.parametrize("name", ["tiny-flux"])
-def test_flux_has_no_largest_side_but_each_is_a_multiple_of_32(settled, refusal):
-    assert settled("--res", "8192x4096").size == (8192, 4096)
+def test_large_sides_of_flux_are_drawn_with_a_note_that_the_schedule_blurs(settled, capsys):
+    assert settled("--res", "8192x4096").size == (8192, 4096)  # 32,768 tokens: mu = 0.5 + 0.65 * 32,512 / 3840
+    assert "note: time shift 404.8, mu 6.00: the last noise level before 0 is 0.998" in capsys.readouterr().err
+    for flags in (("--res", "4096", "--steps", 28), ("--res", "8192", "--mu", "1.15"), ("--res", "8192", "--steps", 1)):
+        settled(*flags)
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+@pytest.mark.parametrize("res, says", [
+    ("65536", "--res 65536: some of the 2 noise levels coincide; give --mu 1.15, or a smaller --res (by tokens, mu is"),
+    ("16384x65536", "--res 16384x65536: some of the 2"), ("65568", "at most 65,536 px per side")])
+def test_sides_for_which_flux_has_no_schedule_are_refused(refusal, no_loading, res, says):
+    assert says in refusal("--prompt", "a hill", "--res", res)
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--model", "--transformer", "--prompts", "--out"])
+def test_an_empty_name_as_of_an_unset_shell_variable_is_refused(no_loading, flag):
+    with pytest.raises(SystemExit, match=f"^error: {flag} '': give a name: an unset shell variable"):
+        sample.main(["--prompt", "a hill", "--device", "cpu", flag, ""])
+
+
+def test_recorded_factor_and_t5_length_are_used(says, folder, tmp_path):
+    weights = open_weights(folder / "sd3.safetensors")
+    save(tmp_path / "tuned.safetensors", {name: t.read() for name, t in weights.items()},
+         RECORDED | {"factor": 8, "t5_length": 20})
+    line, _ = says("--prompt", "a hill", "--transformer", tmp_path / "tuned.safetensors")
+    assert "factor 8 (recorded)" in line and line.endswith("t5 length 20 (recorded)")
+    line, _ = says("--prompt", "a hill", "--transformer", tmp_path / "tuned.safetensors", "--factor", 16, out="b")
+    assert "factor 16 (given)" in line
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+@pytest.mark.parametrize("length", [1, 30])
+def test_t5_length_is_that_of_the_context(draw, monkeypatch, length):
+    lengths, forward = set(), Flux.forward
+    monkeypatch.setattr(Flux, "forward", lambda self, z, sigma, context, *rest: lengths.add(context.shape[1]) or
+                        forward(self, z, sigma, context, *rest))
+    draw("--prompt", "a hill", "--t5-length", length)
+    assert lengths == {length}
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_a_vae_that_records_no_scale_takes_that_of_its_family(flux, tmp_path, monkeypatch, draw):
+    shutil.copytree(flux, tmp_path / "model")
+    tensors = {f"first_stage_model.{name}": t for name, t in load_file(flux / "ae.safetensors").items()}
+    save(tmp_path / "model" / "ae.safetensors", tensors, {"norm_groups": GROUPS})
+    used, decode = [], VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda vae, *inputs: used.append((vae.scale_factor, vae.shift_factor)) or
+                        decode(vae, *inputs))
+    draw("--prompt", "a hill", weights=tmp_path / "model")
+    assert used == [(0.3611, 0.1159)]
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_each_side_of_flux_is_a_multiple_of_32(refusal):
     assert "--res 8192x4100: both sides must be multiples of 32" in refusal("--prompt", "a hill", "--res", "8192x4100")
 
 
@@ -665,7 +897,31 @@ def test_a_full_gpu_is_one_line(refusal, monkeypatch):
     assert "give a smaller --res" in refusal("--prompt", "a hill")
 
 
+def test_a_full_memory_is_one_line(refusal, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0.\nDefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sample, "draw", full)
+    assert refusal("--prompt", "a hill").startswith("error: out of memory; give a smaller --res")
+
+
+def test_what_a_killed_process_left_is_removed_and_never_a_picture(draw, tmp_path):
+    draw("--prompt", "a hill")
+    left = [tmp_path / "out" / name for name in (".000-a-hill-0.1.tmp.png", ".000-a-hill-0.latent.1.tmp.safetensors")]
+    for file in left:
+        file.write_bytes(b"half")
+        os.utime(file, (0, 0))
+    assert [path.name for path in draw("--prompt", "a hill")] == ["000-a-hill-0.png"]
+
+
 # ---- the script
+
+def test_it_starts_without_the_module_resource_and_without_docstrings(folder, tmp_path):
+    flags = ["--prompt", "a hill", "--weights", str(folder), "--device", "cpu", "--out", str(tmp_path / "out")]
+    start = f"import sys; sys.modules['resource'] = None; import sample; sys.platform = 'win32'; sample.main({flags!r})"
+    done = subprocess.run([sys.executable, "-OO", "-c", start], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "peak 0.0 GiB" in done.stdout, done.stderr
+
 
 def script(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "sample.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
