@@ -79,9 +79,10 @@ class Weights(dict[str, LazyTensor]):
         """Translate names of diffusers, keep others. ValueError if part of a stacked tensor is missing or misshapen."""
         tensors = {}
         for row in names.official_names(self, self.source):
-            if len({self[part].shape[1:] for part in row.parts}) > 1:
-                shapes = "; ".join(f"{part} {self[part].shape}" for part in row.parts)
-                raise ValueError(f"{self.source}: shapes do not fit: {shapes}")
+            shapes, cut = [self[part].shape for part in row.parts], len(row.parts) > 1 or row.how == "swap_halves"
+            if len({shape[1:] for shape in shapes}) > 1 or cut and () in shapes:
+                listed = "; ".join(f"{part} {self[part].shape}" for part in row.parts)
+                raise ValueError(f"{self.source}: shapes do not fit: {listed}")
             if row.official in tensors:
                 raise ValueError(f"{self.source}: {row.official} is there under two names")
             tensors[row.official] = _assembled([self[part] for part in row.parts], row.how)
@@ -379,14 +380,13 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     # sd3_medium_incl_clips*.safetensors are sd3_medium.safetensors with text encoders added
     files = [f for f in files if not any(f.stem.startswith(f"{g.stem}_incl_clips") for g in files)]
     transformer, vae = folder / "transformer", folder / "vae"
-    parts = transformer.is_dir() and vae.is_dir() and (any(transformer.glob("*.safetensors")) or not files)
-    models = [f.name for f in files] + ["transformer/"] * parts
+    models = [f.name for f in files] + ["transformer/"] * any(transformer.glob("*.safetensors"))
     if len(models) > 1:
         raise ValueError(f"{folder}: several could be the model ({', '.join(models)}): keep one, move the others away")
-    if parts:
+    if not files and transformer.is_dir() and vae.is_dir():
         return transformer, vae
     if not files:
-        if others := [f.name for f in folder.glob("*") if f.suffix in (*names.OTHER_SUFFIXES, ".sft")]:
+        if others := sorted(f.name for f in folder.glob("*") if f.suffix in (*names.OTHER_SUFFIXES, ".sft")):
             do = "rename it to .safetensors" if others[0].endswith(".sft") else "put the .safetensors there"
             raise ValueError(f"{folder}: holds {others[0]}, which is not opened; {do}")
         raise FileNotFoundError(_no_model(folder))

@@ -71,6 +71,13 @@ def test_parts_that_do_not_fit_are_refused_by_name_and_shape():
         lazy(shapes | {"transformer_blocks.7.attn.to_v.weight": (2, 3)}).with_official_names()
 
 
+@pytest.mark.parametrize("name", ["norm_out.linear.weight", *(f"transformer_blocks.0.attn.to_{x}.bias" for x in "qv")])
+def test_a_tensor_without_axes_is_no_part(name):
+    shapes = {f"transformer_blocks.0.attn.to_{x}.bias": (2,) for x in "qkv"} | {"pos_embed.pos_embed": (1,), name: ()}
+    with pytest.raises(ValueError, match=f"^a file: shapes do not fit: .*{name}"):
+        lazy(shapes).with_official_names()
+
+
 def test_tensors_without_axes_keep_their_place():
     weights = lazy({"logit_scale": (), "pos_embed.pos_embed": (1, 4, 2)}).with_official_names()
     assert shapes_of(weights) == {"logit_scale": (), "pos_embed": (1, 4, 2)}

@@ -162,7 +162,6 @@ def test_a_layout_is_refused_with_the_words_of_its_row(layout, tmp_path):
 def test_two_models_in_one_folder_are_refused_and_listed(present, tmp_path):
     for name in present:
         write(tmp_path / (name + "model.safetensors" if name.endswith("/") else name), {"a": torch.ones(1)})
-    (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError) as refusal:
         locate(tmp_path)
     words = re.findall(r'"([^"]+)"', ROWS["two models in one folder"])
