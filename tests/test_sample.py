@@ -918,7 +918,8 @@ def test_what_a_killed_process_left_is_removed_and_never_a_picture(draw, tmp_pat
 
 def test_it_starts_without_the_module_resource_and_without_docstrings(folder, tmp_path):
     flags = ["--prompt", "a hill", "--weights", str(folder), "--device", "cpu", "--out", str(tmp_path / "out")]
-    start = f"import sys; sys.modules['resource'] = None; import sample; sys.platform = 'win32'; sample.main({flags!r})"
+    start = ("import sys, types; sys.modules['resource'] = None; import checkpoint, sample; "
+             f"checkpoint.sys = types.SimpleNamespace(platform='win32'); sample.main({flags!r})")
     done = subprocess.run([sys.executable, "-OO", "-c", start], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "peak 0.0 GiB" in done.stdout, done.stderr
 
