@@ -292,7 +292,7 @@ def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: 
         scores |= left_out("FID", compute=fids) or {}
     if prompts:
         captions = {path: captions[path] for path in pictures}
-        clip = left_out("CLIPScore", compute=partial(sets.clip_scores, captions, weights, device, results))
+        clip = left_out("CLIPScore", compute=partial(sets.clip_scores, captions, weights, device, results, notes))
         scores |= {"clip_score": float(np.mean(clip))} if clip else {}
     else:
         notes.append("note: CLIPScore left out: give --prompts metadata.jsonl")

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import LazyTensor, Weights
-from files import read_json
+from files import entry, read_json
 from scores.official import open_official
 from scores.perceptual import Images, clip_pixels, filled
 from text import CLIPLayer, CLIPText, CLIPTokenizer
@@ -129,7 +129,7 @@ def read_towers(path: str | os.PathLike) -> list[Weights]:
     towers = []
     for key, prefixes in (("vision_config", ("vision_model.", "visual_projection.")),
                           ("text_config", ("text_model.", "text_projection."))):
-        records = {"hidden_act": "quick_gelu"} | (config.get(key) or config)
+        records = {"hidden_act": "quick_gelu"} | (entry(config, key, dict, file) if config.get(key) else config)
         metadata = {name: str(records[name]) for name in ("hidden_act", "num_attention_heads") if name in records}
         own = {name: t for name, t in tensors.items() if name.startswith(prefixes)}
         towers.append(Weights(own, metadata, weights.source))

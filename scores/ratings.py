@@ -43,7 +43,8 @@ def correlate(path: str | os.PathLike) -> tuple[int, list[dict], list[str], list
     if (rating := columns.pop("rating")) is None:
         raise ValueError(f"{path}:{rows[0][0]}: column rating holds no number")
     if min(rating) == max(rating):
-        raise ValueError(f"{path}: the only rating is {rating[0]:g}: a correlation needs at least 2 that differ")
+        lack = f"{path}: the only rating is {rating[0]:g}: a correlation needs at least 2 that differ"
+        raise ValueError("; ".join([lack, *errors]))
     metrics = []
     for name, values in columns.items():
         try:

@@ -8,6 +8,7 @@ Weights  a folder with the official files; a FileNotFoundError names a missing o
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,15 +105,22 @@ def fid_scores(generated: Sequence[Path], reference: Sequence[Path], res: int, r
     return scores
 
 
-def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: Results) -> list[float]:
-    """CLIPScore of each picture with its caption, by ViT-B/16."""
+def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: Results,
+                notes: list[str]) -> list[float]:
+    """CLIPScore of each picture with its caption, by ViT-B/16; `notes` gets how many captions are too long for it."""
     file, vocabulary = find_weights(weights, "ViT-B-16.pt"), weights / "tokenizer"
     clip = CLIP.load(file, vocabulary if vocabulary.is_dir() else None, device)
 
     def measure(caption: str, pixels: np.ndarray) -> dict:
-        return {"score": float(clip.score(as_images(pixels[None]), [caption])[0])}
-    return [results.of_picture(("clip", 1, identity(file), caption), path, partial(measure, caption))["score"]
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            score = float(clip.score(as_images(pixels[None]), [caption])[0])
+        return {"score": score, "cut": any("was cut" in str(warning.message) for warning in caught)}
+
+    rows = [results.of_picture(("clip", 2, identity(file), caption), path, partial(measure, caption))
             for path, caption in tqdm(captions.items(), desc="CLIPScore", file=sys.stderr)]
+    if cut := sum(row["cut"] for row in rows):
+        notes.append(f"note: clip_score: {cut} of {len(rows)} captions are longer than CLIP reads; their ends are lost")
+    return [row["score"] for row in rows]
 
 
 def aesthetics_scores(paths: Sequence[Path], weights: Path, device: str, results: Results) -> list[float]:

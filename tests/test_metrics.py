@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -408,6 +409,22 @@ def test_prompts_are_paired_by_number_or_refused(command, fake_networks, tmp_pat
     listing.write_text("\n".join(map(json.dumps, rows * 2)))
     code, out, errors = command(*arguments)
     assert code == 1 and not out and len(errors) == 1 and "4 prompts for 2 pictures" in errors[0]
+
+
+def test_set_counts_the_captions_that_clip_cuts_also_from_stored_results(command, fake_networks, tmp_path, monkeypatch):
+    generated, _, listing = two_sets(tmp_path, generated=4)
+
+    class Cuts:
+        def score(self, images, captions):
+            if len(captions[0]) > 2:
+                warnings.warn("a prompt of 99 tokens was cut to the limit of 75; lost: 'x'", stacklevel=2)
+            return torch.tensor([1.0])
+    monkeypatch.setattr(clip.CLIP, "load", lambda *_: Cuts())
+    for _ in range(2):
+        _, out, lines = command("set", generated, "--prompts", listing, "--weights", fake_networks, "--json")
+        notes = [note for note in json.loads(out)["notes"] if "clip_score" in note]
+        assert notes == ["note: clip_score: 2 of 4 captions are longer than CLIP reads; their ends are lost"]
+        assert not any("was cut" in line for line in lines)
 
 
 def test_set_says_which_pictures_are_enlarged_for_fid(command, fake_networks, tmp_path):
