@@ -4,17 +4,19 @@ Oracles   transformers, torchmetrics, and OpenAI's published layers, written her
 """
 
 import copy
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from pictures import PARITY, SIZES, apart, lazy, picture, random_state, refuses
+from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint import LazyTensor, Weights
 from scores import clip
-from scores.clip import CLIP, CLIPImage, clip_score
+from scores.clip import CLIP, CLIPImage, clip_score, read_towers
 from scores.perceptual import clip_pixels
 from text import CLIPText, CLIPTokenizer
 
@@ -279,3 +281,11 @@ def test_clip_refuses_one_wrong_name(archive, hugging_face, monkeypatch):
     monkeypatch.setattr(clip, "open_official", lambda path: lazy({"visual.layer1.0.conv1.weight": (64, 3, 3, 3)}))
     with pytest.raises(ValueError, match="visual.layer1.0.conv1.weight: not a CLIP with a vision transformer"):
         CLIPImage.load("RN50.pt")
+
+
+@pytest.mark.parametrize("section", [["a list"], "text", 3])
+def test_a_configuration_of_another_kind_is_refused_by_file_and_name(tmp_path, section):
+    save_file({"vision_model.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": section}))
+    with pytest.raises(ValueError, match=r"config\.json: vision_config is .*, expected an object"):
+        read_towers(tmp_path)
