@@ -40,7 +40,8 @@ LISTINGS = ("metadata.jsonl", "metadata.csv")
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
 NOTES = {"converted": "converted to sRGB from other colours", "broken": "with a broken colour profile, read as sRGB",
-         "frames": "animations, of which the first frame is read"}
+         "frames": "animations, of which the first frame is read",
+         "unscored": "too small or too large for metrics.py, which takes sides of 64 to 65,500 px"}
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ def _find(folder: Path, name: str, where: str) -> Path:
 
 def _no_listing(folder: Path) -> str:
     """Why a folder is no data folder and what to give instead."""
-    start = f"{folder / LISTINGS[0]}: not found; "
     if folder.is_file():
-        return f"{start}give the folder, {folder.parent}, not the file"
+        return f"{folder}: a file; give the folder, {folder.parent}"
+    start = f"{folder / LISTINGS[0]}: not found; "
     if below := sorted({str(file.parent) for name in LISTINGS for file in folder.glob(f"**/{name}")}):
         return f"{start}give one of the folders below that have one: {', '.join(below[:6])}"
     if tables := sorted(folder.glob("*.parquet")):
@@ -288,7 +289,8 @@ def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
         try:
             picture = read_picture(item.path)
             sides.append(picture.size)
-            notes.update({picture.info.get("profile", ""), "frames" * picture.info.get("frames", False)})
+            notes.update({picture.info.get("profile", ""), "frames" * picture.info.get("frames", False),
+                          "unscored" * (min(picture.size) < 64 or max(picture.size) > 65_500)})
             if lack := res and too_small(*picture.size, res, choice):
                 errors.append(f"{item.path}: {lack}")
         except ValueError as error:
@@ -329,12 +331,13 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     family, transformer, vae_path = find(source)
     caches = Path(cache or folder)
     captions = ["", *(caption for item in items for caption in item.captions)]
+    if latents:
+        most = family.config(transformer.part("model.diffusion_model.")).table_side * step
+        sizes = sizes_of(items, res, step, most, aspect, small)
     embeddings = Embeddings(caches / ".embeddings", source, device, family, t5_length)
     encoded = embeddings.fill(captions, batch, rank, world)
     print(f"{share}{encoded} captions encoded, {len(set(captions))} in {embeddings.cache}")
     if latents:
-        most = family.config(transformer.part("model.diffusion_model.")).table_side * step
-        sizes = sizes_of(items, res, step, most, aspect, small)
         pictures = Pictures([item.path for item, size in zip(items, sizes, strict=True) if size])
         sizes = [size for size in sizes if size]
         vae = VAE.load(vae_path, device, fallback=family.latent_scale)

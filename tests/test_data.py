@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -509,12 +511,51 @@ def test_turned_picture_is_cropped_by_its_upright_size(tmp_path):
         sizes_of([item], 64, 16, 1000, True)
 
 
+def test_small_pictures_are_refused_together_skipped_or_enlarged(tmp_path):
+    items = []
+    for k, (width, height) in enumerate([(64, 80), (90, 63), (100, 20), (64, 64)]):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{k}.png")
+        items.append(Item(tmp_path / f"{k}.png", ("a picture",)))
+    with pytest.raises(ValueError) as refusal:
+        sizes_of(items, 64, 16, 1000, False)
+    assert str(refusal.value) == (
+        f"{tmp_path}/2.png: its short side is 20 px, below --res 64; so are 2 of 4 pictures: list them with data.py "
+        "check DIR --res 64, leave them out with --small skip, or --small enlarge")
+    assert sizes_of(items, 64, 16, 1000, False, "skip") == [(64, 64), None, None, (64, 64)]
+    assert sizes_of(items, 64, 16, 1000, False, "enlarge") == [(64, 64)] * 4
+    assert np.array(Pictures([items[2].path]).central_crop(0, 64, 64)).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="so are 1 of 4 pictures.*--aspect"):
+        sizes_of(items, 64, 16, 1000, True)
+    with pytest.raises(ValueError, match="so are 1 of 1"):
+        sizes_of(items[1:2], 64, 16, 1000, False, "skip")
+
+
+def test_check_lists_every_picture_that_training_would_refuse(tmp_path, capsys):
+    for k, (width, height) in enumerate([(96, 64), (95, 96), (96, 96)]):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{k}.png")
+    listing(tmp_path, *({"file_name": f"{k}.png", "text": "a picture"} for k in range(3)))
+    assert data.check(str(tmp_path), 96) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"error: {tmp_path}/0.png: its short side is 64 px, below --res 96",
+        f"error: {tmp_path}/1.png: its short side is 95 px, below --res 96"]
+    assert data.check(str(tmp_path), 64) == 0 and data.check(str(tmp_path), 96, aspect=True) == 1
+    assert f"error: {tmp_path}/1.png: 95x96 px do not cover 96x96" in capsys.readouterr().out
+
+
+def test_bilinear_resizing_is_that_of_pillow():
+    picture = Image.fromarray(noise(40, 56))
+    for name, method in (("lanczos", Image.Resampling.LANCZOS), ("bilinear", Image.Resampling.BILINEAR)):
+        assert resize_to_cover(picture, 20, 20, name).tobytes() == picture.resize((28, 20), method).tobytes()
+
+
 # ---- the script
 
 def test_script_checks_a_good_folder(noisy):
     done = run_script("data.py", "check", noisy)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "4 pictures, 4 captions; median 56x40 px, short sides from 40 px\n"
+    assert done.stdout.splitlines() == [
+        "4 pictures, 4 captions; median 56x40 px, short sides from 40 px",
+        "4 too small or too large for metrics.py, which takes sides of 64 to 65,500 px"]
 
 
 def test_script_names_every_bad_picture(noisy, tmp_path):
@@ -525,7 +566,7 @@ def test_script_names_every_bad_picture(noisy, tmp_path):
     listing(tmp_path, *({"file_name": f"{k}.png", "text": "a picture"} for k in range(3)))
     done = run_script("data.py", "check", tmp_path)
     assert done.returncode == 1
-    first, second, summary = done.stdout.splitlines()
+    first, second, summary, _ = done.stdout.splitlines()
     assert first.startswith(f"error: {tmp_path}/0.png: not a complete picture (400 bytes")
     assert second.startswith(f"error: {tmp_path}/2.png: not a complete picture (10 bytes")
     assert summary.startswith("1 pictures, 3 captions")
@@ -555,6 +596,35 @@ def test_script_refuses_wrong_numbers_before_it_encodes(photos, model, monkeypat
     monkeypatch.setattr(SD3Text, "load", None)
     with pytest.raises(SystemExit, match=f"^error: {reason}"):
         data.main()
+
+
+def test_script_encodes_into_another_folder_and_skips_small_pictures(photos, model, tmp_path):
+    folder = copy_of(photos, tmp_path / "photos")
+    Image.new("RGB", (60, 60)).save(folder / "1.png")
+    flags = ["data.py", "encode", folder, "--weights", model, "--device", "cpu", "--cache", tmp_path / "caches",
+             "--latents", "--res", "64"]
+    done = run_script(*flags)
+    assert done.returncode == 1 and "1.png: its short side is 60 px" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "caches").rglob("*.safetensors"))  # refused before the captions are encoded
+    done = run_script(*flags, "--small", "skip")
+    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("3 latents in "), done.stderr
+    assert {file.name for file in folder.iterdir()} == {file.name for file in photos.iterdir() if file.name[0] != "."}
+    assert sorted(file.name for file in (tmp_path / "caches").iterdir()) == [".embeddings", ".latents"]
+
+
+@pytest.mark.parametrize("command", [["check"], ["encode", "--device=cpu"]])
+def test_script_ends_at_ctrl_c_in_one_line(photos, model, tmp_path, command):
+    folder = copy_of(photos, tmp_path / "photos")
+    rows = "".join(json.dumps({"file_name": f"{k % 4}{k}.png", "text": f"number {k}"}) + "\n" for k in range(2000))
+    for k in range(2000):
+        (folder / f"{k % 4}{k}.png").hardlink_to(folder / f"{k % 4}.png")
+    (folder / "metadata.jsonl").write_text(rows)
+    flags = [*command[:1], str(folder), *command[1:], *([f"--weights={model}"] if command[0] == "encode" else [])]
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", *flags], stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if re.search(r" \d+/\d+ ", line))  # the progress bar
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors.rstrip().endswith("interrupted") and "Traceback" not in errors
 
 
 def test_script_ends_with_one_line_without_a_model(photos, tmp_path):
