@@ -39,6 +39,7 @@ from scores.sheet import detail_sheet
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
 NOTHING = "no picture could be scored"
+MOST_NAME = 230  # bytes; file systems end at 255, and a file that is being written has a longer name
 BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
 
@@ -167,6 +168,9 @@ def check_maps(paths: Sequence[Path], maps: Path) -> None:
         if (other := sheets.setdefault(name, path)) is not path:
             raise ValueError(f"--maps {maps}: the sheets of {other} and {path} would have the same name; "
                              "give one folder at a time")
+        if len(os.fsencode(name)) > MOST_NAME:
+            raise ValueError(f"--maps {maps}: the sheet of {path} would have a name of over {MOST_NAME} bytes; "
+                             "rename the picture")
     if maps.resolve() in {path.parent.resolve() for path in paths}:
         raise ValueError(f"--maps {maps}: holds pictures that are scored, and sheets look like them; name another")
     writable(maps, "--maps")

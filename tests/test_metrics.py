@@ -221,6 +221,9 @@ def test_sheets_overwrite_neither_each_other_nor_pictures(command, tmp_path):
     assert code == 1 and len(errors) == 1 and "one/wall.png and " in errors[0] and "the same name" in errors[0]
     code, _, errors = command("detail", tmp_path / "one", "--maps", tmp_path / "one")
     assert code == 1 and len(errors) == 1 and "holds pictures that are scored" in errors[0]
+    (tmp_path / "one" / f"{'x' * 240}.png").write_bytes(noise)
+    code, _, errors = command("detail", tmp_path / "one", "--maps", tmp_path / "maps")
+    assert code == 1 and len(errors) == 1 and "a name of over 230 bytes" in errors[0]
     assert (tmp_path / "one" / "wall_png.jpg").read_bytes() == noise and not (tmp_path / "maps").exists()
 
 
