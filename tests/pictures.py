@@ -84,6 +84,16 @@ def rgb_profile(primaries, gamma: float | None, white=D65, name: str = "a profil
     return profile(b"RGB ", name, **tags, **{f"{c}TRC": curve(gamma) for c in "rgb"})
 
 
+def cmyk_profile() -> bytes:
+    """Of a printer whose full inks darken and tint less than Pillow assumes: a table of two values of each ink."""
+    inks = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    lab = np.array([250, 128, 128]) - inks @ np.array([[80, 60, 70], [75, -80, 10], [20, 10, -100], [140, 0, 0]])
+    ramp = bytes(range(256))
+    table = (b"mft1\0\0\0\0\4\3\2\0" + _fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4
+             + lab.clip(0, 255).astype(np.uint8).tobytes() + ramp * 3)
+    return profile(b"CMYK", "ink", A2B0=table).replace(b"mntrCMYKXYZ ", b"prtrCMYKLab ")
+
+
 def apart(ours, expected):
     """Largest difference, relative to the largest expected value."""
     assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32

@@ -12,6 +12,7 @@ from pictures import (
     P3_PRIMARIES,
     PROPHOTO_PRIMARIES,
     SRGB_PRIMARIES,
+    cmyk_profile,
     golden_picture,
     gray_profile,
     rgb_profile,
@@ -94,6 +95,15 @@ def test_gray_palette_and_transparent_pictures_are_converted_too(photo, tmp_path
     exact = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     bright = np.broadcast_to(deep[..., None] > 6000, (64, 64, 3))  # 8 bits of linear light are too few in the shadows
     assert np.abs(pixels(file) - exact)[bright].max() <= 1.6
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_inks_are_converted_by_their_profile(photo, tmp_path, suffix):
+    file, inks = tmp_path / f"a.{suffix}", photo.convert("CMYK")
+    inks.save(file, icc_profile=cmyk_profile())
+    got = read_picture(file)
+    assert np.array_equal(np.asarray(got), to_srgb(Image.open(file), cmyk_profile())) and got.info
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(inks.convert("RGB"))).mean() > 10
 
 
 def test_lab_is_converted(photo, tmp_path):
