@@ -4,6 +4,7 @@ Paper     Diffusion-4K section 3.1 "Comprehensive Evaluation Metrics", tables 1 
 Mirrors   the released eval.py and generate_and_eval_fid.py; tested by tests/test_metrics.py and those of scores/
 Scores    GLCM Score: scores/glcm.py; compression ratio (lower is better; of a set, the ratio of sums): jpeg.py;
           PSNR, SSIM, NMSE, SRCC, PLCC: compare.py; FID: sets.py; CLIPScore: clip.py; Aesthetics, LPIPS: perceptual.py
+Inputs    the prompts of pictures: pairing.py; ratings by people: ratings.py; official weights: official.py
 Run       python metrics.py detail PICTURES… [--maps DIR]
           python metrics.py pair REFERENCE PICTURE
           python metrics.py vae DIR --model tiny-sd3 --factor 16
@@ -102,7 +103,7 @@ def conclude(as_json: bool, report: dict, text: str, errors: Sequence[str] = ())
     if as_json:  # which has no infinity or NaN: these become null
         finite = json.loads(json.dumps(report | {"errors": list(errors)}), parse_constant=lambda _: None)
         text = json.dumps(finite, indent=1)
-    print(text)
+    print(text, flush=True)
     for error in errors:
         print(f"error: {printable(error)}", file=sys.stderr)
     raise SystemExit(1 if errors else 0)
@@ -254,7 +255,7 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
         return row
 
     files = [identity(path) for path in ([file, weights] if inception or lpips else [file])]
-    key = ("vae", 1, factor, res, bool(inception), bool(lpips), files)
+    key = ("vae", 2, factor, res, vae.scale_factor, vae.shift_factor, bool(inception), bool(lpips), files)
     measured = each(lambda path: results.of_picture(key, path, measure), pictures, "pictures", errors)
     features = [row.pop("features") for row in measured.values()] if inception else []
     rows = [{"picture": str(path)} | row for path, row in measured.items()]
