@@ -58,9 +58,13 @@ def read_prompts(listing: str | Path) -> list[tuple[str, str]]:
 
 
 def _read_line(line: str, where: str) -> tuple[str, str]:
-    row = parse_json(line, where)
+    accepted = 'each line is a JSON object with "text" and, if pictures are named, "file_name"'
+    try:
+        row = parse_json(line, where)
+    except ValueError as error:
+        raise ValueError(f"{error}; {accepted}") from None
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: each line is a JSON object with "text"')
+        raise ValueError(f"{where}: {accepted}")
     name, text = entry(row, "file_name", str, where) if "file_name" in row else None, entry(row, "text", str, where)
     if not text.strip() or name == "":
         raise ValueError(f"{where}: text and file_name must not be empty")
