@@ -61,7 +61,7 @@ def read_folder(folder: str | os.PathLike) -> list[Item]:
              or "alt" that is missing, empty or no text, a path outside the folder, a picture missing or listed twice
     """
     folder = Path(folder)
-    listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
+    listing = next((folder / name for name in LISTINGS if (folder / name).exists()), None)
     if not listing:
         raise FileNotFoundError(_no_listing(folder))
     items: dict[Path, Item] = {}

@@ -263,7 +263,7 @@ def _foreign(path: str | os.PathLike) -> str:
     for what, offset, begins in FOREIGN:
         if start[offset:].lstrip(b"\xef\xbb\xbf \r\n").startswith(begins):
             return f"not a picture that is read; it looks like {what}"
-    return f"not a complete picture ({os.path.getsize(path)} bytes; none of {', '.join(FORMATS)})"
+    return f"not a complete picture of the formats {', '.join(FORMATS)} ({os.path.getsize(path)} bytes)"
 
 
 def recorded(path: str | os.PathLike) -> dict[str, str]:

@@ -123,6 +123,11 @@ def test_listing_that_is_empty_absent_or_no_text_is_refused(tmp_path):
         (tmp_path / "metadata.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match="metadata.jsonl: empty"):
             read_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(ValueError, match="metadata.jsonl: a pipe or device, not a file"):
+        read_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "größer"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="metadata.jsonl: not UTF-8"):
         read_folder(tmp_path)
@@ -215,7 +220,8 @@ def test_file_that_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for function in (read_picture, upright_size):
         for name, size in (("text.jpg", 171), ("empty.png", 0)):
-            assert f"not a complete picture ({size} bytes; none of PNG, JPEG, " in complaint(tmp_path / name, function)
+            message = complaint(tmp_path / name, function)
+            assert "not a complete picture of the formats PNG, " in message and f"({size} bytes)" in message
         assert "a folder, not a file" in complaint(tmp_path / "folder.png", function)
         assert "no such file" in complaint(tmp_path / "gone.png", function)
 
@@ -568,7 +574,7 @@ def test_script_names_every_bad_picture(noisy, tmp_path):
     assert done.returncode == 1
     first, second, summary, _ = done.stdout.splitlines()
     assert first.startswith(f"error: {tmp_path}/0.png: not a complete picture (400 bytes")
-    assert second.startswith(f"error: {tmp_path}/2.png: not a complete picture (10 bytes")
+    assert second.startswith(f"error: {tmp_path}/2.png: not a complete picture of the formats PNG")
     assert summary.startswith("1 pictures, 3 captions")
 
 
