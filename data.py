@@ -177,6 +177,7 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
         if picture.format == "PNG":
             scale_key(picture)
         frames = picture.format != "MPO" and getattr(picture, "is_animated", False)
+        picture.filename = ""  # no memory map: Pillow maps a TIFF that lies on its side with width and height exchanged
         picture.load()
     if picture.mode.startswith("I"):
         picture = gray_of_16_bit(picture)

@@ -196,6 +196,22 @@ def test_turned_pictures_are_read_upright(tmp_path, orientation):
     assert read_picture(tmp_path / "deep.png").size == (8, 12)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_turned_tiff_of_every_mode_is_read_upright(tmp_path, mode, compression):
+    """Pillow turns a TIFF itself, and misreads one that it maps into memory."""
+    levels = Image.fromarray(noise(8, 12)[..., 0])
+    deep = Image.fromarray(np.array(levels, dtype=np.uint16) * 257)
+    picture = deep if mode == "I;16" else levels.convert("RGB").convert(mode)
+    picture.save(tmp_path / "flat.tif", compression=compression)
+    upright = np.array(read_picture(tmp_path / "flat.tif"))
+    for orientation, expected in ((3, upright[::-1, ::-1]), (6, np.rot90(upright, -1)), (8, np.rot90(upright)),
+                                  (5, upright.transpose(1, 0, 2))):
+        picture.save(tmp_path / "turned.tif", tiffinfo={0x0112: orientation}, compression=compression)
+        assert np.array_equal(np.array(read_picture(tmp_path / "turned.tif")), expected)
+        assert upright_size(tmp_path / "turned.tif") == expected.shape[1::-1]
+
+
 def test_webp_is_read_exactly_and_an_animated_gif_by_its_first_frame(tmp_path):
     pixels = noise(10, 14)
     Image.fromarray(pixels).save(tmp_path / "still.webp", lossless=True)
