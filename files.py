@@ -300,6 +300,9 @@ def run_command(main: Callable[[], None]) -> None:
     Other exceptions are errors of this code and keep their traceback. A warning is one line too, without code.
     """
     plain_warnings()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):             # a terminal without Unicode must not end a report
+            stream.reconfigure(errors="backslashreplace")
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
