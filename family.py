@@ -30,7 +30,7 @@ from text import T5_MOST, FluxText, SD3Text
 
 # what a transformer's metadata may record
 SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
-RES = re.compile(r"([1-9]\d{0,6})(?:[xX]([1-9]\d{0,6}))?")  # pixels: side, or WIDTHxHEIGHT
+RES = re.compile(r"([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?")  # pixels: side, or WIDTHxHEIGHT
 RANGES = {  # what is accepted, in words too
     "steps": (lambda value: 1 <= value <= 10_000, "1 to 10,000"), "cfg": (math.isfinite, "a finite number"),
     "guidance": (lambda value: 0 <= value < math.inf, "a number from 0"),
@@ -155,7 +155,7 @@ FLUX_DEV = Family(
 FLUX_SCHNELL = replace(
     FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256,
     without_guidance="Flux-schnell draws without", same_tensors="it has no guidance_in, nor has a Flux-dev without "
-    "distillation, which takes --steps 50 --cfg 3.5 --mu 0.63 (at 1024 px) --t5-length 512")
+    "distillation, which takes --steps 50 --cfg 3.5 --t5-length 512 and, at 1024 px, --mu 0.63")
 FLUX_UNDISTILLED = replace(
     FLUX_DEV, name="Flux-dev without distillation", cfg=3.5, guidance=None,
     without_guidance="it is guided by a second pass, --cfg",
@@ -165,7 +165,7 @@ FLUX_UNDISTILLED = replace(
 def size_of(res: str) -> tuple[int, int]:
     """Width and height in pixels of a --res; ValueError if it is none."""
     if not (match := RES.fullmatch(res)):
-        raise ValueError(f"--res {res!r}: give pixels, as 1024 or, width x height, 3072x4096")
+        raise ValueError(f"--res {res!r}: give pixels up to {MOST_SIDE:,}, as 1024 or, width x height, 3072x4096")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -239,10 +239,10 @@ def variant(family: Family, weights: Weights, scheduler: Path | None) -> Family:
     """What the tensors do not show: by the name a turbo or undistilled model, by the scheduler's file a time shift."""
     path = Path(os.path.abspath(weights.source))
     name = (path.parent.name if path.name == "transformer" else path.name).lower()
-    config = read_json(scheduler) if scheduler and scheduler.is_file() else {}
+    config = read_json(scheduler) if scheduler and scheduler.exists() else {}
     if family is SD3_5_LARGE and "turbo" in name:
         family = SD3_5_TURBO
-    named = re.search(r"dev|distill", name) and "schnell" not in name
+    named = re.search(r"dev(?!ice|el)|distill", name) and "schnell" not in name
     if family is FLUX_SCHNELL and (named or config.get("use_dynamic_shifting") is True):
         family = FLUX_UNDISTILLED
     return with_scheduler(family, scheduler) if config else family
@@ -280,6 +280,6 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
         raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of {own.name}, "
                          f"with other text encoders; give --weights a folder of {family.name}")
     beside = Path(transformer).parent / SCHEDULER  # of the same download, if a transformer/ folder was given
-    if Path(transformer).name == "transformer" and beside.is_file():
+    if Path(transformer).name == "transformer" and beside.exists():
         scheduler = beside
     return variant(family, weights, scheduler if scheduler is beside or family is own else None), weights, vae

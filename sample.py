@@ -313,8 +313,8 @@ def read_list(file: str) -> list[tuple[str, str]]:
     except ValueError as error:
         raise ValueError(f"--prompts {error}; {accepted}") from None
     lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompts {file}: no prompt in it; {accepted}")
+    if not lines or "\0" in text:
+        raise ValueError(f"--prompts {file}: {'zero bytes, no text' if lines else 'no prompt in it'}; {accepted}")
     if any(is_json(line, dict) for _, line in lines):
         return [read_row(line, f"--prompts {file}:{number}") for number, line in lines]
     if Path(file).suffix.lower() in TABLES or TABLE_HEAD.fullmatch(lines[0][1]) or is_json(text, (dict, list)):

@@ -1,6 +1,7 @@
 """SD3 and Flux: which file is of which family, what their folders hold, and what each family settles."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_widths_that_do_not_match_are_refused(config):
     ("steps", "1e9", "--steps 1000000000 .recorded by a file.: give 1 to 10,000"), ("steps", "2.5", "no integer"),
     ("factor", "4", "--factor 4 .recorded by a file.: give 8 or 16"), ("factor", "12", "give 8 or 16"),
     ("t5_length", "0", "--t5-length 0 .recorded"), ("time_shift", "-1", "above 0"), ("cfg", "nan", "no number"),
-    ("res", "9999999999", "a file: its metadata records res"), ("res", "", "give --res")])
+    ("res", "1000000", "a file: its metadata records res"), ("res", "", "give --res")])
 def test_recorded_settings_that_cannot_be_used_are_refused_with_file_and_flag(name, value, says):
     with pytest.raises(ValueError, match=says):
         FLUX_DEV.sampling(Weights({}, {name: value}, "a file"))
@@ -169,7 +170,7 @@ def test_recorded_settings_that_cannot_be_used_are_refused_with_file_and_flag(na
     ("sd3.5_large.safetensors", SD3_5_LARGE, SD3_5_LARGE), ("sd3_turbo.safetensors", SD3, SD3),
     ("flux1-dev-de-distill.safetensors", FLUX_SCHNELL, FLUX_UNDISTILLED), ("flux", FLUX_SCHNELL, FLUX_SCHNELL),
     ("fluxDev2/transformer", FLUX_SCHNELL, FLUX_UNDISTILLED), ("schnell-dev.safetensors", FLUX_SCHNELL, FLUX_SCHNELL),
-    ("flux1-dev.safetensors", FLUX_DEV, FLUX_DEV)])
+    ("flux1-dev.safetensors", FLUX_DEV, FLUX_DEV), ("on-device.safetensors", FLUX_SCHNELL, FLUX_SCHNELL)])
 def test_a_name_decides_only_between_models_of_the_same_tensors(name, of, family):
     assert variant(of, Weights({}, {}, f"weights/{name}"), None) is family
 
@@ -217,6 +218,14 @@ def test_schedule_of_sd3_with_a_scheduler_file_is_that_of_diffusers(steps, tmp_p
 def test_a_scheduler_file_that_cannot_be_followed_is_refused_by_name(config, says, tmp_path):
     with pytest.raises(ValueError, match=f"scheduler_config.json: {says}"):
         with_scheduler(FLUX_DEV, scheduler(tmp_path, **config))
+
+
+def test_a_scheduler_file_that_is_a_pipe_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "flux")
+    (tmp_path / "flux" / "scheduler").mkdir()
+    os.mkfifo(tmp_path / "flux" / SCHEDULER)
+    with pytest.raises(ValueError, match="scheduler_config.json: a pipe or device"):
+        find(tmp_path / "flux")
 
 
 def test_dynamic_shifting_is_refused_for_sd3(tmp_path):

@@ -15,6 +15,7 @@ from flow import (
     euler,
     flux_mu,
     flux_sigmas,
+    flux_time_shift,
     interpolate,
     loss_weight,
     sample_sigma,
@@ -129,6 +130,23 @@ def test_cfg_moves_from_the_negative_prompt_past_the_prompt_and_1_is_a_pass_of_t
     assert distance(velocity_with_cfg(model, context, pooled, 1.0, guidance)(z, sigma), prompt) < 1e-6
     numbers = None if guidance is None else [guidance]
     assert calls == [(2, [0.5, 0.5], numbers and 2 * numbers), (1, [0.5], numbers)]
+
+
+def test_a_time_shift_by_tokens_is_a_line_in_its_logarithm_and_never_overflows():
+    assert math.isclose(flux_time_shift(1024), math.exp(0.63))
+    line = ((100, 0.2), (300, 1.0))
+    assert math.isclose(flux_time_shift(500, line), math.exp(1.8))
+    assert math.isclose(flux_time_shift(500, line, linear=True), 1.8)
+    assert math.isfinite(flux_time_shift(10**9))
+    with pytest.raises(ValueError, match="a linear time shift of -0.2 for 0 image tokens"):
+        flux_time_shift(0, line, linear=True)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 7 + 2**40, 2**64])
+def test_seeds_that_the_generator_does_not_distinguish_are_refused(seed):
+    assert torch.randn(3, generator=seeded(7)).equal(torch.randn(3, generator=seeded(7 + 2**40)))
+    with pytest.raises(ValueError, match=f"seed {seed}: give 0 to"):
+        draw_noise([0, seed], (1, 2, 2))
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch():

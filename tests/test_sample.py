@@ -354,7 +354,8 @@ def test_the_line_before_drawing_tells_where_each_setting_comes_from(says, diffu
 def test_a_model_taken_for_schnell_is_called_so_with_the_flags_of_the_other(says, schnell, tmp_path):
     line, _ = says("--prompt", "a hill", "--res", 64, "--transformer", schnell)
     assert line.startswith("Flux-schnell (it has no guidance_in, nor has a Flux-dev without distillation, which takes "
-                           "--steps 50 --cfg 3.5 --mu ") and "time shift 1," in line
+                           "--steps 50 --cfg 3.5 --t5-length 512 and, at 1024 px, --mu 0.63)")
+    assert "steps 4, cfg 1, time shift 1," in line
     shutil.copy(schnell, tmp_path / "my-dev.safetensors")
     line, _ = says("--prompt", "a hill", "--res", 64, "--transformer", tmp_path / "my-dev.safetensors", "--steps", 2,
                    "--mu", 1, out="b")
@@ -476,7 +477,7 @@ def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     ("a.jsonl", '{"text": "a", "file_name": "a\\u001b[2J.png"}', "file_name a file's name"),
     ("a.jsonl", json.dumps({"text": "a", "file_name": 300 * "a"}), "at most 180 bytes"),
     ("a.jsonl", 2 * '{"text": "a", "file_name": "1.png"}\n', "two lines have one file_name"),
-    ("a.parquet", "PAR1", "a table or JSON")])
+    ("a.parquet", "PAR1", "a table or JSON"), ("a.txt", "a\0 \0c\0u\0p\0", "zero bytes, no text")])
 def test_a_list_that_is_neither_lines_nor_json_lines_is_refused(refusal, no_loading, tmp_path, file, content, says):
     (tmp_path / file).write_text(content)
     message = refusal("--prompts", tmp_path / file)
@@ -706,7 +707,8 @@ def test_large_sides_of_flux_are_drawn_with_a_note_that_the_schedule_blurs(settl
 @pytest.mark.parametrize("name", ["tiny-flux"])
 @pytest.mark.parametrize("res, says", [
     ("65536", "--res 65536: some of the 2 noise levels coincide; give --mu 1.15, or a smaller --res (by tokens, mu is"),
-    ("16384x65536", "--res 16384x65536: some of the 2"), ("65568", "at most 65,536 px per side")])
+    ("16384x65536", "--res 16384x65536: some of the 2"), ("65568", "at most 65,536 px per side"),
+    ("1000000", "--res '1000000': give pixels up to 65,536")])
 def test_sides_for_which_flux_has_no_schedule_are_refused(refusal, no_loading, res, says):
     assert says in refusal("--prompt", "a hill", "--res", res)
 
