@@ -105,7 +105,8 @@ def _recorded(folder: Path) -> list[tuple[str, int, str]]:
     """Name, size and SHA-256 of each file of a checkpoint, by run.json; older ones have no SHA-256, "" here."""
     where = folder / ABOUT
     about = read_json(where)
-    sizes, digests = entry(about, "files", dict, where), about.get("sha256", dict.fromkeys(about["files"], ""))
+    sizes = entry(about, "files", dict, where)
+    digests = entry({"sha256": dict.fromkeys(sizes, "")} | about, "sha256", dict, where)
     if not sizes or any(Path(name).name != name for name in sizes):
         raise ValueError(f"{where}: files are not names of files in this folder")
     return [(name, entry(sizes, name, int, where, 0), entry(digests, name, str, where)) for name in sorted(sizes)]

@@ -26,6 +26,7 @@ from wavelet import OBJECTIVES
 T = TypeVar("T")
 GIB = 1 << 30
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
+MOST = {"batch": 2**16, "threads": 1024}
 RECIPES = {  # settings in which paper and release differ; None = family default
     "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None,
               "flip": False, "drop_caption": 0.0, "resize": "lanczos", "small": "refuse"},
@@ -192,11 +193,14 @@ def check(s: Settings, ranks: int) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
     check_t5_length(s.t5_length)
     step, share = 2 * s.factor, ranks * s.accumulate
-    need(s.res > 0 and s.res % step == 0, "res", s.res, f"a multiple of {step} at --factor {s.factor}")
+    need(0 < s.res <= 2**16 and s.res % step == 0, "res", s.res,
+         f"a multiple of {step} at --factor {s.factor}, at most {2**16:,}")
     for flag in ("steps", "batch", "accumulate", "save-every", "log-every", "keep", "threads"):
-        need(getattr(s, flag.replace("-", "_")) >= 1, flag, getattr(s, flag.replace("-", "_")), "1 or more")
+        value, most = getattr(s, flag.replace("-", "_")), MOST.get(flag, 10**9)
+        need(1 <= value <= most, flag, value, f"1 or more, at most {most:,}")
     for flag in ("lr", "huber", "warmup", "weight-decay", "seed", "sample-every"):
-        need(getattr(s, flag.replace("-", "_")) >= 0, flag, getattr(s, flag.replace("-", "_")), "0 or more")
+        value = getattr(s, flag.replace("-", "_"))
+        need(0 <= value < math.inf, flag, value, "0 or more")
     need(s.drop_caption is None or 0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
     need(s.batch % share == 0, "batch", s.batch,
          f"a multiple of {share}, {ranks} ranks times --accumulate {s.accumulate}")
