@@ -79,9 +79,9 @@ def _lock(path: Path) -> TextIO:
 
 def check_out(out: str | os.PathLike, *sources: str | os.PathLike | None) -> None:
     """ValueError if --out is, or lies in, a folder that the run reads, or holds a file that it reads."""
-    out = Path(out).resolve()
+    whole = Path(out).resolve()
     for source in (Path(source).resolve() for source in sources if source):
-        inside = source in (out, *out.parents) or source.is_file() and source.parent == out
+        inside = source in (whole, *whole.parents) or source.is_file() and source.parent == whole
         need(not inside, "out", out, f"a folder outside of {source}, which is read and must stay as it is")
 
 
