@@ -23,6 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import Weights, open_weights, save  # noqa: E402
 from data import read_folder  # noqa: E402
+from files import run_command  # noqa: E402
 from flux import FluxConfig, new_flux  # noqa: E402
 from mmdit import MMDiTConfig, new_mmdit  # noqa: E402
 from text import CLIPText, T5Encoder  # noqa: E402
@@ -147,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

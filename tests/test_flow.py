@@ -204,6 +204,7 @@ def test_loss_weights_by_hand():
     sigma = torch.tensor([0.5, 1.0], dtype=torch.float64)
     assert loss_weight(sigma).tolist() == [1, 1]
     assert loss_weight(sigma, "sigma_sqrt").tolist() == [4, 1]
+    assert distance_to(loss_weight(sigma.new_tensor([1e-7, 1e-3, 2e-3]), "sigma_sqrt"), [1e6, 1e6, 2.5e5]) < 1e-6
     assert distance_to(loss_weight(sigma, "cosmap"), [4 / math.pi, 2 / math.pi]) < 1e-12
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
+from training.ranks import stop_on_signals
 from training.resume import newest
 
 
@@ -131,6 +132,20 @@ def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, 
     train.train(settings(**usual, out=tmp_path / "one"))
     losses, weights = difference(tmp_path / "one", tmp_path / "out")
     assert losses < 1e-5 and weights < 1e-5
+
+
+def test_second_interrupt_ends_the_process_and_an_ignored_signal_stays_ignored(monkeypatch):
+    ended, hangup = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop.is_set() and stop.number == signal.SIGTERM and not ended
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def errors_in(stderr: str) -> list[str]:
