@@ -377,10 +377,10 @@ def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path):
     ({"ema": 0.9}, "ema 0.0 -> 0.9"), ({"batch": 2}, "batch 4 -> 2")])
 def test_other_settings_are_refused_on_resume_and_no_file_changes(settings, tmp_path, changed, difference):
     train.train(settings(steps=1))
-    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
+    before = contents(tmp_path / "out")
     message = refusal_of(settings, steps=2, **changed)
     assert f"other settings ({difference})" in message and "--out" in message
-    assert before == {f: f.read_bytes() for f in (tmp_path / "out").rglob("*.*") if f.is_file()}
+    assert before == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("fails", ["shard", "commit", "export"])
