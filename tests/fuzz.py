@@ -258,7 +258,7 @@ def tables(folder: Path, random: Random) -> None:
     cells = [["picture", "rating", "glcm", "ratio"]]
     for k, (rating, glcm, ratio) in enumerate(random.normal(size=(9, 3))):
         cells.append([f"p{k}.png", f"{rating:.3f}", f"{glcm:.4f}", f"{1 + abs(ratio):.4f}"])
-    for _ in range(random.integers(0, 4)):
+    for _ in range(random.integers(0, 3)):
         row = cells[int(random.integers(len(cells)))]
         if random.random() < 0.6 and row:
             row[int(random.integers(len(row)))] = str(HOSTILE[random.integers(len(HOSTILE))])
@@ -269,7 +269,7 @@ def tables(folder: Path, random: Random) -> None:
     text = "\n".join((",", ";", "\t")[0 if random.random() < 0.8 else random.integers(3)].join(row) for row in cells)
     data = text.encode("utf-8", "surrogatepass")
     file = folder / "ratings.csv"
-    file.write_bytes(damaged_bytes(data, random) if random.random() < 0.5 else data)
+    file.write_bytes(damaged_bytes(data, random) if random.random() < 0.3 else data)
     command(metrics.main, ["metrics.py", "correlate", str(file), "--json"], file)
 
 

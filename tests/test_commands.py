@@ -1,6 +1,7 @@
-"""What all commands share: Ctrl-C ends them in one line, they start under python -OO."""
+"""All commands: Ctrl-C ends them in one line, they start under python -OO, the published data set goes through."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ONE_THREAD, ROOT
+from conftest import CAPTIONS, ONE_THREAD, ROOT, run_script
 from PIL import Image
 
 WORK = {  # command, and what it shows once it is at work
@@ -63,3 +64,24 @@ def test_commands_start_without_docstrings(script):
     command = [sys.executable, "-OO", script, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+def test_published_data_set_goes_through_the_commands_of_the_readme(photos, model, tmp_path):
+    """A small tree with the names of Aesthetic-4K: check, encode, train, sample, and scores paired by record."""
+    tree = tmp_path / "Aesthetic-4K"
+    for part in ("train", "eval/size_2048", "eval/size_4096"):
+        shutil.copytree(photos, tree / part, ignore=shutil.ignore_patterns(".*"))
+    prompts, out = tree / "eval" / "size_2048" / "metadata.jsonl", tmp_path / "out"
+    done = run_script("data.py", "check", tree)
+    assert done.returncode == 1 and all(str(tree / part) in done.stderr for part in ("train", "eval/size_2048"))
+    for command in (
+            f"data.py check {tree}/train --res 64", f"data.py encode {tree}/train --weights {model}",
+            f"train.py --weights {model} --data {tree}/train --res 64 --batch 4 --steps 2 --out {tmp_path}/run",
+            f"sample.py --weights {model} --transformer {tmp_path}/run/sd3.safetensors --prompts {prompts} --out {out} "
+            "--res 64 --steps 2",
+            f"metrics.py set {out} --reference {prompts.parent} --prompts {prompts} --cache {tmp_path}/cache --json"):
+        done = run_script(*command.split())
+        assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["generated"] == report["reference"] == len(CAPTIONS)
+    assert any("by what they record" in note for note in report["notes"]), report["notes"]
