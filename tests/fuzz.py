@@ -266,7 +266,8 @@ def tables(folder: Path, random: Random) -> None:
             row.append("1")
         elif row:
             row.pop()
-    text = "\n".join((",", ";", "\t")[0 if random.random() < 0.8 else random.integers(3)].join(row) for row in cells)
+    between = (",", ";", "\t")[random.integers(3)]
+    text = "\n".join(between.join(row) for row in cells)
     data = text.encode("utf-8", "surrogatepass")
     file = folder / "ratings.csv"
     file.write_bytes(damaged_bytes(data, random) if random.random() < 0.3 else data)
