@@ -284,14 +284,14 @@ def train(settings: Settings) -> int:
         return 0
 
     with only_run(Path(settings.out)):                     # a second run with this --out is refused
-        model, vae = load_models(job)                          # meta -> shard -> fill
-        sync = Sync(model, settings.sharded)                   # the DDP above, FSDP, or nothing
+        model, vae = load_models(job)                      # meta -> shard -> fill
+        sync = Sync(model, settings.sharded)               # the DDP above, FSDP, or nothing
         optimizer = new_optimizer(settings, model)
         ema = EMA(model, settings.ema, settings.ema_on_host)
         run = Run(settings, job.identity(), model, ema.copies, optimizer)
-        start = done = run.resume()                            # complete steps
-        texts, latents = prepare_caches(job, model, vae)       # the text encoders are freed here
-        shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]    # the empty prompt is for cfg
+        start = done = run.resume()                        # complete steps
+        texts, latents = prepare_caches(job, model, vae)   # the text encoders are freed here
+        shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]  # the empty prompt is for cfg
         empty, _ = texts.read([""])
         run.begin(start, device, settings.res // settings.factor, empty.shape[1])
         tally, how = Tally(device), sample_settings_of(job, vae.config.latent_channels)
@@ -305,7 +305,7 @@ def train(settings: Settings) -> int:
             for step, parts in bar:
                 sync.zero()
                 losses = []                                # velocity loss of each sample, named if the step diverges
-                for k, part in enumerate(parts):               # --accumulate passes of forward and backward
+                for k, part in enumerate(parts):           # --accumulate passes of forward and backward
                     # data: a latent drawn from each posterior, the embedding of its caption
                     latent = encode(vae, part, settings)                            # (B, 16, h, w)
                     context, pooled = part.context, part.pooled                     # (B, L, C), (B, P)
@@ -324,7 +324,7 @@ def train(settings: Settings) -> int:
                     sync.set_last(k + 1 == len(parts))
                     (loss / len(parts)).backward()
                     losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
-                sync.wait()                                    # from here every p.grad is the average over the ranks
+                sync.wait()                                # from here every p.grad is the average over the ranks
 
                 norm = clip(model, settings.clip)
                 if not norm.isfinite():                    # the same on all ranks; the step waits for the device here
@@ -338,12 +338,12 @@ def train(settings: Settings) -> int:
                 done = step + 1
                 if run.due(settings.log_every, done):
                     bar.set_postfix_str(run.log(done, tally, norm, lr))
-                if run.due(settings.save_every, done):         # before sampling: a crash while sampling loses nothing
+                if run.due(settings.save_every, done):     # before sampling: a crash while sampling loses nothing
                     run.save(done)
                 if run.due(settings.sample_every, done):
                     with autocast(settings):
                         run.draw(done, vae, *texts.read(shown), how)
-            run.finish(done, job.family, job.transformer, job.vae_path)    # exports, or saves the stopped run
+            run.finish(done, job.family, job.transformer, job.vae_path)  # exports, or saves the stopped run
     return stop.number
 
 
