@@ -33,10 +33,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import entry, need, open_picture, parse_json, printable, read_text, run_command
+from files import MOST_PIXELS, entry, in_utf8, need, open_picture, parse_json, printable, read_text, run_command
 from training.colours import gray_of_16_bit, in_srgb, scale_key, unclear
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
+ALMOST = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".xlsx")  # what else captions come in
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
 NOTES = {"converted": "converted to sRGB from other colours", "broken": "with a broken colour profile, read as sRGB",
@@ -61,6 +62,7 @@ def read_folder(folder: str | os.PathLike) -> list[Item]:
              or "alt" that is missing, empty or no text, a path outside the folder, a picture missing or listed twice
     """
     folder = Path(folder)
+    in_utf8(folder)
     listing = next((folder / name for name in LISTINGS if (folder / name).exists()), None)
     if not listing:
         raise FileNotFoundError(_no_listing(folder))
@@ -97,7 +99,8 @@ def rows_of(listing: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _csv_rows(listing: Path, text: str) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    first = text.lstrip().partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
@@ -148,6 +151,9 @@ def _no_listing(folder: Path) -> str:
         return f"{start}give one of the folders below that have one: {', '.join(below[:6])}"
     if tables := sorted(folder.glob("*.parquet")):
         return f'{start}write it from {tables[0].name} with pandas, to_json(FILE, orient="records", lines=True)'
+    if near := sorted(file.name for file in folder.glob("*") if file.suffix.lower() in ALMOST):
+        return (f"{start}there is {near[0]!r}: write {LISTINGS[0]} from it, one JSON object with file_name and text "
+                "per line")
     return f"{start}a data folder holds pictures and a {LISTINGS[0]} or {LISTINGS[1]} with file_name and text"
 
 
@@ -195,9 +201,13 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 
 def resize_to_cover(picture: Image.Image, height: int, width: int, resample: str = "lanczos") -> Image.Image:
     """Scale so that one side fits exactly and the other is no shorter; resample: lanczos or bilinear."""
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling[resample.upper()])
+    return picture.resize(covering(picture.size, height, width), Image.Resampling[resample.upper()])
+
+
+def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a picture once it covers height x width; size: its own (width, height)."""
+    scale = max(height / size[1], width / size[0])
+    return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
 
 
 class Pictures:
@@ -251,7 +261,8 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
     most    longest side that the transformer's position table allows
     aspect  False: all are res x res
     small   a picture that does not cover its crop: refuse; skip, its size is None; enlarge
-    raises  ValueError that names the smallest picture, if they are refused, or if none is left
+    raises  ValueError that names the smallest picture, if they are refused, or if none is left; or one so narrow that
+            it has more than MOST_PIXELS once it is enlarged
     """
     choice, sizes, below = aspect_sizes(res, step, most) if aspect else [(res, res)], [], []
     for item in items:
@@ -259,6 +270,10 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
         lack = too_small(width, height, res, choice)
         if lack:
             below.append((width * height, f"{item.path}: {lack}"))
+        pixels = math.prod(covering((width, height), *nearest_size(choice, width, height)))
+        if lack and small == "enlarge" and pixels > MOST_PIXELS:
+            raise ValueError(f"{item.path}: {lack}; enlarged it has {pixels:,} pixels, at most {MOST_PIXELS:,} are "
+                             "read: cut it into pieces, or leave it out with --small skip")
         sizes.append(None if lack and small == "skip" else nearest_size(choice, width, height))
     if below and (small == "refuse" or small == "skip" and len(below) == len(items)):
         raise ValueError(f"{min(below)[1]}; so are {len(below)} of {len(items)} pictures: list them with data.py check "
@@ -285,6 +300,8 @@ def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
     """
     items, errors, sides, notes = read_folder(folder), [], [], Counter()
     need(res is None or res >= 32 and res % 32 == 0, "res", res, "a multiple of 32")
+    if aspect and not res:
+        raise ValueError("--aspect: sizes depend on --res; give it too")
     choice = aspect_sizes(res, 32) if res and aspect else [(res, res)]
     for item in tqdm(items, desc="pictures", file=sys.stderr):
         try:
@@ -375,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dilation", type=int, default=2, choices=(1, 2),
         help="of the VAE's first convolution at factor 16; 1: as released (default: %(default)s)")
     options = vars(parser.parse_args(argv))
+    if "" in options.values():
+        parser.error("an empty folder or name, as of a shell variable that is not set")
     if options.pop("command") == "check":
         run_command(lambda: sys.exit(check(**options)))
     run_command(lambda: encode(**options))

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,11 @@ INTERRUPTED = 130           # exit code, as shells have it
 def parse_json(text: str, where: str) -> object:
     """The value of a JSON text; ValueError that begins with `where`, a file or a line of one, if it is none."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from None
+    except KeyError as error:
+        raise ValueError(f"{where}: {error} is given twice in one object; keep one") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets without end
         why = f"nested more than {MOST_DEPTH} deep" if isinstance(error, RecursionError) else "a number is too long"
         raise ValueError(f"{where}: not JSON that can be used ({why})") from None
@@ -51,6 +54,14 @@ def parse_json(text: str, where: str) -> object:
         if depth > MOST_DEPTH:
             raise ValueError(f"{where}: not JSON that can be used (nested more than {MOST_DEPTH} deep)")
     return value
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; KeyError with a name that it gives twice, of which programs take one or the other."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise KeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return content
 
 
 def _inner(value: dict | list) -> list:
@@ -146,6 +157,14 @@ def clear_temporaries(folder: Path) -> None:
                 file.unlink()
         except OSError:  # another process was faster, or it is not ours
             pass
+
+
+def in_utf8(path: str | os.PathLike) -> None:
+    """ValueError if a path is not UTF-8: safetensors could not open a file below it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: this path is not UTF-8, and no cache could lie there; rename it") from None
 
 
 def writable(folder: Path, given: str) -> None:

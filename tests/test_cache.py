@@ -135,6 +135,8 @@ DAMAGE = {  # name of the damage -> what it makes of a file's tensors, records a
     "other shape": lambda tensors, records, content: saved({name: t[..., :-1] for name, t in tensors.items()}, records),
     "other dtype": lambda tensors, records, content: saved({name: t.half() for name, t in tensors.items()}, records),
     "no records": lambda tensors, records, content: saved(tensors, None),
+    "no checksum": lambda tensors, records, content: saved(  # as older versions wrote it
+        tensors, {name: text for name, text in records.items() if name != "sha256"}),
     "records of another": lambda tensors, records, content: saved(tensors, dict.fromkeys(records, "another")),
 }
 
@@ -173,6 +175,14 @@ def test_flipped_bit_is_refused_on_reading(model, photos, autoencoder, tmp_path)
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{file}: damaged .its checksum is another.; delete it$"):
             read()
+
+
+def test_cache_whose_path_is_not_utf_8_is_refused(model, photos, autoencoder, tmp_path):
+    folder, pictures = tmp_path / os.fsdecode(b"caf\xe9"), Pictures([photos / "0.png"])
+    for make in (lambda: Embeddings(folder, model),
+                 lambda: Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, folder)):
+        with pytest.raises(ValueError, match="this path is not UTF-8"):
+            make()
 
 
 def test_swapped_embeddings_are_seen_by_their_captions(model, tmp_path):

@@ -307,14 +307,17 @@ LISTED = {"file_name": "0.png", "text": "fine"}
 LISTING_CASES = {  # row -> name of the listing and its content
     "`metadata.jsonl`, one": ("metadata.jsonl", json.dumps(LISTED)),
     "`metadata.csv` with": ("metadata.csv", "text,width,file_name\r\n\"fi\nne, two\",7,0.png\r\n"),
+    "CSV with semi": ("metadata.csv", 'file_name;text;note\r\n0.png;"fine; rot, grün";x\r\n'.encode("utf-8-sig")),
     "UTF-8 with or": ("metadata.jsonl", ("\ufeff" + json.dumps(LISTED) + "\r\n").encode("utf-16-le")),
     '`"alt"` that is': ("metadata.jsonl", '{"file_name": "0.png", "text": "fine", "alt": NaN, "width": null}'),
     "file_name with backslashes": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "sub\\a\u0308.png"})),
     "links to": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "link.png"})),
     "a JSON list": ("metadata.jsonl", json.dumps([LISTED], indent=1)),
     "`metadata.parquet`": ("metadata.parquet", "PAR1"),
+    "other tables": ("Metadata.JSON", json.dumps([LISTED])),
     "`train/metadata": ("eval/size_2048/metadata.jsonl", json.dumps(LISTED)),
     "text that is": ("metadata.jsonl", '{"file_name": "0.png", "text": NaN}'),
+    "a JSON object": ("metadata.jsonl", '{"file_name": "0.png", "text": "fine", "text": "fin"}'),
     "half of a": ("metadata.jsonl", json.dumps(LISTED | {"text": "\ud83d"})),
     "file_name in": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "0.PNG"})),
     "file_name that": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "..\\0.png"})),
@@ -443,7 +446,13 @@ PICTURE_CASES = {  # row -> files; where it is read, each with its pixels, None 
         (TWELVE, np.array([[255, 0]]))],
     "PGM": [(b"P5 2 1 1000\n" + struct.pack(">HH", 1000, 500), np.array([[255, 128]])),
             (b"P2 2 1 3 3 0", np.array([[255, 0]]))],
-    "RGB of 16": [(tiff(RGB.astype(np.uint16) * 256 + 99, **TRUECOLOUR), RGB)],
+    "RGB of 16": [(tiff(RGB.astype(np.uint16) * 256 + 99, **TRUECOLOUR), RGB), (
+        tiff(RGB.transpose(2, 0, 1).astype(np.uint16) * 257, planarconfig="separate", compression="zlib",
+             **TRUECOLOUR), RGB)],
+    "TIFF with one": [tiff(np.stack([GRAY.astype(np.uint16) * 257] * bands), planarconfig="separate", **options)
+                      for bands, options in ((3, TRUECOLOUR), (4, {"photometric": "separated"}))] + [
+                          tiff(np.stack([GRAY, GRAY]), planarconfig="separate", photometric="minisblack",
+                               extrasamples=["unassalpha"], compression="zlib")],
     "gray of 32": [tiff(GRAY.astype(np.uint32))], "signed": [tiff(GRAY.astype(kind)) for kind in ("i1", "i2", "i4")],
     "floating": [tiff(GRAY.astype(np.float32)), b"Pf 1 1 -1.0\n\0\0\0\0"],
 }
@@ -468,7 +477,7 @@ def test_picture_of_every_row_of_the_table_ends_as_it_says(tmp_path, row):
 
 
 def test_every_row_of_the_tables_has_a_case(tmp_path):
-    elsewhere = {"pipe, device", "more than 400 million pixels"}  # in the tests above
+    elsewhere = {"pipe, device", "more than 400 million pixels", "a folder whose path is not UTF-8"}
     starts = (*LISTING_CASES, *PICTURE_CASES)
     assert {what for what in ROWS if not what.startswith(starts)} == elsewhere
     os.mkfifo(tmp_path / "pipe.png")
@@ -552,6 +561,14 @@ def test_small_pictures_are_refused_together_skipped_or_enlarged(tmp_path):
         sizes_of(items[1:2], 64, 16, 1000, False, "skip")
 
 
+def test_picture_too_narrow_to_be_enlarged_is_refused(tmp_path):
+    Image.new("1", (30_000, 4)).save(tmp_path / "line.png")
+    items = [Item(tmp_path / "line.png", ("a line",))]
+    with pytest.raises(ValueError, match=r"line.png: .* 4 px, below --res 512; enlarged it has 1,966,080,000 pixels"):
+        sizes_of(items, 512, 32, 1000, False, "enlarge")
+    assert sizes_of(items, 64, 32, 1000, False, "enlarge") == [(64, 64)]
+
+
 def test_check_lists_every_picture_that_training_would_refuse(tmp_path, capsys):
     for k, (width, height) in enumerate([(96, 64), (95, 96), (96, 96)]):
         Image.new("RGB", (width, height)).save(tmp_path / f"{k}.png")
@@ -592,6 +609,17 @@ def test_script_names_every_bad_picture(noisy, tmp_path):
     assert first.startswith(f"error: {tmp_path}/0.png: not a complete picture (400 bytes")
     assert second.startswith(f"error: {tmp_path}/2.png: not a complete picture of the formats PNG")
     assert summary.startswith("1 pictures, 3 captions")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["check", ""], "empty folder or name"), (["encode", ".", "--weights", ""], "empty folder or name"),
+    (["encode", ".", "--cache", ""], "empty folder or name"),
+    (["check", "FOLDER", "--aspect"], "--aspect: sizes depend"),
+    (["check", os.fsdecode(b"caf\xe9")], "this path is not UTF-8")])
+def test_script_refuses_what_would_be_taken_for_something_else(noisy, capsys, flags, says):
+    with pytest.raises(SystemExit) as end:
+        data.main([str(noisy) if flag == "FOLDER" else flag for flag in flags])
+    assert says in str(end.value) + capsys.readouterr().err
 
 
 def test_script_names_a_bad_line(tmp_path):

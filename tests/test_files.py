@@ -14,6 +14,7 @@ from files import MOST_DEPTH, STALE_S, clear_temporaries, entry, parse_json, pri
 
 @pytest.mark.parametrize("text, why", [
     ("", "not JSON"), ("{", "not JSON"), ("[" * 100_000, "nested"), ("9" * 5000, "too long"),
+    ('[{"text": "a", "alt": 1, "alt": 2}]', "'alt' is given twice"),
     ('{"a":' * MOST_DEPTH + "1" + "}" * MOST_DEPTH + "x", "not JSON"), ("[" * 100 + "]" * 100, "nested")])
 def test_json_that_cannot_be_used_is_one_error_with_its_place(text, why):
     with pytest.raises(ValueError, match=f"^here:3: .*{why}"):

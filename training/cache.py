@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import save
 from family import SD3, Family
-from files import printable, regular, writable
+from files import in_utf8, printable, regular, writable
 from vae import VAE, to_image
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Embeddings:
         folder     where the cache lives; model: the folder with text encoders and tokenizers
         t5_length  tokens of T5; None: the family's
         """
+        in_utf8(folder)
         self.model, self.device, self.family = Path(model), device, family
         self.t5_length = t5_length or family.t5_length
         self.dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -107,6 +108,7 @@ class Latents:
         folder        where the cache lives
         resample      how central_crop scales
         """
+        in_utf8(folder)
         self.paths, self.central_crop = paths, central_crop
         self.vae, self.factor, self.dilation = vae, factor, dilation
         digest = hashlib.sha256(f"{factor} {dilation} {resample}".encode())
@@ -171,10 +173,12 @@ def _verified(file: Path, axes: Mapping[str, int], dtype: torch.dtype, records: 
                 raise ValueError(f"{file}: is not of {dtype}; delete it")
             if any((stored.metadata() or {}).get(key) != value for key, value in records.items()):
                 raise ValueError(f"{file}: was made of another {next(iter(records))}; delete it")
+            if "sha256" not in stored.metadata():
+                raise ValueError(f"{file}: of an older version, without a checksum; delete it")
             if device == "meta":
                 return {name: torch.empty(heads[name].get_shape(), device="meta") for name in axes}
             tensors = {name: stored.get_tensor(name).clone() for name in axes}  # of a map, which others may cut short
-            if _checksum(tensors) != stored.metadata().get("sha256"):
+            if _checksum(tensors) != stored.metadata()["sha256"]:
                 raise ValueError(f"{file}: damaged (its checksum is another); delete it")
             return tensors
     except SafetensorError as error:

@@ -59,6 +59,9 @@ def _tiff_unclear(picture: Image.Image) -> str:
         return f"TIFF of {picture.n_frames} pages; save the one that is meant"
     if set(tags.get(339, (1,))) - {1, 3}:
         return f"TIFF of signed samples, {tags.get(258, '?')} bits, without an agreed black; save it as unsigned"
+    deep = set(tags.get(258, (1,))) != {8} and tags.get(259, 1) == 1       # BitsPerSample, Compression
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and (picture.mode == "LA" or deep):
+        return "TIFF with one plane behind the other, which is not read at this depth; save it interleaved"
     if picture.mode == "YCbCr" and tags.get(259, 1) != 7 and tuple(tags.get(530, (2, 2))) != (1, 1):
         return "TIFF in YCbCr with subsampled colours; save it as RGB"
     return ""
