@@ -125,8 +125,11 @@ def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> 
 
     row = {"picture": str(path)} | results.of_picture(("detail", 1), path, measure)
     if maps:
-        with replacing(sheet_path(path, maps)) as temporary:
-            detail_sheet(read_pixels(path), path.name).save(temporary, quality=95, subsampling=0)
+        try:
+            with replacing(sheet_path(path, maps)) as temporary:
+                detail_sheet(read_pixels(path), path.name).save(temporary, quality=95, subsampling=0)
+        except OSError as error:
+            raise OSError(f"--maps {maps}: a sheet can't be written there ({error.strerror or error})") from None
     return row
 
 

@@ -27,13 +27,16 @@ def correlate(path: str | os.PathLike) -> tuple[int, list[dict], list[str], list
 
     raises  ValueError if the file is no such table, has no ratings, or no column can be compared with them
     """
-    names, rows, errors = read_table(path)
+    names, rows, errors, separator = read_table(path)
     columns, notes = {}, []
     for k, name in enumerate(names):
         try:
             if names.count(name) > 1:
                 raise ValueError(f"{path}: {names.count(name)} columns have the name {name}")
-            columns[name] = read_column(path, name, [(line, cells[k]) for line, cells in rows])
+            cells = [(line, row[k]) for line, row in rows]
+            columns[name] = read_column(path, name, cells)
+            if separator == ";" and columns[name]:
+                check_thousands(path, name, cells)
         except ValueError as error:
             if name == "rating":
                 raise
@@ -41,7 +44,8 @@ def correlate(path: str | os.PathLike) -> tuple[int, list[dict], list[str], list
     if texts := [name for name, values in columns.items() if values is None]:
         notes.append(f"note: columns without numbers: {', '.join(texts)}")
     if (rating := columns.pop("rating")) is None:
-        raise ValueError(f"{path}:{rows[0][0]}: column rating holds no number")
+        line, first = rows[0][0], rows[0][1][names.index("rating")]
+        raise ValueError(f"{path}:{line}: column rating holds no number ({first[:40]!r}; write one as 1234.5)")
     if min(rating) == max(rating):
         lack = f"{path}: the only rating is {rating[0]:g}: a correlation needs at least 2 that differ"
         raise ValueError("; ".join([lack, *errors]))
@@ -72,11 +76,12 @@ def agreement(name: str, values: list[float], rating: list[float]) -> dict:
 
 # ---- reading
 
-def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row], list[str]]:
-    """Column names, rows, and an error for the rows that have more or fewer cells: these are left out."""
+def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row], list[str], str]:
+    """Column names, rows, an error for the rows with more or fewer cells, which are left out, and the separator."""
     text = read_text(path)
     first = text.lstrip().partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    separator = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
@@ -94,7 +99,7 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row], list[str]
         rows = [row for row in rows if len(row[1]) == len(names)]
     if not rows:
         raise ValueError(errors[0])
-    return names, rows, errors
+    return names, rows, errors, separator
 
 
 def read_column(path: str | os.PathLike, name: str, cells: list[tuple[int, str]]) -> list[float] | None:
@@ -108,6 +113,16 @@ def read_column(path: str | os.PathLike, name: str, cells: list[tuple[int, str]]
         except ValueError as error:
             raise ValueError(f"{path}:{line}: column {name} holds no number ({error})") from None
     return numbers
+
+
+def check_thousands(path: str | os.PathLike, name: str, cells: list[tuple[int, str]]) -> None:
+    """ValueError if dots may stand between thousands, as in 1.234 beside 999. In all cells, they would be a factor."""
+    dotted = [(line, cell) for line, cell in cells if re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", cell)]
+    short = [cell for _, cell in cells if re.fullmatch("[0-9]{1,3}", cell)]
+    if dotted and short and len(dotted) + len(short) == len(cells):
+        line, cell = dotted[0]
+        raise ValueError(f"{path}:{line}: column {name} may have dots between thousands, {cell} beside {short[0]}; "
+                         f"write {cell.replace('.', '')}, or {cell}0 if the dot is a decimal point")
 
 
 def read_number(cell: str) -> float:

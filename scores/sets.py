@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from files import MOST_PIXELS
 from scores.clip import CLIP, CLIPImage
 from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
 from scores.official import find_weights
@@ -35,6 +36,10 @@ def as_images(pictures: np.ndarray) -> Tensor:
 
 def square(pixels: np.ndarray, side: int) -> np.ndarray:
     """(side, side, 3): resized to the short side, cropped at the centre, as the release does."""
+    scale = side / min(pixels.shape[:2])
+    if scale > 1 and (enlarged := round(scale**2 * pixels.shape[0] * pixels.shape[1])) > MOST_PIXELS:
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels are {enlarged:,} once enlarged to {side} px; at "
+                         f"most {MOST_PIXELS:,} are compared: give a smaller --res, or cut it into pieces")
     return resize_crop(as_images(pixels[None]), side)[0].permute(1, 2, 0).numpy()
 
 

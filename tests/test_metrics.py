@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -225,6 +226,15 @@ def test_sheets_overwrite_neither_each_other_nor_pictures(command, tmp_path):
     code, _, errors = command("detail", tmp_path / "one", "--maps", tmp_path / "maps")
     assert code == 1 and len(errors) == 1 and "a name of over 230 bytes" in errors[0]
     assert (tmp_path / "one" / "wall_png.jpg").read_bytes() == noise and not (tmp_path / "maps").exists()
+
+
+def test_a_sheet_that_cannot_be_written_names_the_folder(command, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes((DATA / "pictures" / "noise.png").read_bytes())
+    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    code, _, errors = command("detail", tmp_path / "a.png", "--maps", tmp_path / "maps")
+    assert code == 1 and errors == [f"error: --maps {tmp_path}/maps: a sheet can't be written there "
+                                    "(No space left on device)"]
+    assert not list((tmp_path / "maps").iterdir())
 
 
 def test_folders_skip_hidden_files_and_name_what_is_no_picture(command, tmp_path):
@@ -479,6 +489,13 @@ def test_vae_report_of_the_embedded_autoencoder(command, fake_networks, tmp_path
     assert code == 1 and len(errors) == 1 and "must be a multiple of" in errors[0]
     code, _, errors = command("vae", folder, "--model", "none", "--weights", fake_networks)
     assert code == 1 and len(errors) == 1 and "no such folder" in errors[0]
+
+
+def test_picture_too_narrow_to_be_enlarged_is_named(command, tmp_path):
+    Image.new("RGB", (65_000, 8)).save(tmp_path / "line.png")
+    code, _, errors = command("vae", tmp_path, "--model", "tiny-sd3", "--res", 256, "--weights", tmp_path / "none",
+                              "--device", "cpu")
+    assert code == 1 and "line.png: 65000x8 pixels are 532,480,000 once enlarged to 256 px" in errors[-1]
 
 
 def test_vae_report_without_weights_names_them_and_scores_the_rest(command, tmp_path):

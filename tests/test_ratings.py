@@ -45,6 +45,7 @@ def test_tables_as_other_programs_write_them_give_the_same_numbers(tmp_path, tex
     (ROWS.replace("2,4,1", "2,,1"), ":3: column a holds no number (it is empty)"),
     (ROWS.replace("2,4,1", "2,1e999,1"), ":3: column a holds no number (1e999 is beyond double precision"),
     (ROWS.replace("2,4,1", "2,3e-330,1"), ":3: column a holds no number (3e-330 is beyond double precision"),
+    ("rating;a;b\n1;999;3\n2;1.234;1\n4;12.345;4\n", ":3: column a may have dots between thousands, 1.234 beside 999"),
     (ROWS.replace("2,4,1", '2,"4,096",1'), ":3: column a holds no number ('4,096'; write one as 1234.5"),
     (ROWS.replace("2,4,1", "2,4_096,1"), ":3: column a holds no number ('4_096'"),
     (ROWS.replace("2,4,1", "2,４,1"), ":3: column a holds no number ('４'"),
@@ -67,7 +68,7 @@ def test_what_is_wrong_is_named_and_the_other_column_is_reported(tmp_path, text,
     ("Rating,a\n1,2\n", 'among them "rating"'), ("rating,picture\n1,a\n2,b\n", "no column of numbers beside rating"),
     ("rating,a\n1,2\n2,3\nx,4\n", ":4: column rating holds no number ('x'"),
     ("rating,a\n5,2\n5,3\n", "the only rating is 5"), ("rating,a,rating\n1,2,3\n", "2 columns have the name"),
-    ("rating,a\nx,1\ny,2\n", ":2: column rating holds no number"), ("rating,a\n1,2\n", "at least 2"),
+    ("rating,a\nx,1\ny,2\n", ":2: column rating holds no number ('x'"), ("rating,a\n1,2\n", "at least 2"),
     ("rating,a\n1,2,3\n4,5,6\n", ":2: 3 cells, expected 2"), ('rating,a\n1,"2\n3,4\n', ": not a CSV"),
     (b"\xff\xfe\x00", "not UTF-8 text"), (b"rating,a\n1,\xe9\n", "not UTF-8 text")])
 def test_tables_without_an_answer_are_refused_in_one_line(tmp_path, text, says):
@@ -75,6 +76,14 @@ def test_tables_without_an_answer_are_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(ValueError) as error:
         correlate(file)
     assert str(error.value).startswith(str(file)) and says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cells, separator", [("1.234 12.345 9.001", ";"), ("4 3.667 4.5", ";"), ("4 3.667 5", ",")])
+def test_dots_that_are_decimal_points_or_a_factor_are_read(tmp_path, cells, separator):
+    rows = "".join(f"{k}{separator}{cell}\n" for k, cell in enumerate(cells.split()))
+    _, (metric,), _, errors = correlate(table_of(tmp_path, f"rating{separator}a\n{rows}"))
+    assert metric["plcc"] == pytest.approx(np.corrcoef(range(3), list(map(float, cells.split())))[0, 1])
+    assert not errors
 
 
 def test_a_cell_of_a_hundred_thousand_digits_takes_no_time(tmp_path):
