@@ -139,7 +139,8 @@ def _find(folder: Path, name: str, where: str) -> Path:
     beside = (folder / plain).parent
     near = [file for file in (os.listdir(beside) if os.path.isdir(beside) else ())
             if file.strip().casefold() == Path(plain).name.strip().casefold()]
-    raise ValueError(f"{where}: no picture {name!r} in {folder}" + (f"; there is {near[0]!r}" if near else ""))
+    shown = name if len(name) <= 255 else name[:255] + "…"
+    raise ValueError(f"{where}: no picture {shown!r} in {folder}" + (f"; there is {near[0]!r}" if near else ""))
 
 
 def _no_listing(folder: Path) -> str:

@@ -137,6 +137,8 @@ def printable(text: str) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, with its suffix; renamed to `path` if the block succeeds, else deleted."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    if path.is_dir():
+        raise OSError(f"{path}: a folder, where a file is to be written; remove or rename it")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -160,15 +162,16 @@ def clear_temporaries(folder: Path) -> None:
 
 
 def in_utf8(path: str | os.PathLike) -> None:
-    """ValueError if a path is not UTF-8: safetensors could not open a file below it."""
+    """ValueError if a path is not UTF-8: safetensors opens no file below it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{path}: this path is not UTF-8, and no cache could lie there; rename it") from None
+        raise ValueError(f"{path}: this path is not UTF-8, as those of weights and caches must be; rename it") from None
 
 
 def writable(folder: Path, given: str) -> None:
     """Create the folder and check that it is writable; the OSError starts with `given`, the flag that named it."""
+    in_utf8(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

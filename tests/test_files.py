@@ -9,7 +9,18 @@ import time
 import pytest
 from conftest import ROOT
 
-from files import MOST_DEPTH, STALE_S, clear_temporaries, entry, parse_json, printable, read_json, read_text, replacing
+from files import (
+    MOST_DEPTH,
+    STALE_S,
+    clear_temporaries,
+    entry,
+    parse_json,
+    printable,
+    read_json,
+    read_text,
+    replacing,
+    writable,
+)
 
 
 @pytest.mark.parametrize("text, why", [
@@ -70,6 +81,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         temporary.write_text("ne")
         raise OSError("full")
     assert [f.name for f in tmp_path.iterdir()] == ["a.csv"] and file.read_text() == "old"
+
+
+def test_folders_that_stand_in_the_way_or_are_not_utf_8_are_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match="model.safetensors: a folder, where a file is to be written"), \
+            replacing(tmp_path / "model.safetensors") as temporary:
+        temporary.touch()
+    with pytest.raises(ValueError, match="this path is not UTF-8"):
+        writable(tmp_path / os.fsdecode(b"l\xe4ufe"), "--out")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_leftovers_of_killed_processes_are_cleared_and_live_ones_kept(tmp_path):
