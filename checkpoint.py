@@ -12,6 +12,7 @@ Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import names
-from files import printable, read_json, regular, replacing
+from files import printable, read_json, replacing
 
 M = TypeVar("M", bound=nn.Module)
 Device = str | torch.device
@@ -94,9 +95,8 @@ class Weights(dict[str, LazyTensor]):
 
     def described(self) -> str:
         """What the file is, for messages."""
-        known = self.recognised().partition(";")[0]
         listed = f"holds {len(self)} tensors: {', '.join(list(self)[:2])} ..." if self else "holds nothing of it"
-        return f"is {known}" if known else listed
+        return f"is {known.partition(';')[0]}" if (known := self.recognised()) else listed
 
     def shape_of(self, name: str, axes: int, kind: str) -> tuple[int, ...]:
         """Shape of a tensor that every `kind`, e.g. "SD3 transformer", has; ValueError if absent or of other axes."""
@@ -178,9 +178,8 @@ def open_weights(path: str | os.PathLike) -> Weights:
     raises  FileNotFoundError if `path` does not exist; ValueError on a pickle, a truncated, quantised or foreign file,
             a missing shard, a name in two shards, a folder with several candidates
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not (path := Path(path)).exists():
+        raise FileNotFoundError(f"{path}: no such file or folder" + ", but a broken link" * path.is_symlink())
     if path.is_file() and names.SHARD.search(path.name):
         raise ValueError(f"{path}: one of several shards; give their folder, with its index.json")
     files, indexed = names.files_of_folder(path) if path.is_dir() else ([path], {})
@@ -207,9 +206,7 @@ def _config(path: Path, file: Path) -> dict[str, str]:
 
 
 def _open_file(file: Path) -> Weights:
-    if what := names.OTHER_SUFFIXES.get(file.suffix.lower()):
-        raise ValueError(f"{file}: {what}; {names.CONVERT}")
-    regular(file)
+    names.check_path(file)
     try:
         handle = safe_open(file, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}
@@ -281,6 +278,7 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
               if tuple(weights[name].shape) != tuple(t.shape)]
     if differ:
         raise ValueError(f"{weights.source}: {len(differ)} shapes differ: " + "; ".join(differ[:4]))
+    blank = []
     for name in state:
         prefix, _, leaf = name.rpartition(".")
         owner = module.get_submodule(prefix)
@@ -290,12 +288,15 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
             raise ValueError(f"{weights.source}: {name} is stored as {stored.dtype}, which is no number by itself; "
                              f"{names.FULL}")
         tensor = stored.to(device=device, dtype=dtype or torch.float32)
-        # A mapped tensor is checked through a second map: rows that the model never reads, such as most of SD3's
-        # position table, then take no memory. A converted tensor is a copy already.
+        # A mapped tensor is checked through a second map: rows that are never read, such as most of SD3's position
+        # table, then take no memory.
         again = weights[name].again if tensor is stored and shard is None else None
-        if not _finite(again() if again else tensor):
+        low, high = _range(again() if again else tensor)
+        blank += [name] * (low == high == 0 and tensor.ndim > 1 and shard is None)
+        if not math.isfinite(high - low):
             why = "the file is damaged or its training diverged"
-            if stored.dtype is not tensor.dtype and _finite(stored.float()):
+            low, high = _range(stored.float())
+            if math.isfinite(high - low):
                 why = f"its values exceed {tensor.dtype}; choose bf16 or fp32"
             raise ValueError(f"{weights.source}: {name} holds NaN or Inf: {why}")
         if shard is not None:
@@ -304,6 +305,9 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad))
         else:
             owner.register_buffer(leaf, tensor)
+    if blank:
+        warnings.warn(f"{weights.source}: {len(blank)} matrices hold zeros alone, such as {blank[0]}: not trained, or "
+                      "its download did not end", stacklevel=2)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a tensor stayed on meta"
 
 
@@ -314,8 +318,9 @@ def _own_rows(tensor: Tensor) -> tuple[int, int]:
     return min(rank * size, height), min((rank + 1) * size, height)
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # without a mask of its size
+def _range(tensor: Tensor) -> list[float]:
+    """Smallest and largest value, without a mask of the tensor's size; NaN where one is NaN."""
+    return torch.stack(tensor.aminmax()).tolist() if tensor.numel() else [0.0, 0.0]
 
 
 # ---- writing
@@ -355,8 +360,7 @@ def peak_memory_gib(device: Device) -> float:
     if sys.platform == "win32":
         return 0.0
     import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 # ---- model folders
@@ -406,6 +410,8 @@ def _no_model(folder: Path) -> str:
             lack += f", but {', '.join(others[:4])}"
     if folder.parent == MODELS:
         lack += f", models/ has {', '.join(sorted(f.parent.name for f in MODELS.glob('*/tokenizer'))) or 'none'}"
+    if inside := names.model_inside(folder):
+        return f"{folder}: {lack}; {inside} has one: give it"
     name = folder.name.lower()
     like = "flux-schnell" if "schnell" in name else "flux" if "flux" in name else "sd3" if "sd3" in name else None
     commands = [f"hf download {DOWNLOADS[key]} --local-dir {folder}" for key in ([like] if like else DOWNLOADS)]

@@ -21,18 +21,21 @@ from torch import Tensor
 
 import flux
 import mmdit
-from checkpoint import Weights, locate, open_weights
+from checkpoint import OFFICIAL_PREFIXES, Weights, locate, open_weights
 from files import entry, need, read_json
 from flow import FLUX_MU, even_sigmas, flux_time_shift, sd3_sigmas
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
+from names import ADAPTERS, recognised
 from text import T5_MOST, FluxText, SD3Text
 
 # what a transformer's metadata may record
 SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
 RES = re.compile(r"([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?")  # pixels: side, or WIDTHxHEIGHT
 RANGES = {  # what is accepted, in words too
-    "steps": (lambda value: 1 <= value <= 10_000, "1 to 10,000"), "cfg": (math.isfinite, "a finite number"),
+    "steps": (lambda value: 1 <= value <= 10_000, "1 to 10,000"),
+    "cfg": (lambda value: math.isfinite(value) and value, "a finite number but 0, which leaves the prompt out; 1 "
+            "is no guidance, as 0 and 1 are in diffusers"),
     "guidance": (lambda value: 0 <= value < math.inf, "a number from 0"),
     "time_shift": (lambda value: 0 < value < math.inf, "a number above 0"),
     "factor": (lambda value: value in (8, 16), "8 or 16"),
@@ -105,7 +108,8 @@ class Family:
 
         if res is None and not RES.fullmatch(res := transformer.metadata.get("res", str(self.res))):
             raise ValueError(f"{transformer.source}: its metadata records res {res!r}, which are no pixels; give --res")
-        return Sampling(number("steps", steps, True), number("cfg", cfg), number("guidance", guidance),
+        guidance = None if self.guidance is None else number("guidance", guidance)  # recorded or not
+        return Sampling(number("steps", steps, True), number("cfg", cfg), guidance,
                         number("time_shift", time_shift), res, number("factor", factor, True),
                         number("t5_length", t5_length, True))
 
@@ -116,12 +120,15 @@ class Family:
             raise ValueError(f"--guidance {guidance:g}: {no_input}")
 
     def check_schedule(self, steps: int, time_shift: float, given: str) -> str:
-        """ValueError if noise levels coincide; a note if none is between 0 and BLURRED. given: the flag."""
+        """ValueError if noise levels coincide; a note if one step takes nearly all noise away. given: the flag."""
         sigmas, mu = self.sigmas(steps, time_shift), math.log(time_shift)
-        if not (sigmas.diff() < 0).all():
+        if not (sigmas.diff() < 0).all() or abs(sigmas[0] - 1) > 1e-6:  # where a tiny shift loses its digits
             advice = {"--mu": "a value nearer to 0", "--time-shift": "a value nearer to 1"}.get(
                 given.split()[0], f"--mu 1.15, or a smaller --res (by tokens, mu is {mu:.0f})")
             raise ValueError(f"{given}: some of the {steps} noise levels coincide; give {advice}")
+        if steps > 2 and (second := sigmas[1].item()) < 1 - BLURRED:
+            return (f"note: time shift {time_shift:.4g}, mu {mu:.2f}: the second noise level is {second:.3g}, below "
+                    f"{1 - BLURRED:.1f}, so that pictures are blurred; --mu 0 spreads the levels evenly")
         if steps == 1 or (last := sigmas[-2].item()) <= BLURRED:
             return ""
         return (f"note: time shift {time_shift:.4g}, mu {mu:.2f}: the last noise level before 0 is {last:.3f}, above "
@@ -194,16 +201,19 @@ def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tens
 def family_of(weights: Weights) -> Family:
     """The family of a transformer, by the names of its tensors; ValueError that lists what the file holds instead."""
     names = weights.part("model.diffusion_model.")
-    if other := names.recognised():
+    beside = [name for name in weights if len(names) < len(weights) and not name.startswith(OFFICIAL_PREFIXES)]
+    if other := names.recognised() or recognised(beside, ADAPTERS):
         raise ValueError(f"{weights.source}: {other}")
+    if twice := next((name for name in beside if name in names), ""):
+        raise ValueError(f"{weights.source}: {twice} is there with and without the prefix model.diffusion_model.")
     if any(name.startswith("joint_blocks.") for name in names):
         if any(".attn2." in name for name in names):
             return SD3_5_MEDIUM
         return SD3_5_LARGE if names.depth("joint_blocks.") == 38 else SD3
     if any(name.startswith(("double_blocks.", "single_blocks.")) for name in names):
         return FLUX_DEV if any(name.startswith("guidance_in.") for name in names) else FLUX_SCHNELL
-    raise ValueError(f"{weights.source}: holds neither an SD3 nor a Flux transformer, but {len(names)} tensors: "
-                     f"{', '.join(list(names)[:2])} ...")
+    raise ValueError(f"{weights.source}: holds neither an SD3 nor a Flux transformer, but {len(weights)} tensors: "
+                     f"{', '.join(list(weights)[:2])} ...")
 
 
 def with_scheduler(family: Family, file: Path) -> Family:
@@ -237,8 +247,7 @@ def with_scheduler(family: Family, file: Path) -> Family:
 
 def variant(family: Family, weights: Weights, scheduler: Path | None) -> Family:
     """What the tensors do not show: by the name a turbo or undistilled model, by the scheduler's file a time shift."""
-    path = Path(os.path.abspath(weights.source))
-    name = (path.parent.name if path.name == "transformer" else path.name).lower()
+    name = published_name(weights.source).lower()
     config = read_json(scheduler) if scheduler and scheduler.exists() else {}
     if family is SD3_5_LARGE and "turbo" in name:
         family = SD3_5_TURBO
@@ -246,6 +255,16 @@ def variant(family: Family, weights: Weights, scheduler: Path | None) -> Family:
     if family is FLUX_SCHNELL and (named or config.get("use_dynamic_shifting") is True):
         family = FLUX_UNDISTILLED
     return with_scheduler(family, scheduler) if config else family
+
+
+def published_name(path: str | os.PathLike) -> str:
+    """The name of the file of a transformer; of a diffusers folder, also in a cache, the name of the model."""
+    path = Path(os.path.abspath(path))
+    path = path.parent if path.name.startswith(("diffusion_pytorch_model", "model.safetensors")) else path
+    path = path.parent if path.name == "transformer" else path
+    if path.parent.name == "snapshots":  # models--black-forest-labs--FLUX.1-dev/snapshots/HASH of Hugging Face
+        return path.parent.parent.name.split("--")[-1]
+    return path.name
 
 
 def fingerprint(path: str | os.PathLike) -> str:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -32,6 +33,7 @@ from PIL.Image import Transpose as T
 MOST_JSON = 32 << 20        # bytes: the index of a sharded model and the tokenizers of large models are below it
 MOST_DEPTH = 64             # levels of lists and objects
 STALE_S = 3600              # a temporary file that was not written to for this long belongs to no living process
+MOST_NAME, MOST_PATH = 220, 3500  # bytes; systems take 255 and 4096, and names of temporary files are longer
 INTERRUPTED = 130           # exit code, as shells have it
 
 
@@ -308,6 +310,16 @@ def need(fits: bool, flag: str, value: object, accepted: str) -> None:
         raise ValueError(f"--{flag} {value}: give {accepted}")
 
 
+def check_path(flag: str, value: str) -> None:
+    """Refuse what no file here can be called, or what the shell should have replaced; ValueError names the flag."""
+    need(value != "", flag, "''", "a name: an unset shell variable leaves it empty")
+    need("://" not in value, flag, value, "a path on this machine; download from or upload to an address yourself")
+    need(not value.startswith("~"), flag, value, f"the path without ~, which a shell replaces only in --{flag} ~/…")
+    longest = max(len(os.fsencode(part)) for part in Path(value).parts or [""])
+    need(longest <= MOST_NAME and len(os.fsencode(value)) <= MOST_PATH, flag, f"{value[:40]}… of {len(value)} letters",
+         f"names of at most {MOST_NAME} bytes, and {MOST_PATH:,} in all")
+
+
 def end_on_interrupt() -> None:
     """Until run_command: Ctrl-C prints one line and ends the process. For the seconds in which torch is imported."""
     def end(number: int, frame: FrameType | None) -> None:
@@ -329,7 +341,8 @@ def run_command(main: Callable[[], None]) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-        sys.stdout.flush()
+        if sys.stdout:                                 # none if the shell closed it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would cut the line off
         print("interrupted", file=sys.stderr, flush=True)
@@ -356,6 +369,6 @@ def memory_error(error: RuntimeError) -> str:
     """What torch ran out of, "" if it is another error. By name and text: torch is not imported here."""
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory"
-    if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error).lower():
+    if "DefaultCPUAllocator" in str(error) or re.search("can(no|')t allocate memory", str(error), re.I):
         return "out of memory"
     return ""

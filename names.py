@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from files import entry, printable, read_json
+from files import entry, printable, read_json, regular
 
 MOST_NUMBERS = 128  # different block numbers of one file; SD3.5 large has 38, Flux 57
 MOST_TENSORS, MOST_LETTERS = 100_000, 300  # of a file, of a name
@@ -192,6 +192,24 @@ def files_of_folder(folder: Path) -> tuple[list[Path], dict[str, str]]:
     raise ValueError(f"{folder}: {several if found else 'no .safetensors file'}{inside}")
 
 
+def check_path(file: Path) -> None:
+    """Refuse a file by its suffix, by what is beside it, or by a path that safetensors cannot open."""
+    if what := OTHER_SUFFIXES.get(file.suffix.lower()):
+        raise ValueError(f"{file}: {what}; {CONVERT}")
+    regular(file)
+    if file.with_name(f"{file.name}.aria2").exists():  # the whole file is there from the start, filled with zeros
+        raise ValueError(f"{file}: its download did not end, {file.name}.aria2 is still beside it; continue it")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(file)):
+        raise ValueError(f"{file}: safetensors only open paths in UTF-8; rename the file or its folder")
+
+
+def model_inside(folder: Path) -> Path | None:
+    """The first model folder one or two levels below, as in a download's own folder or a cache of Hugging Face."""
+    parts = (part for level in ("*/", "*/*/") for name in ("transformer", "sd3*.safetensors", "flux*.safetensors")
+             for part in sorted(folder.glob(level + name)))
+    return next((part.parent for part in parts), None)
+
+
 def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
     listed = entry(read_json(index), "weight_map", dict, index)  # tensor name: file
     shards = sorted({str(file) for file in listed.values()})
@@ -283,6 +301,8 @@ OTHERS = (
     (r"^(shared\.weight$|encoder\.block\.\d+\.layer\.)", "a T5 encoder", TRANSFORMER),
     (r"^(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "a language model", TRANSFORMER))
 
+ADAPTERS = tuple(row for row in OTHERS if row[2] == MERGE)  # refused beside a complete transformer too
+
 # scaled fp8, as ComfyUI and others write it: weight = fp8 * scale
 SCALES = (".scale_weight", ".weight_scale")            # of the ".weight" beside it
 BESIDE_SCALES = re.compile(r"(^|\.)(scale_input|input_scale|scaled_fp8)$")  # for fp8 arithmetic, which is not used
@@ -293,7 +313,9 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = "give the .safetensors of the same weights"
 OTHER_SUFFIXES = dict.fromkeys(PICKLE_SUFFIXES, "a pickle can run code when it is opened") | {
     ".gguf": "a GGUF file, which is quantised", ".onnx": "an ONNX graph", ".msgpack": "weights for Flax",
-    ".h5": "weights for TensorFlow", ".engine": "a TensorRT engine"}
+    ".h5": "weights for TensorFlow",
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"), ".npz": "weights for NumPy or MLX",
+    **dict.fromkeys((".part", ".incomplete", ".crdownload", ".aria2"), "a download that did not end")}
 FOREIGN = (  # first bytes of other files, what they look like, what to do
     (b"PK", ", looks like a zip archive or pickle", CONVERT), (b"\x80", ", looks like a pickle", CONVERT),
     (b"GGUF", ", looks like a GGUF file", CONVERT), (b"<", ", looks like a web page", "download it again"),

@@ -41,6 +41,7 @@ from torch import Tensor
 from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights, peak_memory_gib, save
 from family import MOST_SIDE, Family, check_size, check_widths, find, fingerprint, size_of
 from files import (
+    check_path,
     entry,
     memory_error,
     need,
@@ -61,8 +62,9 @@ SUFFIXES = {".png": MOST_SIDE, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}
 MOST_EXIF = 65_533                                     # bytes of JPEG's metadata
 MOST_PICTURES, MOST_LETTERS = 100_000, 100_000         # letters of one prompt
 MOST_SLUG, MOST_NAME, MOST_BYTES = 48, 180, 64 << 20   # letters; bytes of a file_name, and of --prompts
-TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")  # their lines are no prompts
-TABLE_HEAD = re.compile(r"(?=.*\b(?:text|prompt|caption|file_name)\b)\w+(?:[,;\t]\w+)+")
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")
+TABLE_HEAD = re.compile(r"(?=.*\b(?:text|prompts?|captions?|file_name)\b)\w+(?:[,;\t]\w+)+", re.I)
+INFOTEXT = re.compile(r"Negative prompt:|Steps: \d+, \w+")  # of pictures that AUTOMATIC1111 and Forge draw
 WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
 
 
@@ -106,7 +108,8 @@ class Picture:
 def run(given: Settings) -> None:
     """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Arguments and files are checked first."""
     for name in ("model", "weights", "transformer", "prompts", "out"):
-        need(getattr(given, name) != "", name, "''", "a name: an unset shell variable leaves it empty")
+        if (value := getattr(given, name)) is not None:
+            check_path(name, value)
     folder = model_folder(given.model, given.weights)
     family, transformer, vae_path = find(folder, given.transformer)
     settings = settle(given, family, transformer)
@@ -124,7 +127,7 @@ def run(given: Settings) -> None:
     for picture in pictures:
         latent, s_per_step = draw(picture, settings, encoded, model, sigmas)
         image, failure = decode(latent, settings, vae_in)
-        if image is None:
+        if failure := failure or in_the_way(picture.path, about(picture)):  # another run may have drawn there since
             failures.append(failed(picture, latent, failure, about(picture), settings))
             continue
         write_picture(picture.path, image, about(picture))
@@ -154,8 +157,7 @@ def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, 
     velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance)
     noise = draw_noise([picture.seed], (model.config.in_channels, height // factor, width // factor)).to(weight.device)
     began = time.time()
-    latent = euler(velocity, noise, sigmas, progress=True)                 # (1, 16, h, w), fp32 around a bf16 model
-    latent = latent.cpu()                   # waits for the device, so that the clock counts its work
+    latent = euler(velocity, noise, sigmas, progress=True).cpu()  # fp32 around a bf16 model; waits for the device
     return latent, (time.time() - began) / settings.steps
 
 
@@ -181,10 +183,9 @@ def decode(latent: Tensor, settings: Settings, vae_in: Callable[[str], VAE]) -> 
 def failed(picture: Picture, latent: Tensor, reason: str, records: dict[str, object], settings: Settings) -> str:
     """The line about a picture that could not be drawn. If only its decode failed, the latent is written beside it."""
     if reason == "overflow":
-        return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: --dtype {settings.dtype} "
-                f"overflowed or --cfg {settings.cfg} is too large; give --dtype bf16 or fp32, or a smaller --cfg")
-    file = picture.path.with_suffix(".latent.safetensors")
-    save(file, {"latent": latent}, records)
+        return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: --cfg {settings.cfg} is too large,"
+                f" {settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
+    save(file := picture.path.with_suffix(".latent.safetensors"), {"latent": latent}, records)
     return f"{picture.path}: {reason}; the finished latent is kept in {file}, for VAE.decode of vae.py"
 
 
@@ -213,14 +214,17 @@ def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[s
         if path.suffix.lower() in (".jpg", ".jpeg") and (size := len(exif_of(records).tobytes())) > MOST_EXIF:
             raise ValueError(f"--out {path}: prompts and settings take {size:,} bytes, JPEG's metadata at most "
                              f"{MOST_EXIF:,}; name a .png, or shorten the prompt")
-        if not path.exists():
-            continue
-        there = recorded(path)
-        if differ := [name for name, value in records.items() if there.get(name) != str(value)]:
-            name, what = differ[0], "records nothing of this program"
-            if "software" in there:
-                what = f"was drawn with {name} {there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}"
-            raise ValueError(f"{path}: exists and {what}; give another --out, or move it away")
+        if what := in_the_way(path, records):
+            raise ValueError(f"{path}: {what}; give another --out, or move it away")
+
+
+def in_the_way(path: Path, records: dict[str, object]) -> str:
+    """What a picture would replace, if it is not the same picture."""
+    there = recorded(path) if path.exists() else {name: str(value) for name, value in records.items()}
+    name = next((name for name, value in records.items() if there.get(name) != str(value)), "")
+    if not name or "software" not in there:
+        return "exists and records nothing of this program" if name else ""
+    return f"exists and was drawn with {name} {there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}"
 
 
 def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None:
@@ -233,8 +237,7 @@ def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None
         with replacing(path) as temporary:
             Image.fromarray(to_pixels(image)).save(temporary, **options)
     except OSError as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path}: could not be written ({reason})") from None
+        raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 # ---- settings and names
@@ -258,9 +261,8 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     tokens = check_size(settings.size, settings.factor, family.config(transformer.part("model.diffusion_model.")))
     if settings.time_shift is None:
         settings = replace(settings, time_shift=family.by_tokens(tokens))
-    flag = f"--time-shift {settings.time_shift:g}" if mu is None else f"--mu {mu:g}"
-    if sampling.time_shift is None:
-        flag = f"--res {settings.res}"
+    by_shift = f"--time-shift {settings.time_shift:g}" if mu is None else f"--mu {mu:g}"
+    flag = f"--res {settings.res}" if sampling.time_shift is None else by_shift
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
     return settings
@@ -287,8 +289,7 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
 def read_prompts(settings: Settings) -> list[tuple[str, str]]:
     """(prompt, name of its picture or ""): --prompt, then --prompts; ValueError or OSError if there are none."""
     prompts = [(prompt, "") for prompt in settings.prompt]
-    if settings.prompts is not None:
-        prompts += read_list(settings.prompts)
+    prompts += [] if settings.prompts is None else read_list(settings.prompts)
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "TEXT" or --prompts FILE')
     if (number := len(prompts) * settings.count) > MOST_PICTURES:
@@ -308,17 +309,17 @@ def read_list(file: str) -> list[tuple[str, str]]:
     accepted = 'give a text file with one prompt per line, or JSON lines with "text"'
     try:
         text = read_text(file, MOST_BYTES)
-    except OSError as error:
-        raise OSError(f"--prompts {file}: {error.strerror or 'no such file'}; {accepted}") from None
-    except ValueError as error:
-        raise ValueError(f"--prompts {error}; {accepted}") from None
+    except (OSError, ValueError) as error:
+        why = f"{file}: {error.strerror}" if getattr(error, "strerror", "") else error
+        raise ValueError(f"--prompts {why}; {accepted}") from None
     lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if line.strip()]
     if not lines or "\0" in text:
         raise ValueError(f"--prompts {file}: {'zero bytes, no text' if lines else 'no prompt in it'}; {accepted}")
     if any(is_json(line, dict) for _, line in lines):
         return [read_row(line, f"--prompts {file}:{number}") for number, line in lines]
-    if Path(file).suffix.lower() in TABLES or TABLE_HEAD.fullmatch(lines[0][1]) or is_json(text, (dict, list)):
-        raise ValueError(f"--prompts {file}: a table or JSON, whose lines are no prompts; {accepted}")
+    if any((Path(file).suffix.lower() in TABLES, TABLE_HEAD.fullmatch(lines[0][1]), is_json(text, (dict, list)),
+            *(INFOTEXT.match(line) for _, line in lines))):
+        raise ValueError(f"--prompts {file}: a table or JSON, or settings, whose lines are no prompts; {accepted}")
     return [(line, "") for _, line in lines]
 
 
@@ -334,7 +335,7 @@ def read_row(line: str, where: str) -> tuple[str, str]:
     """(text, name of the picture without suffix, or "") of a JSON line; ValueError that begins with `where`."""
     row = parse_json(line, where)
     text = entry(row if isinstance(row, dict) else {}, "text", str, where).strip()
-    name = Path(entry({"file_name": ""} | row, "file_name", str, where)).stem
+    name = Path(entry({"file_name": ""} | row, "file_name", str, where).replace("\\", "/")).stem
     if not text or name.startswith(".") or printable(name) != name or len(name.encode()) > MOST_NAME:
         raise ValueError(f"{where}: text must not be empty, file_name a file's name of at most {MOST_NAME} bytes")
     return text, name
@@ -385,20 +386,19 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")
     add("--prompts", metavar="FILE", help="text file with one prompt per line, or JSON lines with text, file_name")
     add("--negative", default="", metavar="TEXT", help="negative prompt (default: the empty prompt)")
-    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 at factor 16 (default: "
-        "the file's metadata, else 1024)")
+    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 (default: recorded, else 1024)")
     add("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures per prompt, with seeds SEED, SEED+1 ... (default: 1)")
     add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; only a picture "
         "of the same prompt, seed and settings there is replaced (default: out)")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
-    add("--weights", metavar="DIR", help="another model folder, as downloaded")
+    group = parser.add_argument_group("model")
+    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
+    either("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
     add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
     add("--steps", type=int, help="Euler steps (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
-    add("--cfg", type=float, help="classifier-free guidance; 1 is none and twice as fast (SD3: 7.0, SD3.5: 4.5 or 5.0, "
-        "Flux: 1)")
+    add("--cfg", type=float, help="classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
     add("--guidance", type=float, help="the guidance input of Flux-dev (3.5); other models have no such input")
     add("--time-shift", type=float, help="time shift of the schedule; above 1 spends more steps on noise (the folder's "
         "scheduler/, else SD3: 3.0, Flux-dev: by the number of tokens, Flux-schnell: 1)")

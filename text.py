@@ -35,7 +35,7 @@ T5_OTHERS = (("encoder.block.0.layer.1.DenseReluDense.wi.weight", "a T5 v1.0, wh
              ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "a UMT5"))
 MOST_PADDING = 1024    # embeddings without a word; T5 XXL has 28
 T5_DOWNLOAD = f"SD3 and Flux take T5 v1.1 XXL, {SD3_DOWNLOAD} has it under text_encoders/"
-T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors")      # preferred to fp8, which has fewer digits
+T5_FILES = "t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors"  # preferred to fp8, which has fewer digits
 
 
 # ---- CLIP
@@ -258,9 +258,8 @@ def _refuse_other_t5(weights: Weights) -> None:
     _expect(weights, "model_type", "t5")
     _expect(weights, "feed_forward_proj", "gated-gelu")
     _expect(weights, "relative_attention_max_distance", str(T5_MAX_DISTANCE))
-    for shows, what in T5_OTHERS:
-        if shows in weights:
-            raise ValueError(f"{weights.source}: is {what}; {T5_DOWNLOAD}")
+    if what := next((what for shows, what in T5_OTHERS if shows in weights), ""):
+        raise ValueError(f"{weights.source}: is {what}; {T5_DOWNLOAD}")
 
 
 def _expect(weights: Weights, key: str, *accepted: str) -> None:
@@ -320,10 +319,13 @@ class SD3Text:
         t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 77
         raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
         """
-        folder = Path(folder)
         check_t5_length(t5_length)
+        folder = Path(folder)
         to_l, to_g = CLIPTokenizer.load(folder / "tokenizer"), CLIPTokenizer.load(folder / "tokenizer_2")
         to_t5, sources = T5Tokenizer.load(folder / "tokenizer_3"), _sd3_encoders(folder)
+        if to_l.pad != to_l.eos or to_g.pad == to_g.eos:  # all else in the two folders is the same
+            raise ValueError(f"{folder}: tokenizer/ pads with id {to_l.pad}, tokenizer_2/ with {to_g.pad}, SD3's with "
+                             f"{to_l.eos} and '!': exchanged, or not complete; {SD3_DOWNLOAD}-diffusers has both")
         clip_l, clip_g = (_load(CLIPText, source, to, eos=to.eos, device=device, dtype=dtype)
                           for source, to in zip(sources[:2], (to_l, to_g), strict=True))
         _check_clips(clip_l, clip_g, folder)
@@ -359,9 +361,11 @@ def _check_clips(clip_l: CLIPText, clip_g: CLIPText, folder: Path) -> None:
 def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
     official = folder / "text_encoders"
     if official.is_dir():
-        preferred = [official / name for name in T5_FILES if (official / name).is_file()]
-        t5 = [*preferred, *sorted(official.glob("t5xxl*.safetensors")), official / T5_FILES[0]][0]
-        paths = official / "clip_l.safetensors", official / "clip_g.safetensors", t5
+        t5 = [official / name for name in T5_FILES if (official / name).is_file()]
+        t5 = t5 or sorted(official.glob("t5xxl*.safetensors")) or [official / T5_FILES[0]]
+        if len(t5) > 1 and t5[0].name not in T5_FILES:
+            raise ValueError(f"{official}: several could be T5 ({', '.join(f.name for f in t5)}): keep one")
+        paths = official / "clip_l.safetensors", official / "clip_g.safetensors", t5[0]
         where = f"{SD3_DOWNLOAD} has it under text_encoders/"
     else:
         paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"

@@ -89,9 +89,15 @@ def _clip_backend(folder: Path) -> Tokenizer:
                                 f"in tokenizer/ of {SD3_DOWNLOAD}-diffusers and {FLUX_DOWNLOAD}")
     if single.is_file():
         return _read_backend(single)
+    for file in pair:
+        _no_pointer(file)
     with _named(" or ".join(map(str, pair))):
         vocabulary, merges = BPE.read_file(*map(str, pair))
         bpe = BPE(vocabulary, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>")
+    letters = re.compile(r".(</w>)?|<.*>", re.DOTALL)  # and special tokens: what needs no merge
+    if lost := [word for word in vocabulary.keys() - {a + b for a, b in merges} if not letters.fullmatch(word)]:
+        raise ValueError(f"{pair[1]}: {len(lost)} words of vocab.json are not made by its merges, such as "
+                         f"{min(lost)!r:.40}: download both again")
     backend, split = Tokenizer(bpe), pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True)
     one_space = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), one_space, normalizers.Lowercase()])
@@ -129,6 +135,12 @@ def _read_backend(file: Path) -> Tokenizer:
         return Tokenizer.from_str(content)
 
 
+def _no_pointer(file: Path) -> None:
+    with open(file, "rb") as f:
+        if f.read(32).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file}: a pointer of Git LFS: git lfs pull fetches the file")
+
+
 @contextmanager
 def _named(files: object) -> Iterator[None]:
     """An error of the libraries, which have no narrower class and panic as well, becomes a ValueError with the file."""
@@ -162,6 +174,7 @@ class T5Tokenizer:
         """
         file, settings = Path(folder) / "spiece.model", Path(folder) / "tokenizer_config.json"
         if file.is_file():
+            _no_pointer(file)
             content, config = file.read_bytes(), _read_optional(settings)
             extra_ids = entry(config, "extra_ids", int, settings, 0, MOST_EXTRA) if "extra_ids" in config else 100
         elif (file := file.with_name("tokenizer.json")).is_file():

@@ -29,8 +29,8 @@ LOGVAR_RANGE = (-30.0, 20.0)
 KIND = f"autoencoder, such as {SD3_DOWNLOAD} or the vae/ folder of its -diffusers version has"  # for messages
 PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {FLUX_SHIFT}: record yours in the "
              "metadata, or in a config.json as scaling_factor and shift_factor")
-FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT)),   # a transformer in the same file
-            ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT)))
+FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT), "SD3"),  # a transformer in the same file
+            ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT), "Flux"))
 OTHERS = tuple((shows, f"the autoencoder of {what}", "") for shows, what in (
     (r"^bn\.running_mean$",                                "FLUX.2"),
     (r"^quantize\.",                                       "a VQ model"),
@@ -99,8 +99,11 @@ def read_scale(file: Weights, scale: float | None = None, shift: float | None = 
         scale = file.number("scale_factor", "scaling_factor")
     if shift is None:  # a diffusers config without a shift means 0
         shift = file.number("shift_factor", otherwise=0.0 if "scaling_factor" in file.metadata else None)
+    if other := next((name for _, both, name in FAMILIES if fallback and (scale, shift) == both != fallback), ""):
+        raise ValueError(f"{file.source}: records scale {scale} and shift {shift}, which are those of {other}'s "
+                         "autoencoder, but the transformer is not of that family; put its own autoencoder there")
     if scale is None or shift is None:
-        inside = (both for prefix, both in FAMILIES if any(name.startswith(prefix) for name in file))
+        inside = (both for prefix, both, _ in FAMILIES if any(name.startswith(prefix) for name in file))
         fallback = fallback or next(inside, None) or _of_official_file(file.source)
         if fallback is None:
             lack = " and ".join(key for key, v in (("scale_factor", scale), ("shift_factor", shift)) if v is None)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import LazyTensor, Weights, fill, open_weights, save
+from checkpoint import LazyTensor, Weights, fill, filled, locate, open_weights, save
 from files import replacing
 
 
@@ -260,6 +260,26 @@ def test_a_parameter_that_is_stored_as_no_floating_number_is_refused_by_name(sto
     save_file({"norm.bias": torch.ones(2).to(stored)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="a.safetensors: norm.bias is stored as [A-Z0-9]+, which is no number"):
         open_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_of_zeros_alone_are_reported(dtype, tmp_path):
+    tensors = {"0.weight": torch.ones(3, 3), "0.bias": torch.zeros(3), "1.weight": torch.zeros(3, 3),
+               "1.bias": torch.ones(3)}
+    save(tmp_path / "m.safetensors", tensors, {})
+    with pytest.warns(UserWarning, match="m.safetensors: 1 matrices hold zeros alone, such as 1.weight: not trained"):
+        filled(lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), open_weights(tmp_path / "m.safetensors"), "cpu",
+               dtype)
+
+
+@pytest.mark.parametrize("below", ["snapshots/0f3/transformer/a.safetensors", "inner/flux1-dev.safetensors"])
+def test_a_model_further_down_is_named_and_not_downloaded_again(below, tmp_path):
+    (tmp_path / below).parent.mkdir(parents=True)
+    save(tmp_path / below, {"a": torch.ones(1)}, {})
+    with pytest.raises(FileNotFoundError) as refusal:
+        locate(tmp_path)
+    expected = tmp_path / ("snapshots/0f3" if "snapshots" in below else "inner")
+    assert str(refusal.value).endswith(f"; {expected} has one: give it")
 
 
 def test_values_beyond_the_compute_dtype_are_no_damage(tmp_path):

@@ -1,6 +1,7 @@
 """SD3 and Flux: which file is of which family, what their folders hold, and what each family settles."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_sampling_settings_are_the_arguments_else_the_metadata_else_the_family()
     assert FLUX_DEV.sampling(plain) == Sampling(50, 1.0, 3.5, None, "1024", 16, None)
     assert FLUX_SCHNELL.sampling(plain) == Sampling(4, 1.0, None, 1.0, "1024", 16, 256)
     assert FLUX_DEV.sampling(recorded) == Sampling(7, 2.0, 2.5, 3.0, "96", 8, 20)
+    assert SD3.sampling(recorded).guidance is FLUX_SCHNELL.sampling(recorded).guidance is None  # of another model
     given = 3, 1.0, 5.0, 6.0, "64x32", 16, 30
     assert FLUX_DEV.sampling(recorded, *given) == Sampling(*given)
     recorded.metadata["time_shift"] = "much"
@@ -157,6 +159,7 @@ def test_widths_that_do_not_match_are_refused(config):
     ("steps", "1e9", "--steps 1000000000 .recorded by a file.: give 1 to 10,000"), ("steps", "2.5", "no integer"),
     ("factor", "4", "--factor 4 .recorded by a file.: give 8 or 16"), ("factor", "12", "give 8 or 16"),
     ("t5_length", "0", "--t5-length 0 .recorded"), ("time_shift", "-1", "above 0"), ("cfg", "nan", "no number"),
+    ("cfg", "0", "--cfg 0.0 .recorded by a file.: give a finite number but 0"),
     ("res", "1000000", "a file: its metadata records res"), ("res", "", "give --res")])
 def test_recorded_settings_that_cannot_be_used_are_refused_with_file_and_flag(name, value, says):
     with pytest.raises(ValueError, match=says):
@@ -167,12 +170,39 @@ def test_recorded_settings_that_cannot_be_used_are_refused_with_file_and_flag(na
 
 @pytest.mark.parametrize("name, of, family", [
     ("sd3.5_large_turbo.safetensors", SD3_5_LARGE, SD3_5_TURBO), ("SD3.5-Turbo/transformer", SD3_5_LARGE, SD3_5_TURBO),
+    ("SD3.5-Turbo/transformer/diffusion_pytorch_model-00001-of-00002.safetensors", SD3_5_LARGE, SD3_5_TURBO),
+    ("models--a--sd3.5-turbo/snapshots/0f3/transformer", SD3_5_LARGE, SD3_5_TURBO),
+    ("models--turbodev--sd3.5/snapshots/0f3/transformer", SD3_5_LARGE, SD3_5_LARGE),
+    ("x/model-turbo.safetensors", SD3_5_LARGE, SD3_5_TURBO), ("turbo/sd3.5.safetensors", SD3_5_LARGE, SD3_5_LARGE),
     ("sd3.5_large.safetensors", SD3_5_LARGE, SD3_5_LARGE), ("sd3_turbo.safetensors", SD3, SD3),
     ("flux1-dev-de-distill.safetensors", FLUX_SCHNELL, FLUX_UNDISTILLED), ("flux", FLUX_SCHNELL, FLUX_SCHNELL),
     ("fluxDev2/transformer", FLUX_SCHNELL, FLUX_UNDISTILLED), ("schnell-dev.safetensors", FLUX_SCHNELL, FLUX_SCHNELL),
     ("flux1-dev.safetensors", FLUX_DEV, FLUX_DEV), ("on-device.safetensors", FLUX_SCHNELL, FLUX_SCHNELL)])
 def test_a_name_decides_only_between_models_of_the_same_tensors(name, of, family):
     assert variant(of, Weights({}, {}, f"weights/{name}"), None) is family
+
+
+@pytest.mark.parametrize("family, second", [(SD3, 8 / 9), (FLUX_DEV, 9 / 10)])
+def test_a_time_shift_that_leaves_no_schedule_is_refused_and_one_that_blurs_is_noted(family, second):
+    for mu in (-40, -30, 40):
+        with pytest.raises(ValueError, match="some of the 28 noise levels coincide; give a value nearer to 0"):
+            family.check_schedule(28, math.exp(mu), f"--mu {mu}")
+    level = 1 / (1 + math.exp(8) * (1 / second - 1))
+    note = family.check_schedule(10, math.exp(-8), "--mu -8")
+    assert f"time shift 0.0003355, mu -8.00: the second noise level is {level:.3g}, below 0.1" in note
+    assert not [mu for mu in (-2, 0, 1.15, 3) if family.check_schedule(28, math.exp(mu), f"--mu {mu}")]
+
+
+@pytest.mark.parametrize("more, says", [
+    ("lora_unet_double_blocks_0_img_mlp_0.lora_up.weight", "a LoRA in kohya's names"),
+    ("double_blocks.0.img_mod.lin.weight", "with and without the prefix"), ("cond_stage_model.x.weight", "")])
+def test_what_stands_beside_a_complete_transformer_is_not_passed_over(more, says):
+    file = named([f"model.diffusion_model.{name}" for name in published("flux1-dev")] + [more])
+    if not says:
+        assert family_of(file) is FLUX_DEV
+        return
+    with pytest.raises(ValueError, match=f"^a file: .*{says}"):
+        family_of(file)
 
 
 def scheduler(folder: Path, **config: object) -> Path:

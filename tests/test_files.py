@@ -124,3 +124,11 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "interrupted\n" and process.returncode == 130
+
+@pytest.mark.parametrize("start, says", [
+    ("import sys; sys.stdout = None; files.run_command(int)", ""),
+    ("def main(): raise RuntimeError('unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)')\n"
+     "files.run_command(main)", "error: out of memory; give a smaller --res or --batch, or --dtype bf16\n")])
+def test_a_closed_output_and_a_full_memory_end_without_a_traceback(start, says):
+    done = subprocess.run([sys.executable, "-c", f"import files\n{start}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == says

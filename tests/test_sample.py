@@ -40,6 +40,7 @@ FLUX = FluxConfig(hidden_size=64, depth=1, depth_single=1, head_dim=32, context_
 AUTOENCODER = VAEConfig((8, 8, 16, 16), (8, 8, 16, 16), 1, 2, 16, GROUPS)
 RECORDED = {"steps": 2, "cfg": 3.0, "time_shift": 2.0, "res": 64}  # in the metadata of the SD3 transformer
 FLUX_RECORDED = {"steps": 2, "res": 64}
+LATENT = {"tiny-sd3": (1.5305, 0.0609), "tiny-flux": (1.2, 0.1)}  # scale and shift of the VAE
 T5_TOKENS = 40  # that the T5 file of the Flux folder records
 BOTH = pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
 CAPTIONS = ["a red panda on a branch", "a blue bay seen from a hill", "snow on a small house",
@@ -92,7 +93,7 @@ def flux(sd3, tmp_path_factory) -> Path:
     shutil.copytree(sd3 / "tokenizer_3", folder / "tokenizer_2")
     vae = open_weights(sd3 / "sd3.safetensors").part("first_stage_model.")
     save(folder / "ae.safetensors", {name: t.read() for name, t in vae.items()},
-         {"norm_groups": GROUPS, "scale_factor": 1.5305, "shift_factor": 0.0609})
+         dict(zip(("norm_groups", "scale_factor", "shift_factor"), (GROUPS, *LATENT["tiny-flux"]), strict=True)))
     save(folder / "flux.safetensors", flux_tensors(FLUX), FLUX_RECORDED)
     return folder
 
@@ -123,7 +124,7 @@ def diffusers_folder(name, folder, tmp_path_factory) -> Path:
     for part, weights, config in (
             ("transformer", transformer.part("model.diffusion_model."), sizes),
             ("vae", vae.part("first_stage_model."),
-             {"norm_num_groups": GROUPS, "scaling_factor": 1.5305, "shift_factor": 0.0609})):
+             {"norm_num_groups": GROUPS, "scaling_factor": LATENT[name][0], "shift_factor": LATENT[name][1]})):
         (other / part).mkdir()
         (other / part / "config.json").write_text(json.dumps(config))
         tensors = diffusers_names({name: t.read() for name, t in weights.items()})
@@ -459,6 +460,8 @@ def test_json_lines_give_prompts_and_names(draw, settled, tmp_path):
 def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     (tmp_path / name).write_text('{"text": "a cup"}\n{"text": "snow", "file_name": "2.png"}\n')
     assert sample.read_list(str(tmp_path / name)) == [("a cup", ""), ("snow", "2")]
+    (tmp_path / name).write_text(json.dumps({"text": "a cup", "file_name": "train\\1.png"}))  # written on Windows
+    assert sample.read_list(str(tmp_path / name)) == [("a cup", "1")]
     if name != "list.json":
         (tmp_path / name).write_bytes('{red, blue} cup\r\n[two] 红茶\r"a cup"\n42, 43'.encode("utf-16"))
         assert [prompt for prompt, _ in sample.read_list(str(tmp_path / name))] == [
@@ -477,6 +480,8 @@ def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     ("a.jsonl", '{"text": "a", "file_name": "a\\u001b[2J.png"}', "file_name a file's name"),
     ("a.jsonl", json.dumps({"text": "a", "file_name": 300 * "a"}), "at most 180 bytes"),
     ("a.jsonl", 2 * '{"text": "a", "file_name": "1.png"}\n', "two lines have one file_name"),
+    ("a.txt", "Prompt\tCategory\tNote\na cup\tArtifacts\t1", "a table or JSON"),
+    ("a.txt", "a cup\nNegative prompt: tea\nSteps: 20, Sampler: Euler a", "a table or JSON, or settings"),
     ("a.parquet", "PAR1", "a table or JSON"), ("a.txt", "a\0 \0c\0u\0p\0", "zero bytes, no text")])
 def test_a_list_that_is_neither_lines_nor_json_lines_is_refused(refusal, no_loading, tmp_path, file, content, says):
     (tmp_path / file).write_text(content)
@@ -633,6 +638,7 @@ def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_p
     (("--seed", "-1"), "--seed -1"), (("--seed", str(2**32)), "--seed 4294967296: give 0 to 2^32 - count"),
     (("--seed", str(2**32 - 1), "--count", "2"), "--seed"), (("--t5-length", "513"), "--t5-length 513: give 1 to 512"),
     (("--prompt", 100_001 * "a"), "a prompt of 100,001 letters"),
+    (("--cfg", "0"), "--cfg 0.0: give a finite number but 0, which leaves the prompt out; 1 is no guidance"),
     (("--cfg", "nan"), "--cfg nan"), (("--cfg", "inf"), "--cfg inf"),
     (("--time-shift", "0"), "--time-shift 0"), (("--time-shift", "-3"), "above 0"),
     (("--time-shift", "nan"), "above 0"),
@@ -717,6 +723,44 @@ def test_sides_for_which_flux_has_no_schedule_are_refused(refusal, no_loading, r
 def test_an_empty_name_as_of_an_unset_shell_variable_is_refused(no_loading, flag):
     with pytest.raises(SystemExit, match=f"^error: {flag} '': give a name: an unset shell variable"):
         sample.main(["--prompt", "a hill", "--device", "cpu", flag, ""])
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--transformer", "--prompts", "--out"])
+@pytest.mark.parametrize("value, says", [
+    ("s3://bucket/a", "s3://bucket/a: give a path on this machine"), ("~/a", "~/a: give the path without ~"),
+    ("b/" + 221 * "a" + "/c", "of 225 letters: give names of at most 220 bytes"), (74 * "雪", "at most 220 bytes"),
+    (2000 * "a/", "and 3,500 in all")])
+def test_a_name_that_no_file_here_can_have_is_refused(no_loading, flag, value, says):
+    with pytest.raises(SystemExit, match=f"^error: {flag} .*{re.escape(says)}"):
+        sample.main(["--prompt", "a hill", "--device", "cpu", flag, value])
+
+
+def test_the_longest_name_that_is_accepted_is_written_and_its_latent_too(draw, tmp_path, monkeypatch):
+    draw("--prompt", "a hill", out=216 * "a" + ".png")
+    monkeypatch.setattr(VAE, "decode", lambda vae, latent, factor: torch.full((1, 3, 8, 8), float("nan")))
+    with pytest.raises(SystemExit, match="the finished latent is kept"):
+        draw("--prompt", "a hill", out=216 * "b" + ".png")
+    assert {path.name for path in tmp_path.iterdir()} == {216 * "a" + ".png", 216 * "b" + ".latent.safetensors"}
+
+
+def test_two_model_folders_are_refused(capsys, folder):
+    with pytest.raises(SystemExit):
+        sample.main(["--prompt", "a hill", "--model", "tiny-flux", "--weights", str(folder)])
+    assert "--weights: not allowed with argument --model" in capsys.readouterr().err
+
+
+def test_a_picture_that_another_run_drew_meanwhile_is_not_replaced(draw, tmp_path, monkeypatch):
+    def slow(*arguments):
+        shutil.copy(tmp_path / "other.png", tmp_path / "a.png")  # by the other run
+        return decode(*arguments)
+
+    draw("--prompt", "snow", out="other.png")
+    decode = sample.decode
+    monkeypatch.setattr(sample, "decode", slow)
+    with pytest.raises(SystemExit, match="a.png: exists and was drawn with prompt 'snow', not 'a hill'; the finished"):
+        draw("--prompt", "a hill", out="a.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+    assert (tmp_path / "a.latent.safetensors").exists()
 
 
 def test_recorded_factor_and_t5_length_are_used(says, folder, tmp_path):

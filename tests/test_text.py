@@ -633,7 +633,7 @@ def test_t5_reports_the_letters_that_its_vocabulary_lacks(tiny):
 def test_clip_vocabulary_without_a_byte_is_refused(tiny, tmp_path):
     shutil.copytree(tiny / "tokenizer", tmp_path, dirs_exist_ok=True)
     words = json.loads((tmp_path / "vocab.json").read_text())
-    words["another"] = words.pop("Ł</w>")
+    words["<another>"] = words.pop("Ł</w>")
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     with pytest.raises(ValueError, match="the vocabulary has no Ł</w>"):
         CLIPTokenizer.load(tmp_path)
@@ -836,6 +836,47 @@ def test_sd3_text_refuses_exchanged_clips(tiny, tmp_path):
     save_clip(folder / "text_encoder", vocabulary=size, width=72)
     with pytest.raises(ValueError, match="its clip_l is 72 wide, its clip_g 48: they are exchanged"):
         SD3Text.load(folder)
+
+
+@pytest.mark.parametrize("how", ["exchanged", "one twice", "without settings"])
+def test_sd3_text_refuses_tokenizers_that_do_not_pad_as_its_two(tiny, how, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, False)
+    first, second = folder / "tokenizer", folder / "tokenizer_2"
+    for link in (first, second):
+        link.unlink()
+    shutil.copytree(tiny / ("tokenizer_2" if how == "exchanged" else "tokenizer"), first)
+    shutil.copytree(tiny / "tokenizer", second)
+    if how == "without settings":
+        (second / "special_tokens_map.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer/ pads with id [0-9]+, tokenizer_2/ .*exchanged, or not complete"):
+        SD3Text.load(folder)
+
+
+def test_sd3_text_refuses_several_t5_of_one_rank(tiny, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, True)
+    encoders = folder / "text_encoders"
+    (encoders / "t5xxl_fp16.safetensors").rename(encoders / "t5xxl_fp8_e5m2.safetensors")
+    with pytest.raises(ValueError, match="several could be T5 .t5xxl_fp8_e4m3fn.safetensors, t5xxl_fp8_e5m2.safe"):
+        SD3Text.load(folder)
+
+
+@pytest.mark.parametrize("lines", [0, 1, -1])
+def test_clip_vocabulary_without_all_of_its_merges_is_refused(tiny, lines, tmp_path):
+    shutil.copytree(tiny / "tokenizer", tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "merges.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "merges.txt").write_text("".join(whole[:lines]))
+    lost = 1 if lines < 0 else len(whole) - 1
+    with pytest.raises(ValueError, match=f"merges.txt: {lost} words of vocab.json are not made by its merges"):
+        CLIPTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("part, file", [("tokenizer", "vocab.json"), ("tokenizer", "merges.txt"),
+                                        ("tokenizer_3", "spiece.model")])
+def test_a_pointer_of_git_lfs_is_named(tiny, part, file, tmp_path):
+    shutil.copytree(tiny / part, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 791656\n")
+    with pytest.raises(ValueError, match=f"{file}: a pointer of Git LFS: git lfs pull fetches the file"):
+        (T5Tokenizer if part == "tokenizer_3" else CLIPTokenizer).load(tmp_path)
 
 
 @pytest.mark.parametrize(("part", "token"), [("tokenizer", "fox</w>"), ("tokenizer_3", "<extra_id_0>")])

@@ -512,6 +512,16 @@ def test_transformer_beside_a_prefixed_autoencoder_decides_its_constants(f16, be
             VAE.load(file)
 
 
+@pytest.mark.parametrize("own, other, name", [((FLUX_SCALE, FLUX_SHIFT), (SD3_SCALE, SD3_SHIFT), "SD3"),
+                                              ((SD3_SCALE, SD3_SHIFT), (FLUX_SCALE, FLUX_SHIFT), "Flux")])
+def test_the_autoencoder_of_the_other_family_is_refused_by_its_constants(f16, own, other, name, tmp_path):
+    file = tmp_path / "vae.safetensors"
+    save_file(weights_of(f16), file, dict(zip(("scale_factor", "shift_factor"), map(str, other), strict=True)))
+    with pytest.raises(ValueError, match=f"vae.safetensors: records scale {other[0]} .* are those of {name}'s autoenc"):
+        VAE.load(file, fallback=own)
+    assert VAE.load(file, fallback=other).scale_factor == VAE.load(file).scale_factor == other[0]
+
+
 @pytest.mark.parametrize("scale, shift", [(0.0, 0.0), (-1.0, 0.0), (5000.0, 0.0), (1.0, 5000.0)])
 def test_constants_no_latent_can_have_are_refused(files, scale, shift):
     with pytest.raises(ValueError, match=f"scale_factor {scale:g}, shift_factor {shift:g}: expected 0.001 to 1000"):
