@@ -211,6 +211,13 @@ def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
 
 
+def check_covering(path: str | os.PathLike, size: tuple[int, int], height: int, width: int) -> None:
+    """ValueError if a picture is so narrow that it has more than MOST_PIXELS once it covers height x width."""
+    if (pixels := math.prod(covering(size, height, width))) > MOST_PIXELS:
+        raise ValueError(f"{path}: {size[0]}x{size[1]} px become {pixels:,} pixels that cover {width}x{height}; at "
+                         f"most {MOST_PIXELS:,} are read: cut it into pieces, or leave it out")
+
+
 class Pictures:
     """A list of pictures, resized when needed; up to CACHE_BYTES of resized pixels stay in memory."""
 
@@ -226,7 +233,9 @@ class Pictures:
         """(H, W, 3) uint8 of picture `index`, scaled until it covers height x width."""
         key = (index, height, width)
         if key not in self._recent:
-            pixels = np.array(resize_to_cover(read_picture(self.paths[index]), height, width, self.resample))
+            picture = read_picture(self.paths[index])
+            check_covering(self.paths[index], picture.size, height, width)
+            pixels = np.array(resize_to_cover(picture, height, width, self.resample))
             self._recent[key] = pixels
             self._bytes += pixels.nbytes
             while self._bytes > CACHE_BYTES and len(self._recent) > 1:
@@ -271,10 +280,8 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
         lack = too_small(width, height, res, choice)
         if lack:
             below.append((width * height, f"{item.path}: {lack}"))
-        pixels = math.prod(covering((width, height), *nearest_size(choice, width, height)))
-        if lack and small == "enlarge" and pixels > MOST_PIXELS:
-            raise ValueError(f"{item.path}: {lack}; enlarged it has {pixels:,} pixels, at most {MOST_PIXELS:,} are "
-                             "read: cut it into pieces, or leave it out with --small skip")
+        if lack and small == "enlarge":
+            check_covering(item.path, (width, height), *nearest_size(choice, width, height))
         sizes.append(None if lack and small == "skip" else nearest_size(choice, width, height))
     if below and (small == "refuse" or small == "skip" and len(below) == len(items)):
         raise ValueError(f"{min(below)[1]}; so are {len(below)} of {len(items)} pictures: list them with data.py check "
