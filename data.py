@@ -118,8 +118,8 @@ def text_of(row: dict, key: str, where: str) -> str:
     if key not in row:
         raise ValueError(f'{where}: no "{key}"; the row has {", ".join(map(str, row)) or "nothing"}')
     text = entry(row, key, str, where)
-    if not text.strip():
-        raise ValueError(f"{where}: {key} is empty")
+    if all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text):
+        raise ValueError(f"{where}: {key} is empty" + " but for invisible letters" * bool(text.strip()))
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -153,8 +153,7 @@ def _no_listing(folder: Path) -> str:
     if tables := sorted(folder.glob("*.parquet")):
         return f'{start}write it from {tables[0].name} with pandas, to_json(FILE, orient="records", lines=True)'
     if near := sorted(file.name for file in folder.glob("*") if file.suffix.lower() in ALMOST):
-        return (f"{start}there is {near[0]!r}: write {LISTINGS[0]} from it, one JSON object with file_name and text "
-                "per line")
+        start += f"{near[0]!r} is not read; "
     return f"{start}a data folder holds pictures and a {LISTINGS[0]} or {LISTINGS[1]} with file_name and text"
 
 

@@ -79,6 +79,7 @@ GOOD = {"file_name": "0.png", "text": "fine"}
     ({"file_name": "1.png"}, 'no "text"; the row has file_name'),
     ({"file_name": "1.png", "text": ""}, "text is empty"),
     ({"file_name": "1.png", "text": " \t"}, "text is empty"),
+    ({"file_name": "1.png", "text": " \u200b\ufeff\n"}, "text is empty but for invisible letters"),
     ({"file_name": "1.png", "text": None}, "text is null, expected a text"),
     ({"file_name": "1.png", "text": 5}, "text is 5, expected a text"),
     ({"file_name": "1.png", "text": ["a", "b"]}, 'text is ["a", "b"], expected a text'),
