@@ -28,6 +28,7 @@ from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from names import ADAPTERS, recognised
 from text import T5_MOST, FluxText, SD3Text
+from vae import VAEConfig
 
 # what a transformer's metadata may record
 SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
@@ -36,7 +37,7 @@ RANGES = {  # what is accepted, in words too
     "steps": (lambda value: 1 <= value <= 10_000, "1 to 10,000"),
     "cfg": (lambda value: math.isfinite(value) and value, "a finite number but 0, which leaves the prompt out; 1 "
             "is no guidance, as 0 and 1 are in diffusers"),
-    "guidance": (lambda value: 0 <= value < math.inf, "a number from 0"),
+    "guidance": (lambda value: 0 <= value <= 1000, "a number from 0 to 1,000"),
     "time_shift": (lambda value: 0 < value < math.inf, "a number above 0"),
     "factor": (lambda value: value in (8, 16), "8 or 16"),
     "t5_length": (lambda value: 1 <= value <= T5_MOST, f"1 to {T5_MOST} tokens")}
@@ -188,14 +189,18 @@ def check_size(size: tuple[int, int], factor: int, config: MMDiTConfig | FluxCon
     return width * height // step**2
 
 
-def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tensor, latent_channels: int) -> None:
-    """ValueError if text encoders (context, pooled of any prompt) or VAE are not of the transformer's widths."""
+def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tensor, vae: VAEConfig) -> None:
+    """ValueError if text encoders (context, pooled of any prompt) or VAE are not of the transformer's widths, or the
+    VAE is not of factor 8."""
     for part, width, expected in (("text encoders give a context", context.shape[-1], config.context_dim),
                                   ("text encoders give a pooled vector", pooled.shape[-1], config.pooled_dim),
-                                  ("VAE has latents", latent_channels, config.in_channels)):
+                                  ("VAE has latents", vae.latent_channels, config.in_channels)):
         if width != expected:
             raise ValueError(f"the folder's {part} of width {width}, but the transformer takes {expected}: they do not "
                              "match; give --weights the folder that the transformer was trained from")
+    if (levels := (len(vae.encoder_widths), len(vae.decoder_widths))) != (4, 4):
+        raise ValueError(f"the folder's VAE has {levels[0]} levels in its encoder, {levels[1]} in its decoder; those "
+                         "of SD3 and Flux have 4, for 8 pixels per latent position: put one of these there")
 
 
 def family_of(weights: Weights) -> Family:

@@ -122,7 +122,7 @@ def run(given: Settings) -> None:
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
     model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
     vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale))
-    check_widths(model.config, *encoded[settings.negative], vae_in(settings.dtype).config.latent_channels)
+    check_widths(model.config, *encoded[settings.negative], vae_in(settings.dtype).config)
     sigmas, failures = family.sigmas(settings.steps, settings.time_shift), []
     for picture in pictures:
         latent, s_per_step = draw(picture, settings, encoded, model, sigmas)

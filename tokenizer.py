@@ -95,7 +95,10 @@ def _clip_backend(folder: Path) -> Tokenizer:
         vocabulary, merges = BPE.read_file(*map(str, pair))
         bpe = BPE(vocabulary, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>")
     letters = re.compile(r".(</w>)?|<.*>", re.DOTALL)  # and special tokens: what needs no merge
-    if lost := [word for word in vocabulary.keys() - {a + b for a, b in merges} if not letters.fullmatch(word)]:
+    made = dict.fromkeys(first + second for first, second in merges)
+    if (ids := [vocabulary[word] for word in made]) != sorted(ids):
+        raise ValueError(f"{pair[1]}: its merges are not in the order of the ids in vocab.json: download both again")
+    if lost := [word for word in vocabulary.keys() - made.keys() if not letters.fullmatch(word)]:
         raise ValueError(f"{pair[1]}: {len(lost)} words of vocab.json are not made by its merges, such as "
                          f"{min(lost)!r:.40}: download both again")
     backend, split = Tokenizer(bpe), pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True)

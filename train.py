@@ -254,7 +254,7 @@ def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings,
     texts = Embeddings(cache / ".embeddings", job.folder, job.device, job.family, settings.t5_length)
     captions = ["", *(caption for item in job.items for caption in item.captions)]
     on_all(lambda: texts.fill(captions, rank=rank(), world=world()))
-    check_widths(model.config, *texts.read([""]), vae.config.latent_channels)
+    check_widths(model.config, *texts.read([""]), vae.config)
     if not settings.cache_latents:
         return texts, None
     latents = Latents(job.pictures.paths, job.pictures.central_crop, vae, settings.factor, settings.dilation,

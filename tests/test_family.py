@@ -35,7 +35,7 @@ from flux import FluxConfig
 from mmdit import MMDiTConfig
 from models import make_tiny
 from text import FluxText
-from vae import VAE
+from vae import VAE, VAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,14 @@ def test_only_flux_records_its_axes(folders):
 @pytest.mark.parametrize("config", [MMDiTConfig(), FluxConfig()])
 def test_widths_that_do_not_match_are_refused(config):
     context, pooled = torch.empty(1, 2, config.context_dim), torch.empty(1, config.pooled_dim)
-    check_widths(config, context, pooled, 16)
-    for wrong, message in (((context[..., 1:], pooled, 16), "context of width 4095, but the transformer takes 4096"),
-                           ((context, pooled[:, 1:], 16), "pooled vector of width"),
-                           ((context, pooled, 4), "latents of width 4")):
+    four, three = (8,) * 4, (8,) * 3
+    vae = VAEConfig(four, four, 1, 1, 16)
+    check_widths(config, context, pooled, vae)
+    for wrong, message in (((context[..., 1:], pooled, vae), "context of width 4095, but the transformer takes 4096"),
+                           ((context, pooled[:, 1:], vae), "pooled vector of width"),
+                           ((context, pooled, VAEConfig(four, four, 1, 1, 4)), "latents of width 4"),
+                           ((context, pooled, VAEConfig(three, four, 1, 1, 16)), "VAE has 3 levels in its encoder, 4"),
+                           ((context, pooled, VAEConfig(four, (8,) * 5, 1, 1, 16)), "5 in its decoder")):
         with pytest.raises(ValueError, match=message):
             check_widths(config, *wrong)
 

@@ -156,7 +156,9 @@ REFUSED = {layout for layout, happens in ROWS.items() if happens.startswith("ref
 
 FOLDERS = {  # layouts of whole model folders: each has its own test
     "two models in one folder": "here", "several T5 in `text_encoders/`, none fp16 or bf16": "test_text.py",
-    "tokenizers exchanged, or one twice": "test_text.py", "vocabulary without all of its merges": "test_text.py",
+    "tokenizers exchanged, or one twice": "test_text.py",
+    "vocabulary without all of its merges, or in another order": "test_text.py",
+    "autoencoder of another factor": "test_family.py",
     "autoencoder of the other family": "test_vae.py"}
 
 

@@ -803,6 +803,7 @@ def test_each_side_of_flux_is_a_multiple_of_32(refusal):
 @pytest.mark.parametrize("name", ["tiny-flux"])
 @pytest.mark.parametrize("arguments, says", [
     (("--guidance", "nan"), "--guidance nan: give a number from 0"), (("--guidance", "-1"), "--guidance -1.0"),
+    (("--guidance", "1001"), "--guidance 1001.0: give a number from 0 to 1,000"),
     (("--mu", "1", "--time-shift", "2"), "--mu 1 --time-shift 2: mu is the logarithm"),
     (("--mu", "nan"), "--mu nan: give the logarithm"), (("--mu", "1e9"), "--mu 1e+09: give the logarithm")])
 def test_a_setting_out_of_range_is_refused_for_flux(refusal, no_loading, arguments, says):

@@ -870,6 +870,20 @@ def test_clip_vocabulary_without_all_of_its_merges_is_refused(tiny, lines, tmp_p
         CLIPTokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["merges.txt", "vocab.json"])
+def test_merges_in_another_order_than_the_vocabulary_are_refused(tiny, file, tmp_path):
+    shutil.copytree(tiny / "tokenizer", tmp_path, dirs_exist_ok=True)
+    first, *merges = (tmp_path / "merges.txt").read_text().splitlines()
+    if file == "merges.txt":
+        (tmp_path / file).write_text("\n".join([first, *sorted(merges)]))
+    else:
+        words = json.loads((tmp_path / file).read_text())
+        one, other = (merge.replace(" ", "") for merge in merges[-2:])
+        (tmp_path / file).write_text(json.dumps(words | {one: words[other], other: words[one]}))
+    with pytest.raises(ValueError, match="merges.txt: its merges are not in the order of the ids in vocab.json"):
+        CLIPTokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize("part, file", [("tokenizer", "vocab.json"), ("tokenizer", "merges.txt"),
                                         ("tokenizer_3", "spiece.model")])
 def test_a_pointer_of_git_lfs_is_named(tiny, part, file, tmp_path):
@@ -879,7 +893,7 @@ def test_a_pointer_of_git_lfs_is_named(tiny, part, file, tmp_path):
         (T5Tokenizer if part == "tokenizer_3" else CLIPTokenizer).load(tmp_path)
 
 
-@pytest.mark.parametrize(("part", "token"), [("tokenizer", "fox</w>"), ("tokenizer_3", "<extra_id_0>")])
+@pytest.mark.parametrize(("part", "token"), [("tokenizer", "<fox>"), ("tokenizer_3", "<extra_id_0>")])
 def test_sd3_text_refuses_ids_beyond_the_embeddings(tiny, part, token, tmp_path):
     folder = sd3_folder(tiny, tmp_path, False)
     (folder / part).unlink()
