@@ -184,6 +184,8 @@ def damage_file(file: Path, damage: str) -> None:
         file.write_bytes(content[:-400] + bytes([content[-400] ^ 1]) + content[-399:])
     elif damage == "zeros":
         file.write_bytes(content[:len(content) // 2] + bytes(len(content) - len(content) // 2))
+    elif damage == "of another step":
+        file.write_text(json.dumps(json.loads(content) | {"step": 1}))
     elif damage == "other entries":
         file.write_text(json.dumps(json.loads(content) | {"files": ["../settings.json"]}))
     else:
@@ -195,7 +197,8 @@ def damage_file(file: Path, damage: str) -> None:
     ("*.safetensors", "truncated", " bytes instead of "), ("run.json", "truncated", "not JSON"),
     ("*.safetensors", "one bit", "not as it was written (SHA-256)"),
     ("*.safetensors", "zeros", "not as it was written (SHA-256)"),
-    ("run.json", "nested", "nested"), ("run.json", "other entries", "files is ")])
+    ("run.json", "nested", "nested"), ("run.json", "other entries", "files is "),
+    ("run.json", "of another step", "is of step 1")])
 def test_damaged_checkpoint_is_skipped_and_the_one_before_it_resumed(settings, tmp_path, capsys, name, damage, reason):
     train.train(settings(steps=4, save_every=2, out=tmp_path / "one"))
     train.train(settings(steps=4, save_every=2))
@@ -216,6 +219,13 @@ def test_run_without_an_undamaged_checkpoint_stops_and_changes_nothing(settings,
     message = refusal_of(settings, steps=4)
     assert "step-00000001: shard" in message and "no checkpoint before it is left: restore it" in message
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoints"])
+def test_what_stands_in_the_place_of_a_runs_files_is_named(settings, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").mkdir() if name == ".lock" else (tmp_path / "out" / name).touch()
+    assert f"out/{name}: " in (message := refusal_of(settings)) and "move it away, or give another --out" in message
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

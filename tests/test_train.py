@@ -348,6 +348,7 @@ def test_missing_file_is_named(settings, tmp_path, changed, reason):
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
     ({"offload": True}, "it with --shard"), ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
+    ({"bands": "0,0,0,0"}, "--bands 0,0,0,0: give at least one weight above 0"),
     ({"device": "foo"}, "--device foo: this machine has cpu")])
 def test_settings_out_of_range_are_refused(settings, tmp_path, changed, reason):
     assert reason in refusal_of(settings, **changed)

@@ -80,8 +80,9 @@ class Log:
         self.board = board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) if board else None
 
     def parsed(self, line: str) -> dict[str, object]:
-        row = parse_json(line, f"{self.file}: {line[:40]}")
-        return row | {"step": entry(row, "step", int, f"{self.file}: {line[:40]}")}
+        where = f"{self.file}: {line[:40]}"
+        row = entry({"line": parse_json(line, where)}, "line", dict, where)
+        return row | {"step": entry(row, "step", int, where), "loss": entry(row, "loss", float, where)}
 
     def write(self, row: dict[str, object]) -> None:
         """Append a row, which has a "step"; a list becomes one curve per entry."""

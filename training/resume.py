@@ -71,6 +71,8 @@ def _committed(out: Path) -> list[Path]:
         names = os.listdir(out / "checkpoints")
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise OSError(f"{out}/checkpoints: no folder; move it away, or give another --out") from None
     return sorted((out / "checkpoints" / name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of)
 
 
@@ -105,6 +107,8 @@ def _recorded(folder: Path) -> list[tuple[str, int, str]]:
     """Name, size and SHA-256 of each file of a checkpoint, by run.json; older ones have no SHA-256, "" here."""
     where = folder / ABOUT
     about = read_json(where)
+    if (step := entry(about, "step", int, where)) != step_of(folder):
+        raise ValueError(f"{where}: is of step {step}")
     sizes = entry(about, "files", dict, where)
     digests = entry({"sha256": dict.fromkeys(sizes, "")} | about, "sha256", dict, where)
     if not sizes or any(Path(name).name != name for name in sizes):

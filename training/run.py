@@ -62,7 +62,10 @@ def only_run(out: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> TextIO:
-    file = open(path, "a+", encoding="utf-8")
+    try:
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}; move it away, or give another --out") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +123,7 @@ class Run:
             self.matmul_s_per_image = flop / matmul_rate(device, DTYPES[self.settings.dtype])
 
         on_first(open_log)
-        self.device, self.logged_step, self.began, self.excluded_s = device, step, time.time(), 0.0
+        self.device, self.logged_step, self.began, self.excluded_s = device, step, time.perf_counter(), 0.0
 
     def due(self, every: int, done: int) -> bool:
         """True every `every` steps and after the last one; never if `every` is 0."""
@@ -129,32 +132,33 @@ class Run:
     def log(self, done: int, tally: Tally, norm: Tensor, lr: float) -> str:
         """Write one line about the steps since the last one; returns the loss as text."""
         row = tally.row()
-        images_per_s = (done - self.logged_step) * self.settings.batch / (time.time() - self.began - self.excluded_s)
+        seconds = time.perf_counter() - self.began - self.excluded_s
+        images_per_s = (done - self.logged_step) * self.settings.batch / seconds
         row = {"step": done} | row | {
             "grad_norm": norm.item(), "lr": lr, "peak_gib": round(peak_memory_gib(self.device), 2),
             "images_per_s": round(images_per_s, 3),
             "matmul_share": round(self.matmul_s_per_image * images_per_s / world(), 3),
             "eta_s": round((self.settings.steps - done) * self.settings.batch / images_per_s)}
         on_first(lambda: self.log_file.write(row))
-        self.logged_step, self.began, self.excluded_s = done, time.time(), 0.0
+        self.logged_step, self.began, self.excluded_s = done, time.perf_counter(), 0.0
         return f"loss {row['loss']:.4f}"
 
     def save(self, done: int) -> None:
         """Write a checkpoint of the state after `done` steps, unless they are saved already."""
-        start = time.time()
+        start = time.perf_counter()
         if self.saved_step < done:
             tensors = tensors_of(self.model, self.ema, self.optimizer, done)
             save_checkpoint(self.out, done, tensors, self.identity, self.settings.keep)
             self.saved_step = done
             on_first(lambda: self.log_file.plot())
-        self.excluded_s += time.time() - start
+        self.excluded_s += time.perf_counter() - start
 
     def draw(self, done: int, vae: VAE, context: Tensor, pooled: Tensor, how: SampleSettings) -> None:
         """Write a grid of sample pictures. Every rank draws, since each may hold a part of the model."""
-        start = time.time()
+        start = time.perf_counter()
         images = draw_samples(self.model, vae, context, pooled, how)
         on_first(lambda: write_grid(self.out / "samples" / f"step-{done:08d}.png", images))
-        self.excluded_s += time.time() - start
+        self.excluded_s += time.perf_counter() - start
 
     def finish(self, done: int, family: Family, transformer: Weights, vae_path: Path) -> None:
         """Export the complete run, or save the stopped one."""

@@ -210,6 +210,7 @@ def check(s: Settings, ranks: int) -> None:
     need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(s.guidance is None or 0 <= s.guidance < math.inf, "guidance", s.guidance, "a number from 0")
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
+    need(any(s.bands), "bands", ",".join(f"{weight:g}" for weight in s.bands), "at least one weight above 0")
     need(0 <= s.ema < 1, "ema", s.ema, "0 for none, or a decay below 1")
 
 
