@@ -177,13 +177,15 @@ def size_of(res: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def check_size(size: tuple[int, int], factor: int, config: MMDiTConfig | FluxConfig) -> int:
-    """The number of image tokens; ValueError if a side is no multiple of a patch, or beyond the position table."""
+def check_size(size: tuple[int, int], factor: int, config: MMDiTConfig | FluxConfig, by: str = "") -> int:
+    """The number of image tokens; ValueError if a side is no multiple of a patch, or beyond the position table.
+    by: who asks for this size, if it is not the command line."""
     (width, height), step, most = size, 2 * factor, config.table_side * 2 * factor
+    given = f"--res {width}x{height}{by}"
     if width % step or height % step:
-        raise ValueError(f"--res {width}x{height}: both sides must be multiples of {step} at --factor {factor}")
+        raise ValueError(f"{given}: both sides must be multiples of {step} at --factor {factor}")
     if max(size) > most:
-        raise ValueError(f"--res {width}x{height}: this model's position table ends at {most} px per side at --factor "
+        raise ValueError(f"{given}: this model's position table ends at {most} px per side at --factor "
                          f"{factor}" + ("; --factor 16 reaches twice as far" if factor == 8 else ""))
     need(max(size) <= MOST_SIDE, "res", f"{width}x{height}", f"at most {MOST_SIDE:,} px per side")
     return width * height // step**2

@@ -255,13 +255,14 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
         shift = math.exp(mu)
     sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
                                given.t5_length)
-    device = check_device(given.device)
+    device, by = check_device(given.device), f" (recorded by {transformer.source})"
     dtype = given.dtype or ("fp32" if device == "cpu" else "bf16")
     settings = replace(given, device=device, dtype=dtype, **asdict(sampling))
-    tokens = check_size(settings.size, settings.factor, family.config(transformer.part("model.diffusion_model.")))
+    config, by_res = family.config(transformer.part("model.diffusion_model.")), by if given.res is None else ""
+    tokens = check_size(settings.size, settings.factor, config, by_res * ("res" in transformer.metadata))
     if settings.time_shift is None:
         settings = replace(settings, time_shift=family.by_tokens(tokens))
-    by_shift = f"--time-shift {settings.time_shift:g}" if mu is None else f"--mu {mu:g}"
+    by_shift = f"--time-shift {settings.time_shift:g}{by * (shift is None)}" if mu is None else f"--mu {mu:g}"
     flag = f"--res {settings.res}" if sampling.time_shift is None else by_shift
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
@@ -278,9 +279,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
             where = "given"
         elif name in transformer.metadata:
             where = "recorded"
-        if value is not None:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            numbers.append(f"{name.replace('_', ' ')} {shown}" + f" ({where})" * bool(where))
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        numbers += [f"{name.replace('_', ' ')} {shown}" + f" ({where})" * bool(where)] * (value is not None)
     kind = family.name + f" ({family.same_tensors})" * bool(family.same_tensors)
     sources = f"transformer {transformer.source}, VAE {vae}" + f", {family.scheduler}" * bool(family.scheduler)
     return printable(f"{kind}; {sources}; {settings.device}, {settings.dtype}; {', '.join(numbers)}")

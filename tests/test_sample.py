@@ -655,6 +655,16 @@ def test_a_setting_out_of_range_is_refused(refusal, no_loading, tmp_path, argume
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("key, value, says", [
+    ("res", "1000", "--res 1000x1000 (recorded by {}): both sides must be multiples of 32"),
+    ("res", "2048x64", "--res 2048x64 (recorded by {}): this model's position table ends at 1024"),
+    ("time_shift", "1e12", "--time-shift 1e+12 (recorded by {}): some of the 2 noise levels coincide")])
+def test_a_recorded_setting_that_is_refused_names_its_file(refusal, no_loading, folder, tmp_path, key, value, says):
+    file, weights = tmp_path / "tuned.safetensors", open_weights(folder / "sd3.safetensors")
+    save(file, {name: t.read() for name, t in weights.items()}, RECORDED | {key: value})
+    assert says.format(file) in refusal("--prompt", "a hill", "--transformer", file)
+
+
 def test_cuda_where_there_is_none_is_refused(refusal, no_loading, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
