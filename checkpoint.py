@@ -1,8 +1,7 @@
 """Official weights: read lazily by name, assigned to a module without a second copy, written atomically.
 
 Mirrors   the published files of SD3, SD3.5, Flux, their VAEs and text encoders, and their diffusers folders
-Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder. docs/formats.md
-          lists them all, those that are refused too
+Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder: docs/formats.md
 Storage   fp32, fp16, bf16, fp8, scaled or not; the compute dtype is chosen when a module is filled
 Settings  from a file's own header. Of the config.json of a diffusers or transformers folder only the entries in CONFIG
 Safety    only safetensors are opened; a pickle is refused before any of its bytes run
@@ -179,7 +178,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
             a missing shard, a name in two shards, a folder with several candidates
     """
     if not (path := Path(path)).exists():
-        raise FileNotFoundError(f"{path}: no such file or folder" + ", but a broken link" * path.is_symlink())
+        raise FileNotFoundError(f"{path}: {'a broken link' if path.is_symlink() else 'no such file or folder'}")
     if path.is_file() and names.SHARD.search(path.name):
         raise ValueError(f"{path}: one of several shards; give their folder, with its index.json")
     files, indexed = names.files_of_folder(path) if path.is_dir() else ([path], {})
@@ -292,7 +291,8 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
         # table, then take no memory.
         again = weights[name].again if tensor is stored and shard is None else None
         low, high = _range(again() if again else tensor)
-        blank += [name] * (low == high == 0 and tensor.ndim > 1 and shard is None)
+        if low == high == 0 and tensor.ndim > 1 and shard is None:
+            blank.append(name)
         if not math.isfinite(high - low):
             why = "the file is damaged or its training diverged"
             low, high = _range(stored.float())

@@ -119,7 +119,7 @@ def text_of(row: dict, key: str, where: str) -> str:
         raise ValueError(f'{where}: no "{key}"; the row has {", ".join(map(str, row)) or "nothing"}')
     text = entry(row, key, str, where)
     if all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text):
-        raise ValueError(f"{where}: {key} is empty" + " but for invisible letters" * bool(text.strip()))
+        raise ValueError(f"{where}: {key} is empty" + (" but for invisible letters" if text.strip() else ""))
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -68,13 +68,14 @@ def _pictures_in(folder: Path) -> list[Path]:
     pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
     if not pictures:
         folders = ", ".join([path.name for path in shown if path.is_dir()][:4])
-        has = f"; it has {len(others)} other files" * bool(others) + f"; it has the folders {folders}" * bool(folders)
+        has = f"; it has {len(others)} other files" if others else ""
+        has += f"; it has the folders {folders}" if folders else ""
         raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
     if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
         kinds = Counter(path.suffix or "no suffix" for path in skipped)
         kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
         note = f"note: {folder}: {len(skipped)} files are no pictures by name and left out ({kinds}): {skipped[0].name}"
-        print(printable(note + ", …" * (len(skipped) > 1)), file=sys.stderr)
+        print(printable(note + (", …" if len(skipped) > 1 else "")), file=sys.stderr)
     return pictures
 
 

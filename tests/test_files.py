@@ -125,6 +125,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "interrupted\n" and process.returncode == 130
 
+
 @pytest.mark.parametrize("start, says", [
     ("import sys; sys.stdout = None; files.run_command(int)", ""),
     ("def main(): raise RuntimeError('unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)')\n"

@@ -20,6 +20,8 @@ from torch import nn
 
 import sample
 from checkpoint import locate, open_weights, save
+from drawing import pictures
+from drawing.settings import settle
 from family import find, fingerprint
 from flow import flux_mu, flux_sigmas
 from flux import Flux, FluxConfig
@@ -205,7 +207,7 @@ def settled(folder):
     def settled(*arguments, weights=None) -> sample.Settings:
         settings = sample.parse(["--weights", str(weights or folder), "--device", "cpu", *map(str, arguments)])
         family, transformer, _ = find(settings.weights, settings.transformer)
-        return sample.settle(settings, family, transformer)
+        return settle(settings, family, transformer)
 
     return settled
 
@@ -420,13 +422,13 @@ def test_a_picture_of_another_prompt_or_program_is_not_replaced(draw, refusal, t
     ("A hill, at dawn!", "a-hill-at-dawn"), ("Красная чашка", "красная-чашка"), 
     ("ธงชาติ नमस्ते", "ธงชาติ-नमस्ते"), ("cafe\u0301", "café"), ("", "empty"), ("snake_case", "snake-case"), ("1+1", "1-1")])
 def test_a_slug_keeps_the_letters_of_every_script(prompt, name):
-    assert sample.slug_of(prompt) == name
+    assert pictures.slug_of(prompt) == name
 
 
 @pytest.mark.parametrize("one, other", [("🐼", "🦊"), ("a 🐼", "a 🦊"), ("?", "!"), (49 * "a", 49 * "a" + "b"),
                                         ("é" * 60, "é" * 61), ("x" * 48 + " y", "x" * 48 + " z")])
 def test_a_slug_that_loses_letters_has_a_hash(one, other):
-    slugs = [sample.slug_of(prompt) for prompt in (one, other)]
+    slugs = [pictures.slug_of(prompt) for prompt in (one, other)]
     assert slugs[0] != slugs[1] and all(re.search("-[0-9a-f]{8}$", slug) for slug in slugs)
 
 
@@ -459,12 +461,12 @@ def test_json_lines_give_prompts_and_names(draw, settled, tmp_path):
 @pytest.mark.parametrize("name", ["list", "list.txt", "list.jsonl", "list.json"])
 def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     (tmp_path / name).write_text('{"text": "a cup"}\n{"text": "snow", "file_name": "2.png"}\n')
-    assert sample.read_list(str(tmp_path / name)) == [("a cup", ""), ("snow", "2")]
+    assert pictures.read_list(str(tmp_path / name)) == [("a cup", ""), ("snow", "2")]
     (tmp_path / name).write_text(json.dumps({"text": "a cup", "file_name": "train\\1.png"}))  # written on Windows
-    assert sample.read_list(str(tmp_path / name)) == [("a cup", "1")]
+    assert pictures.read_list(str(tmp_path / name)) == [("a cup", "1")]
     if name != "list.json":
         (tmp_path / name).write_bytes('{red, blue} cup\r\n[two] 红茶\r"a cup"\n42, 43'.encode("utf-16"))
-        assert [prompt for prompt, _ in sample.read_list(str(tmp_path / name))] == [
+        assert [prompt for prompt, _ in pictures.read_list(str(tmp_path / name))] == [
             "{red, blue} cup", "[two] 红茶", '"a cup"', "42, 43"]
 
 

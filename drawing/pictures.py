@@ -1,0 +1,189 @@
+"""The pictures of a run of sample.py: their prompts, names and records; written complete, never over another picture.
+
+Lists     --prompts: a text file with one prompt per line, or JSON lines with "text" and "file_name"
+Names     number-prompt-seed.png, or file_name; letters of every script stay, a hash stands for what does not
+Records   prompt and settings, as text entries of a PNG, as JSON in the EXIF description of JPEG and WebP
+Check     python -m pytest tests/test_sample.py
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from drawing.settings import MOST_PICTURES, Settings
+from family import MOST_SIDE
+from files import entry, parse_json, printable, read_text, recorded, replacing, writable
+from vae import to_pixels
+
+SUFFIXES = {".png": MOST_SIDE, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # longest side, in pixels
+MOST_EXIF = 65_533                                     # bytes of JPEG's metadata
+MOST_LETTERS = 100_000                                 # of one prompt
+MOST_SLUG, MOST_NAME, MOST_BYTES = 48, 180, 64 << 20   # letters; bytes of a file_name, and of --prompts
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")
+TABLE_HEAD = re.compile(r"(?=.*\b(?:text|prompts?|captions?|file_name)\b)\w+(?:[,;\t]\w+)+", re.I)
+INFOTEXT = re.compile(r"Negative prompt:|Steps: \d+, \w+")  # of pictures that AUTOMATIC1111 and Forge draw
+
+
+@dataclass(frozen=True)
+class Picture:
+    prompt: str
+    seed: int
+    path: Path
+
+
+# ---- prompts
+
+def read_prompts(settings: Settings) -> list[tuple[str, str]]:
+    """(prompt, name of its picture or ""): --prompt, then --prompts; ValueError or OSError if there are none."""
+    prompts = [(prompt, "") for prompt in settings.prompt]
+    prompts += [] if settings.prompts is None else read_list(settings.prompts)
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "TEXT" or --prompts FILE')
+    if (number := len(prompts) * settings.count) > MOST_PICTURES:
+        raise ValueError(f"{number:,} pictures of {len(prompts):,} prompts: give at most {MOST_PICTURES:,}")
+    if settings.negative and settings.cfg == 1:
+        raise ValueError("--negative needs --cfg above 1, and --cfg is 1: give a larger --cfg, or leave --negative out")
+    for text in (settings.negative, *(prompt for prompt, _ in prompts)):
+        if re.search("[\ud800-\udfff]", text):  # how Python passes on bytes that are not in the terminal's encoding
+            raise ValueError("a prompt is not UTF-8 text; set the terminal to UTF-8, or give --prompts FILE")
+        if len(text) > MOST_LETTERS:
+            raise ValueError(f"a prompt of {len(text):,} letters ({text[:40]!r} …): give at most {MOST_LETTERS:,}")
+    return prompts
+
+
+def read_list(file: str) -> list[tuple[str, str]]:
+    """(prompt, name or "") of each line of a file, a prompt or a JSON object: the content decides, not the name."""
+    accepted = 'give a text file with one prompt per line, or JSON lines with "text"'
+    try:
+        text = read_text(file, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        why = f"{file}: {error.strerror}" if getattr(error, "strerror", "") else error
+        raise ValueError(f"--prompts {why}; {accepted}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if line.strip()]
+    if not lines or "\0" in text:
+        raise ValueError(f"--prompts {file}: {'zero bytes, no text' if lines else 'no prompt in it'}; {accepted}")
+    if any(is_json(line, dict) for _, line in lines):
+        return [read_row(line, f"--prompts {file}:{number}") for number, line in lines]
+    if any((Path(file).suffix.lower() in TABLES, TABLE_HEAD.fullmatch(lines[0][1]), is_json(text, (dict, list)),
+            *(INFOTEXT.match(line) for _, line in lines))):
+        raise ValueError(f"--prompts {file}: a table or JSON, or settings, whose lines are no prompts; {accepted}")
+    return [(line, "") for _, line in lines]
+
+
+def is_json(text: str, kind: type | tuple[type, ...]) -> bool:
+    """Whether a text is JSON of this kind; "{red, blue} cup" is a prompt."""
+    try:
+        return text.lstrip()[:1] in "[{" and isinstance(parse_json(text, ""), kind)
+    except ValueError:
+        return False
+
+
+def read_row(line: str, where: str) -> tuple[str, str]:
+    """(text, name of the picture without suffix, or "") of a JSON line; ValueError that begins with `where`."""
+    row = parse_json(line, where)
+    text = entry(row if isinstance(row, dict) else {}, "text", str, where).strip()
+    name = Path(entry({"file_name": ""} | row, "file_name", str, where).replace("\\", "/")).stem
+    if not text or name.startswith(".") or printable(name) != name or len(name.encode()) > MOST_NAME:
+        raise ValueError(f"{where}: text must not be empty, file_name a file's name of at most {MOST_NAME} bytes")
+    return text, name
+
+
+# ---- names
+
+def slug_of(prompt: str) -> str:
+    """A prompt in a file name: its letters, of any script, and a hash where they do not stand for all of it."""
+    kinds = [(letter, unicodedata.category(letter)[0]) for letter in unicodedata.normalize("NFC", prompt.lower())]
+    words = re.sub("-+", "-", "".join(letter if kind in "LMN" else "-" for letter, kind in kinds)).strip("-")
+    symbols = any(letter > "\x7f" and kind in "SC" for letter, kind in kinds)  # such as emoji
+    slug = words[:MOST_SLUG].strip("-") or "empty"
+    if symbols or len(words) > MOST_SLUG or (prompt and not words):
+        slug += f"-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    return slug
+
+
+def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Picture]:
+    """One Picture per prompt and seed. Creates their folder and checks that it is writable, before any long work.
+
+    prompts  (prompt, name); without a name, a picture is called after its number, prompt and seed
+    """
+    out, suffix, number = Path(settings.out), Path(settings.out).suffix.lower(), len(prompts) * settings.count
+    seeds = range(settings.seed, settings.seed + settings.count)
+    if out.is_dir() or suffix not in Image.registered_extensions():  # a folder
+        digits, places = len(str(seeds[-1])), max(3, len(str(len(prompts) - 1)))  # sorted by name is sorted by number
+        pictures = []
+        for i, (prompt, name) in enumerate(prompts):
+            start = name or f"{i:0{places}d}-{slug_of(prompt)}"
+            names = [start if name and settings.count == 1 else f"{start}-{seed:0{digits}d}" for seed in seeds]
+            pictures += [Picture(prompt, seed, out / f"{name}.png") for name, seed in zip(names, seeds, strict=True)]
+        if len({str(picture.path).lower() for picture in pictures}) < number:
+            raise ValueError(f"--prompts {settings.prompts}: two lines have one file_name, but for folder and suffix")
+    elif suffix not in SUFFIXES:
+        raise ValueError(f"--out {out}: the formats are {', '.join(SUFFIXES)}; name one of these, or a folder")
+    elif number > 1:
+        raise ValueError(f"--out {out} names one file, but there are {number} pictures to draw: name a folder")
+    elif max(settings.size) > (most := SUFFIXES[suffix]):
+        raise ValueError(f"--out {out}: this format ends at {most} px per side, --res is {settings.res}; name a .png")
+    else:
+        pictures = [Picture(prompts[0][0], settings.seed, out)]
+    writable(pictures[0].path.parent, f"--out {out}")
+    return pictures
+
+
+# ---- records
+
+def records_of(settings: Settings, source: Path, weights: str, picture: Picture) -> dict[str, object]:
+    """How a picture is drawn, for its metadata: enough to draw it again, without the folders of this machine."""
+    width, height = settings.size
+    about = {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed,
+             "model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
+             "weights": weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
+             "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
+             "t5_length": settings.t5_length, "dtype": settings.dtype, "software": "diffusion-4k"}
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def exif_of(records: dict[str, object]) -> Image.Exif:
+    """The metadata of JPEG and WebP: JSON in the image description."""
+    exif = Image.Exif()
+    exif[0x010E] = json.dumps(records)
+    return exif
+
+
+def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[str, object]]) -> None:
+    """Refuse, before drawing, what JPEG cannot record and what would replace another picture; ValueError names it."""
+    for picture in pictures:
+        path, records = picture.path, about(picture)
+        if path.suffix.lower() in (".jpg", ".jpeg") and (size := len(exif_of(records).tobytes())) > MOST_EXIF:
+            raise ValueError(f"--out {path}: prompts and settings take {size:,} bytes, JPEG's metadata at most "
+                             f"{MOST_EXIF:,}; name a .png, or shorten the prompt")
+        if what := in_the_way(path, records):
+            raise ValueError(f"{path}: {what}; give another --out, or move it away")
+
+
+def in_the_way(path: Path, records: dict[str, object]) -> str:
+    """What a picture would replace, if it is not the same picture."""
+    there = recorded(path) if path.exists() else {name: str(value) for name, value in records.items()}
+    name = next((name for name, value in records.items() if there.get(name) != str(value)), "")
+    if not name or "software" not in there:
+        return "exists and records nothing of this program" if name else ""
+    return f"exists and was drawn with {name} {there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}"
+
+
+def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None:
+    """Write an image (3, H, W) in [-1, 1] and how it was drawn, complete or not at all; the OSError names it."""
+    entries = PngImagePlugin.PngInfo()
+    for name, value in records.items():
+        entries.add_itxt(name, str(value))
+    options = {"pnginfo": entries} if path.suffix.lower() == ".png" else {"quality": 95, "exif": exif_of(records)}
+    try:
+        with replacing(path) as temporary:
+            Image.fromarray(to_pixels(image)).save(temporary, **options)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None

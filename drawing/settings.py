@@ -1,0 +1,129 @@
+"""What sample.py draws and how: its command line, completed by the transformer's metadata and the family.
+
+Order     parse() reads the flags, settle() fills in what was not given, summary() says where each setting comes from
+Check     python -m pytest tests/test_sample.py ; python sample.py --help
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from checkpoint import DTYPES, Weights, check_device
+from family import Family, check_size, size_of
+from files import need, printable
+from flow import SEEDS
+
+MOST_PICTURES = 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn and how: the command line. None means not given; settle() fills it in."""
+
+    prompt: list[str]
+    prompts: str | None
+    negative: str
+    res: str | None           # pixels, as family.RES
+    seed: int                 # of the first picture of each prompt
+    count: int                # pictures per prompt
+    out: str                  # folder, or the name of one picture
+    model: str                # folder in models/
+    weights: str | None       # another model folder, as downloaded
+    transformer: str | None   # instead of that folder's
+    steps: int | None
+    cfg: float | None
+    guidance: float | None    # None after settle(): the model has no such input
+    time_shift: float | None
+    mu: float | None
+    factor: int | None
+    t5_length: int | None
+    device: str | None
+    dtype: str | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return size_of(self.res)
+
+
+def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
+    """Fill in what was not given: from the file's metadata, then the family; ValueError if it cannot be drawn."""
+    mu, shift = given.mu, given.time_shift
+    family.check_guidance(given.guidance)
+    need(1 <= given.count <= MOST_PICTURES, "count", given.count, f"1 to {MOST_PICTURES:,}")
+    need(0 <= given.seed <= SEEDS - given.count, "seed", given.seed, "0 to 2^32 - count")
+    if mu is not None:
+        need(-700 < mu < 700, "mu", f"{mu:g}", "the logarithm of a time shift; Flux-dev takes 0.5 to 3")
+        if shift is not None:
+            raise ValueError(f"--mu {mu:g} --time-shift {shift:g}: mu is the logarithm of the time shift; give one")
+        shift = math.exp(mu)
+    sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
+                               given.t5_length)
+    device = check_device(given.device)
+    dtype = given.dtype or ("fp32" if device == "cpu" else "bf16")
+    settings = replace(given, device=device, dtype=dtype, **asdict(sampling))
+    recorded = f" (recorded by {transformer.source})"
+    by = recorded if given.res is None and "res" in transformer.metadata else ""
+    tokens = check_size(settings.size, settings.factor, family.config(transformer.part("model.diffusion_model.")), by)
+    if sampling.time_shift is None:
+        settings, flag = replace(settings, time_shift=family.by_tokens(tokens)), f"--res {settings.res}"
+    elif mu is not None:
+        flag = f"--mu {mu:g}"
+    else:
+        flag = f"--time-shift {settings.time_shift:g}" + (recorded if shift is None else "")
+    if note := family.check_schedule(settings.steps, settings.time_shift, flag):
+        print(note, file=sys.stderr)
+    return settings
+
+
+def summary(given: Settings, settings: Settings, family: Family, transformer: Weights, vae: Path) -> str:
+    """One line: the family, its files, the device, and each setting with where it comes from, if not the family's."""
+    scheduled = "scheduler" if family.scheduler else "by tokens" if family.time_shift is None else ""
+    numbers = []
+    for name in ("res", "factor", "steps", "cfg", "guidance", "time_shift", "t5_length"):
+        value, where = getattr(settings, name), scheduled if name == "time_shift" else ""
+        if getattr(given, name) is not None or (name == "time_shift" and given.mu is not None):
+            where = "given"
+        elif name in transformer.metadata:
+            where = "recorded"
+        if value is not None:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            numbers.append(f"{name.replace('_', ' ')} {shown}" + (f" ({where})" if where else ""))
+    kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
+    sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
+    return printable(f"{kind}; {sources}; {settings.device}, {settings.dtype}; {', '.join(numbers)}")
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(description="Draw pictures from prompts.", allow_abbrev=False)
+    add = parser.add_argument_group("input and output").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")
+    add("--prompts", metavar="FILE", help="text file with one prompt per line, or JSON lines with text, file_name")
+    add("--negative", default="", metavar="TEXT", help="negative prompt (default: the empty prompt)")
+    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 (default: recorded, else 1024)")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
+    add("--count", type=int, default=1, help="pictures per prompt, with seeds SEED, SEED+1 ... (default: 1)")
+    add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; only a picture "
+        "of the same prompt, seed and settings there is replaced (default: out)")
+    group = parser.add_argument_group("model")
+    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
+    either("--weights", metavar="DIR", help="another model folder, as downloaded")
+    add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
+    add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
+    add("--steps", type=int, help="Euler steps (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
+    add("--cfg", type=float, help="classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
+    add("--guidance", type=float, help="the guidance input of Flux-dev (3.5); other models have no such input")
+    add("--time-shift", type=float, help="time shift of the schedule; above 1 spends more steps on noise (the folder's "
+        "scheduler/, else SD3: 3.0, Flux-dev: by the number of tokens, Flux-schnell: 1)")
+    add("--mu", type=float, help="logarithm of the time shift, Flux's name for it")
+    add("--factor", type=int, choices=(8, 16), help="pixels per latent position: 8 as published, 16 by the partition "
+        "trick (16)")
+    add("--t5-length", type=int, metavar="TOKENS", help="tokens of T5 (SD3: 77, Flux-dev: 512, Flux-schnell: 256)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")
+    return Settings(**vars(parser.parse_args(argv)))
