@@ -340,6 +340,7 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
     from checkpoint import check_device, model_folder
     from family import find
+    from layers import reach
     from text import check_t5_length
     from training.cache import Embeddings, Latents
     from training.ranks import device_of, launched
@@ -357,7 +358,8 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     caches = Path(cache or folder)
     captions = ["", *(caption for item in items for caption in item.captions)]
     if latents:
-        most = family.config(transformer.part("model.diffusion_model.")).table_side * step
+        config = family.config(transformer.part("model.diffusion_model."))
+        most = reach(config.table_side, config.positions) * step
         sizes = sizes_of(items, res, step, most, aspect, small)
     embeddings = Embeddings(caches / ".embeddings", source, device, family, t5_length)
     encoded = embeddings.fill(captions, batch, rank, world)

@@ -25,6 +25,7 @@ from checkpoint import OFFICIAL_PREFIXES, Weights, locate, open_weights
 from files import entry, need, read_json
 from flow import FLUX_MU, even_sigmas, flux_time_shift, sd3_sigmas
 from flux import Flux, FluxConfig
+from layers import STOCK, Positions, check_positions, reach
 from mmdit import MMDiT, MMDiTConfig
 from names import ADAPTERS, recognised
 from text import T5_MOST, FluxText, SD3Text
@@ -139,11 +140,12 @@ class Family:
         """Length of the context for a T5 length; None: as published."""
         return self.clip_tokens + (t5_length or self.t5_length or self.t5_tokens)
 
-    def records(self, transformer: Weights) -> dict[str, str]:
+    def records(self, config: MMDiTConfig | FluxConfig) -> dict[str, object]:
         """Metadata that a written transformer needs beside its shapes."""
-        if self.model is not Flux:
-            return {}
-        return {"axes_dim": ", ".join(map(str, self.config(transformer.part("model.diffusion_model.")).axes_dim))}
+        records = {"axes_dim": ", ".join(map(str, config.axes_dim))} if self.model is Flux else {}
+        if config.positions != STOCK:
+            records |= {"positions": config.positions.rule, "trained_side": config.positions.side}
+        return records
 
 
 SD3 = Family(
@@ -170,6 +172,13 @@ FLUX_UNDISTILLED = replace(
     same_tensors="by its name or scheduler; Flux-schnell has the same tensors and takes --steps 4 --cfg 1 --mu 0")
 
 
+def positioned(config: MMDiTConfig | FluxConfig, rule: str | None, side: int | None) -> MMDiTConfig | FluxConfig:
+    """The configuration with other positions; None: as the file records. ValueError as of check_positions."""
+    recorded = config.positions
+    positions = Positions(rule or recorded.rule, recorded.side if side is None else side)
+    return replace(config, positions=check_positions(positions))
+
+
 def size_of(res: str) -> tuple[int, int]:
     """Width and height in pixels of a --res; ValueError if it is none."""
     if not (match := RES.fullmatch(res)):
@@ -180,13 +189,15 @@ def size_of(res: str) -> tuple[int, int]:
 def check_size(size: tuple[int, int], factor: int, config: MMDiTConfig | FluxConfig, by: str = "") -> int:
     """The number of image tokens; ValueError if a side is no multiple of a patch, or beyond the position table.
     by: who asks for this size, if it is not the command line."""
-    (width, height), step, most = size, 2 * factor, config.table_side * 2 * factor
+    (width, height), step = size, 2 * factor
+    most = reach(config.table_side, config.positions) * step
     given = f"--res {width}x{height}{by}"
     if width % step or height % step:
         raise ValueError(f"{given}: both sides must be multiples of {step} at --factor {factor}")
     if max(size) > most:
+        advice = "--factor 16 reaches twice as far" if factor == 8 else "--positions pi has no end"
         raise ValueError(f"{given}: this model's position table ends at {most} px per side at --factor "
-                         f"{factor}" + ("; --factor 16 reaches twice as far" if factor == 8 else ""))
+                         f"{factor}; {advice}")
     need(max(size) <= MOST_SIDE, "res", f"{width}x{height}", f"at most {MOST_SIDE:,} px per side")
     return width * height // step**2
 

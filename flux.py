@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import layers
 from checkpoint import Device, Weights, filled, open_weights
+from layers import STOCK, Positions
 
 PATCH = 2
 THETA = 10_000
@@ -46,6 +47,7 @@ class FluxConfig:
     guidance: bool = True
     axes_dim: tuple[int, ...] = AXES
     theta: float = THETA
+    positions: Positions = STOCK
     table_side: ClassVar[float] = math.inf  # positions are computed
 
 
@@ -54,12 +56,14 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope[:, None]).flatten(-2)
 
 
-def axis_turns(length: int, dim: int, theta: float = THETA, device: Device | None = None) -> Tensor:
+def axis_turns(length: int, dim: int, theta: float = THETA, device: Device | None = None,
+               positions: Positions = STOCK) -> Tensor:
     """Rotations of the positions 0, 1, … along one axis: (length, dim/2), complex64."""
     # in fp64, cheap for one axis: fp32 would be 5e-6 off at position 255, bf16 wrong from 257 on
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    frequencies = layers.frequencies(dim, theta, positions, length).to(device)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    modulus = torch.full_like(angles, layers.amplitude(positions, length))
+    return torch.polar(modulus, angles).to(torch.complex64)
 
 
 class Scale(nn.Module):
@@ -206,7 +210,10 @@ class Flux(nn.Module):
                              if guidance is None else "this Flux has no guidance_in (schnell): leave guidance None")
         dtype, length = layers.dtype_of(self), context.shape[1]
         position = self.position(*latent.shape[-2:], latent.device)                            # (h/2, w/2, d/2)
-        rope = torch.cat((position.new_ones(length, position.shape[-1]), position.flatten(0, 1)))  # (T, d/2)
+        rope = torch.cat((position[0, :1].expand(length, -1), position.flatten(0, 1)))         # (T, d/2), text at 0
+        sharper = layers.sharpening(self.config.positions, len(rope) - length, length)
+        if sharper != 1:
+            rope = rope * sharper**0.5                                                         # of q and of k
         x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))
         context = self.txt_in(context.to(dtype))                                               # (B, L, D)
         cond = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
@@ -227,7 +234,7 @@ class Flux(nn.Module):
     def position(self, height: int, width: int, device: Device | None = None) -> Tensor:
         """Rotations of the patches of a latent, (height/2, width/2, d/2), complex; the text axis stays at 0."""
         h, w = layers.patch_grid(height, width, PATCH)
-        none, rows, columns = (axis_turns(n, dim, self.config.theta, device)
+        none, rows, columns = (axis_turns(n, dim, self.config.theta, device, self.config.positions)
                                for n, dim in zip((1, h, w), self.config.axes_dim, strict=True))
         return torch.cat((none.expand(h, w, -1), rows[:, None].expand(-1, w, -1), columns.expand(h, -1, -1)), dim=-1)
 
@@ -252,7 +259,7 @@ def read_config(weights: Weights, axes_dim: tuple[int, ...] | None = None, theta
         context_dim=weights.shape_of("txt_in.weight", 2, kind)[1], mlp_hidden=mlp_hidden, theta=theta,
         pooled_dim=weights.shape_of("vector_in.in_layer.weight", 2, kind)[1],
         guidance=any(name.startswith("guidance_in.") for name in weights),
-        axes_dim=axes_dim or read_axes(weights, head_dim))
+        axes_dim=axes_dim or read_axes(weights, head_dim), positions=layers.positions_of(weights))
 
 
 def read_axes(weights: Weights, head_dim: int) -> tuple[int, ...]:

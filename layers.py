@@ -10,6 +10,7 @@ Check     python -m pytest tests/test_layers.py
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from checkpoint import Weights
+
 M = TypeVar("M", bound=nn.Module)
 FREQUENCIES = 256    # width of the timestep embedding before its MLP
 NORM_EPS = 1e-6      # of every norm in both transformers
+MOST_SIDE = 1 << 16  # tokens of a trained side
 LARGE_MAP = 1 << 21  # elements: above this, backward computes the GELU again instead of storing its result
 
 
@@ -43,10 +47,116 @@ def timestep_embedding(timestep: Tensor, width: int = FREQUENCIES, max_period: f
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention without a mask, (B, tokens, H, head_dim) each -> (B, tokens, H·head_dim)."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attend(q: Tensor, k: Tensor, v: Tensor, sharper: float = 1.0) -> Tensor:
+    """Scaled dot-product attention without a mask, (B, tokens, H, head_dim) each -> (B, tokens, H·head_dim).
+
+    sharper  factor of the logits, see `sharpening`
+    """
+    scale = None if sharper == 1 else sharper / q.shape[-1]**0.5
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+# ---- positions beyond the side that a model was trained with
+
+@dataclass(frozen=True)
+class Positions:
+    """How places of a larger picture are described to a model that has seen smaller ones.
+
+    rule  stock      as trained: places beyond the trained side are new to the model
+          pi         interpolation: all places lie within the trained side
+          ntk        high frequencies as trained, the lowest interpolated, the others between (a larger theta)
+          yarn       as trained, ntk, or pi, by how many turns a frequency makes within the trained side
+          resonance  yarn, with these turns rounded to whole ones first
+    side  trained side, tokens; up to it every rule is stock
+    Source  Diffusion-4K has no rule. ntk as in URAE and HiFlow, yarn as in the static form of DyPE's code, resonance as
+            in UltraFlux's code, in which its paper's equation 8 does not occur
+    """
+
+    rule: str = "stock"
+    side: int = 0
+
+    def stretch(self, length: int) -> float:
+        """How many times more tokens there are on an axis than in training; 1 within the trained side."""
+        return 1.0 if self.rule == "stock" else max(1.0, length / self.side)
+
+
+STOCK = Positions()
+RULES = ("stock", "pi", "ntk", "yarn", "resonance")
+# turns within the trained side between which a frequency goes from interpolated to ntk, and from that to as trained
+TO_NTK, TO_TRAINED = (0.75, 1.25), (2, 16)
+
+
+def reach(table_side: float, positions: Positions) -> float:
+    """Most tokens on a side for which a table of positions suffices: interpolated places never leave it."""
+    return math.inf if positions.rule == "pi" else table_side
+
+
+def positions_of(weights: Weights) -> Positions:
+    """What a transformer's metadata record; ValueError that names the file if it cannot be."""
+    side = weights.number("trained_side", otherwise=0, integer=True)
+    try:
+        return check_positions(Positions(weights.metadata.get("positions", "stock")[:40], side))
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: its metadata records {error}") from None
+
+
+def check_positions(positions: Positions) -> Positions:
+    """The same; ValueError if there is no such rule, or a rule lacks the trained side."""
+    if positions.rule not in RULES:
+        raise ValueError(f"positions {positions.rule!r}: the rules are {', '.join(RULES)}")
+    if positions.rule != "stock" and not 1 <= positions.side <= MOST_SIDE:
+        raise ValueError(f"positions {positions.rule}: need the trained side, 1 to {MOST_SIDE} tokens, not "
+                         f"{positions.side}; 64 for Flux and SD3 as published (1024 px at factor 8)")
+    return positions
+
+
+def frequencies(dim: int, theta: float, positions: Positions, length: int, step: float = 1.0) -> Tensor:
+    """Angle between neighbouring places for every channel pair of one axis, (dim/2,) fp64.
+
+    theta   base of the frequencies: theta^(-2i/dim)
+    length  tokens on this axis
+    step    distance of neighbouring places as trained; SD3's table has 1/3
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    trained, stretch = theta**-exponent, positions.stretch(length)
+    if stretch == 1:
+        return step * trained
+    span = positions.side * step                         # of the trained side
+    if positions.rule == "resonance":
+        turns = span * trained / math.tau
+        trained = torch.where(turns >= 1, math.tau / span * turns.round(), trained)
+        exponent = -trained.log() / math.log(theta)
+    if positions.rule == "pi":
+        return step * trained / stretch
+    ntk = (theta * stretch**(dim / max(dim - 2, 1)))**-exponent
+    if positions.rule == "ntk":
+        return step * ntk
+
+    def above(turns: tuple[float, float]) -> Tensor:
+        """1 for the frequencies of more turns, 0 for those of fewer, a ramp between."""
+        last, first = (dim * math.log(span / (n * math.tau)) / (2 * math.log(theta)) for n in turns)
+        first, last = max(math.floor(first), 0), min(math.ceil(last), dim // 2)
+        width = last - first or 0.001
+        return 1 - ((torch.arange(dim // 2, dtype=torch.float64) - first) / width).clamp(0, 1)
+
+    mixed = torch.lerp(trained / stretch, ntk, above(TO_NTK))
+    return step * torch.lerp(mixed, trained, above(TO_TRAINED))
+
+
+def amplitude(positions: Positions, length: int) -> float:
+    """Factor of the cosines and sines of an axis: yarn's remedy for attention that thins out over more tokens."""
+    return 1 + 0.1 * math.log(positions.stretch(length)) if positions.rule in ("yarn", "resonance") else 1.0
+
+
+def sharpening(positions: Positions, tokens: int, context: int) -> float:
+    """Factor of the attention's logits: the remedy of the other rules, (ln tokens / ln trained tokens)^½, at least 1.
+
+    tokens, context  of the image and of the text
+    """
+    if positions.rule not in ("pi", "ntk") or tokens <= positions.side**2:
+        return 1.0
+    return (math.log(tokens + context) / math.log(positions.side**2 + context))**0.5
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 import layers
 from checkpoint import Device, Weights, filled, open_weights
+from layers import STOCK, Positions
 
-HEAD_DIM = 64  # of every published MMDiT: num_heads = hidden_size / 64
+THETA = 10_000   # of the position table
+KEYS = -0.75     # of the cubic kernel, as in torch and OpenCV
+HEAD_DIM = 64    # of every published MMDiT: num_heads = hidden_size / 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class MMDiTConfig:
     mlp_hidden: int = 6144
     qk_norm: bool = False
     dual_attention: tuple[int, ...] = ()  # blocks with a second attention, among image tokens only
+    positions: Positions = STOCK
 
 
 def sincos_table(hidden_size: int, side: int, base: float | None = None, offset: float = 0.0) -> Tensor:
@@ -51,7 +55,7 @@ def sincos_table(hidden_size: int, side: int, base: float | None = None, offset:
     returns  (side², hidden_size), row by row; channels: column sines, column cosines, row sines, row cosines
     """
     quarter = hidden_size // 4
-    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    omega = float(THETA) ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     position = torch.arange(side, dtype=torch.float64) * ((base or side) / side) + offset
     angles = torch.outer(position, omega)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -131,20 +135,21 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(config, read_only=self.read_only)
         self.x_block = StreamBlock(config, dual=self.dual)
 
-    def forward(self, context: Tensor, x: Tensor, cond: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(self, context: Tensor, x: Tensor, cond: Tensor, sharper: float) -> tuple[Tensor | None, Tensor]:
         """Context (None from the last block) and x, after joint attention, dual attention among image tokens, MLPs."""
         mod_c, mod_x = self.context_block.chunks_of(cond), self.x_block.chunks_of(cond)
         of_context = self.context_block.attn.heads(layers.modulated_norm(context, mod_c.shift, mod_c.scale))
         of_image = self.x_block.attn.heads(layers.modulated_norm(x, mod_x.shift, mod_x.scale))  # (B, N, H, 64) q, k, v
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))
         del of_context, of_image  # they are as large as q, k, v
-        out_c, out_x = layers.attend(q, k, v).split((context.shape[1], x.shape[1]), dim=1)  # (B, L, D), (B, N, D)
+        lengths = context.shape[1], x.shape[1]
+        out_c, out_x = layers.attend(q, k, v, sharper).split(lengths, dim=1)               # (B, L, D), (B, N, D)
         del q, k, v
         attended = torch.addcmul(x, mod_x.gate, self.x_block.attn.proj(out_x))             # (B, N, D)
         if self.dual:
             attn2 = self.x_block.attn2
             qkv = attn2.heads(layers.modulated_norm(x, mod_x.shift_2, mod_x.scale_2))
-            attended = torch.addcmul(attended, mod_x.gate_2, attn2.proj(layers.attend(*qkv)))
+            attended = torch.addcmul(attended, mod_x.gate_2, attn2.proj(layers.attend(*qkv, sharper)))
             del qkv
         x = layers.add_mlp(attended, self.x_block.mlp, mod_x.shift_mlp, mod_x.scale_mlp, mod_x.gate_mlp)
         if self.read_only:
@@ -188,21 +193,63 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context.to(dtype))                                 # (B, L, D)
         time = self.t_embedder(layers.timestep_embedding(1000 * sigma.float()).to(dtype))  # (B, D)
         cond = F.silu(time + self.y_embedder(pooled.to(dtype)))                            # (B, D)
+        sharper = layers.sharpening(self.config.positions, x.shape[1], context.shape[1])
         for block in self.joint_blocks:
-            context, x = block(context, x, cond)
+            context, x = block(context, x, cond, sharper)
         x = self.final_layer(x, cond)                                                      # (B, N, p²·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=h, w=w, p=p, q=p).to(latent.dtype)
 
     def position(self, height: int, width: int) -> Tensor:
-        """The centre of the position table, (height/p, width/p, D): a view."""
+        """The centre of the position table, (height/p, width/p, D): a view, or by config.positions a table anew."""
         side, p = self.config.table_side, self.config.patch_size
         h, w = layers.patch_grid(height, width, p)
+        if max(self.config.positions.stretch(n) for n in (h, w)) > 1:
+            rows, columns = (self.resampled(n) for n in (h, w))
+            return torch.cat((columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)), dim=-1)
         if max(h, w) > side:
             raise ValueError(f"latent {height}x{width} exceeds this model's position table: a side can have "
                              f"{side * p}, which is {side * p * 8} px at factor 8 and {side * p * 16} px at factor 16")
         top, left = (side - h) // 2, (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w]
+
+
+    def resampled(self, length: int) -> Tensor:
+        """One axis of the table, (length, D/2), at the places that config.positions gives to each channel.
+
+        The two axes of SD3's table are alike: sines, then cosines, of geometrically spaced frequencies. Each channel is
+        read at its own places, around the centre, by cubic interpolation.
+        """
+        side, dim = self.config.table_side, self.config.hidden_size // 2
+        if self.pos_embed.is_meta:                                                         # train.py --plan
+            return self.pos_embed.new_empty(length, dim)
+        table = self.pos_embed.view(side, side, -1)[0, :, :dim].double()                   # (side, D/2), along a row
+        sine, cosine = table[side // 2 - 1:side // 2 + 1, [0, dim // 2]].T                 # of the first frequency, 1
+        step = torch.atan2(sine[1] * cosine[0] - cosine[1] * sine[0], cosine[1] * cosine[0] + sine[1] * sine[0])
+        stock, own = (layers.frequencies(dim, THETA, positions, length, float(step)) for positions
+                      in (STOCK, self.config.positions))
+        trained = self.config.positions.side
+        centre = (side - trained) // 2 + trained / 2
+        offsets = torch.arange(length, dtype=torch.float64) - length / 2
+        places = centre + torch.outer(offsets, own / stock)                                # (length, D/4)
+        places = places.repeat(1, 2).to(table.device)
+        if places.min() < 0 or places.max() > side - 1:
+            raise ValueError(f"positions {self.config.positions.rule}: {length} tokens reach beyond the position table "
+                             f"of {side}; take pi")
+        resampled = cubic(table, places) * layers.amplitude(self.config.positions, length)
+        return resampled.to(self.pos_embed.dtype)
+
+
+def cubic(table: Tensor, places: Tensor) -> Tensor:
+    """Channel k of a table (side, K) at places[:, k], (n, K), by Keys' cubic interpolation; the ends are repeated."""
+    low = places.floor()
+    total, side = torch.zeros_like(places), len(table)
+    for tap in (-1, 0, 1, 2):
+        x = (places - low - tap).abs()                                                     # distance, in [0, 2]
+        near, far = ((KEYS + 2) * x - (KEYS + 3)) * x**2 + 1, ((x - 5) * x + 8) * x - 4
+        index = (low.long() + tap).clamp(0, side - 1)
+        total += torch.where(x <= 1, near, KEYS * far) * table.gather(0, index)
+    return total
 
 
 def read_config(weights: Weights) -> MMDiTConfig:
@@ -224,7 +271,8 @@ def read_config(weights: Weights) -> MMDiTConfig:
         pooled_dim=weights.shape_of("y_embedder.mlp.0.weight", 2, kind)[1], table_side=math.isqrt(cells),
         mlp_hidden=weights.common_size(".mlp.fc1.weight", 0, "joint_blocks.0.x_block.mlp.fc1.weight", kind),
         qk_norm=any(".attn.ln_q." in name for name in weights),
-        dual_attention=tuple(sorted({int(block[1]) for block in dual if block})))
+        dual_attention=tuple(sorted({int(block[1]) for block in dual if block})),
+        positions=layers.positions_of(weights))
 
 
 def new_mmdit(config: MMDiTConfig, generator: torch.Generator, base: float | None = None) -> MMDiT:

@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights
 from data import Item, Pictures, read_folder, sizes_of
-from family import Family, check_widths, find
+from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
+from layers import reach
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
 from training.batches import Part, batches, read_batch, uneven
@@ -220,7 +221,9 @@ def open_job(settings: Settings) -> Job:
         check_t5_length(settings.t5_length)
     items, step = read_folder(settings.data), 2 * settings.factor
     config = family.config(transformer.part("model.diffusion_model."))
-    sizes = sizes_of(items, settings.res, step, config.table_side * step, settings.aspect, settings.small)
+    config = positioned(config, settings.positions, settings.trained_side)
+    most = reach(config.table_side, config.positions) * step
+    sizes = sizes_of(items, settings.res, step, most, settings.aspect, settings.small)
     items, sizes = zip(*(pair for pair in zip(items, sizes, strict=True) if pair[1]), strict=True)
     if not rank():
         check_memory(settings, this_machine(device, world()))
@@ -239,7 +242,7 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     settings, weights = job.settings, job.transformer.part("model.diffusion_model.")
     mesh = init_device_mesh(job.device.type, (world(),)) if settings.sharded else None  # all ranks meet here
     split = partial(shard, settings=settings, mesh=mesh)
-    model = on_all(lambda: build(settings, job.family, weights, job.device, split))
+    model = on_all(lambda: build(settings, job.family, job.config, weights, job.device, split))
     vae = on_all(lambda: VAE.load(job.vae_path, job.device, fallback=job.family.latent_scale).requires_grad_(False))
     if not settings.latent_shift:
         vae.shift_factor = 0.0

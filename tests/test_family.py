@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from family import (
     with_scheduler,
 )
 from flux import FluxConfig
+from layers import Positions
 from mmdit import MMDiTConfig
 from models import make_tiny
 from text import FluxText
@@ -140,8 +142,10 @@ def test_context_has_the_tokens_of_clip_and_t5(family, published, longer):
 
 
 def test_only_flux_records_its_axes(folders):
-    assert FLUX_DEV.records(open_weights(folders / "tiny-flux" / "flux.safetensors")) == {"axes_dim": "8, 28, 28"}
-    assert SD3.records(open_weights(folders / "tiny-sd3" / "sd3.safetensors")) == {}
+    flux, sd3 = (family.config(open_weights(folders / name).part("model.diffusion_model.")) for family, name in
+                 ((FLUX_DEV, "tiny-flux/flux.safetensors"), (SD3, "tiny-sd3/sd3.safetensors")))
+    assert FLUX_DEV.records(flux) == {"axes_dim": "8, 28, 28"} and SD3.records(sd3) == {}
+    assert SD3.records(replace(sd3, positions=Positions("pi", 8))) == {"positions": "pi", "trained_side": 8}
 
 
 @pytest.mark.parametrize("config", [MMDiTConfig(), FluxConfig()])

@@ -1,17 +1,33 @@
 """What both transformers share: formulas, their derivatives, the memory they save, and that every module is called."""
 
+import json
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import DATA
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import layers
 from flux import FluxConfig, new_flux
-from layers import gelu_linear, gelu_mlp, is_plain, modulated_norm
+from layers import (
+    RULES,
+    Positions,
+    amplitude,
+    attend,
+    check_positions,
+    frequencies,
+    gelu_linear,
+    gelu_mlp,
+    is_plain,
+    modulated_norm,
+    sharpening,
+)
 from mmdit import MMDiTConfig, new_mmdit
 
 MODELS = {
@@ -245,3 +261,88 @@ def test_a_weight_that_is_a_tensor_subclass_is_not_plain():
     assert is_plain(linear, nn.Linear(4, 2))
     linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach()))
     assert not is_plain(linear) and not is_plain(nn.Linear(4, 2), linear)
+
+
+# ---- positions beyond the trained side
+
+GOLDEN_POSITIONS = json.loads((DATA / "positions.json").read_text())  # "dim,side,length" -> by the released functions
+
+
+@pytest.mark.parametrize("rule", ["yarn", "resonance"])
+@pytest.mark.parametrize("case", GOLDEN_POSITIONS)
+def test_frequencies_equal_those_of_the_released_functions_of_dype_and_ultraflux(case, rule):
+    (dim, side, length), golden = map(int, case.split(",")), GOLDEN_POSITIONS[case]
+    expected = torch.tensor(golden[rule], dtype=torch.float64)
+    ours = frequencies(dim, 10_000, Positions(rule, side), length)
+    assert (ours - expected).abs().max() < 1e-7  # released cosines are fp32
+    assert abs(amplitude(Positions(rule, side), length) - golden["amplitude"]) < 1e-6
+
+
+@pytest.mark.parametrize("stretch", [1.5, 2, 4])
+def test_interpolation_divides_all_frequencies_and_ntk_the_lowest(stretch):
+    stock, pi, ntk = (frequencies(56, 10_000, Positions(rule, 64), int(64 * stretch)) for rule in RULES[:3])
+    assert torch.equal(pi, stock / stretch)
+    assert ntk[0] == stock[0] and abs(ntk[-1] * stretch / stock[-1] - 1) < 1e-12
+    assert (ntk[1:] < stock[1:]).all() and (ntk[:-1] > pi[:-1]).all()
+
+
+def test_resonance_rounds_frequencies_to_complete_turns_within_the_trained_side():
+    turns = frequencies(56, 10_000, Positions("resonance", 10_000), 10_001) * 10_000 / math.tau
+    fast = turns > 16  # yarn leaves these as they are
+    assert fast.sum() > 9 and (turns[fast] - turns[fast].round()).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("rule", RULES)
+@BOTH
+def test_within_the_trained_side_every_rule_is_stock_bit_for_bit(name, rule):
+    make, config = MODELS[name]
+    model = make(config, torch.Generator().manual_seed(0)).eval()
+    stock = model.position(4, 8)
+    model.config = replace(config, positions=Positions(rule, 4))
+    assert torch.equal(model.position(4, 8), stock)
+    assert sharpening(model.config.positions, 8, 5) == 1
+
+
+@BOTH
+def test_interpolated_places_are_those_of_the_trained_side(name):
+    make, config = MODELS[name]
+    config = replace(config, table_side=32) if name == "mmdit" else config
+    model = make(config, torch.Generator().manual_seed(0))
+    trained = model.position(16, 24)
+    model.config = replace(config, positions=Positions("pi", 8))
+    # 8 rows as trained, 12 columns within 8: every third new column lies on every second trained one
+    first = 2 if name == "mmdit" else 0  # the table's centre is cut out; Flux counts from 0
+    assert (model.position(16, 24)[:, ::3] - trained[:, first:first + 8:2]).abs().max() < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_every_rule_changes_the_velocity_beyond_the_trained_side_alone(name, rule):
+    make, config = MODELS[name]
+    config = replace(config, table_side=16) if name == "mmdit" else config
+    model = make(config, torch.Generator().manual_seed(0))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    inputs = torch.ones(1), torch.ones(1, 5, 24), torch.ones(1, 20), torch.ones(1) if name == "flux" else None
+    for side, same in ((8, True), (16, False)):
+        latent = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(1))
+        velocities = []
+        for positions in (Positions(), Positions(rule, 4)):
+            model.config = replace(config, positions=positions)
+            velocities.append(model(latent, *inputs))
+        assert torch.equal(*velocities) is same and velocities[1].isfinite().all()
+
+
+def test_sharper_attention_is_attention_with_that_factor_of_its_logits():
+    q, k, v = (t.detach() for t in random((2, 6, 3, 8), (2, 6, 3, 8), (2, 6, 3, 8)))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * 1.25 / 8**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).flatten(2)
+    assert (attend(q, k, v, 1.25) - expected).abs().max() < 1e-12
+    assert abs(sharpening(Positions("pi", 64), 128**2, 512) - (math.log(128**2 + 512) / math.log(4608))**0.5) < 1e-12
+
+
+@pytest.mark.parametrize("rule, side, why", [("PI", 4, "the rules are stock, pi"), ("pi", 0, "need the trained side"),
+                                             ("yarn", 10**9, "need the trained side")])
+def test_positions_that_cannot_be_are_refused(rule, side, why):
+    with pytest.raises(ValueError, match=why):
+        check_positions(Positions(rule, side))

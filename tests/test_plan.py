@@ -47,7 +47,8 @@ def test_plan_equals_the_memory_of_a_real_step(settings, folders, tmp_path, name
     s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
     card, _ = memory(s, family, config, vae_config, 1)
 
-    model = build(s, family, find(s.weights)[1].part("model.diffusion_model."), torch.device("cpu"), None)
+    weights = find(s.weights)[1].part("model.diffusion_model.")
+    model = build(s, family, config, weights, torch.device("cpu"), None)
     side, generator = s.res // 16, seeded(0)
     latent, noise = torch.randn(2, s.batch, 16, side, side, generator=generator)
     context = torch.randn(s.batch, family.text_tokens(None), config.context_dim, generator=generator)

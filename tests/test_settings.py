@@ -9,8 +9,9 @@ from conftest import ROOT, run_script
 from family import FLUX_DEV, FLUX_SCHNELL, SD3
 from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, parse, settle
 
-# the sizes and captions of pictures are compared one by one: they tell whether --small changed anything
-MAY_CHANGE = {"data", "out", "cache", "small", "recipe", "steps", "shard", "offload", "accumulate", "activations",
+# compared by what they lead to: --small by the sizes of all pictures, positions in the model's configuration
+MAY_CHANGE = {"data", "out", "cache", "small", "positions", "trained_side", "recipe", "steps", "shard", "offload",
+              "accumulate", "activations",
               "ema_on_host", "device", "save_dtype", "save_every", "keep", "log_every", "sample_every", "threads",
               "export", "plan", "dry_run"}
 # how the released trainers prepare pictures and captions, and the cell of docs/differences.md that says so

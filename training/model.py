@@ -47,11 +47,11 @@ def make(family: Family, config: MMDiTConfig | FluxConfig, activations: str) -> 
     return model
 
 
-def build(settings: Settings, family: Family, weights: Weights, device: torch.device,
+def build(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig, weights: Weights, device: torch.device,
           shard: Callable[[nn.Module], None]) -> MMDiT | Flux:
     """The transformer with its weights, read after `shard` has split it: each rank then reads its own rows only."""
     with torch.device("meta"):
-        model = make(family, family.config(weights), settings.activations).to(settings.state_dtype)
+        model = make(family, config, settings.activations).to(settings.state_dtype)
     home = torch.device("cpu") if settings.offload else device
     if settings.sharded:
         shard(model)

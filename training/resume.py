@@ -36,6 +36,7 @@ from checkpoint import Weights
 from family import Family
 from files import entry, read_json
 from flux import FluxConfig
+from layers import STOCK
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW
 from training.ranks import SharedError, gathered, on_all, on_first, rank, world
@@ -283,9 +284,11 @@ def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxCo
     weights  hashes of what the run began from: they tell whether weights at another place are the same
     listing  file name, captions and crop size of every picture: these decide the order; a picture may be repaired
     """
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    digest, model = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16], asdict(config)
+    if config.positions == STOCK:  # as in checkpoints of before there were others
+        del model["positions"]
     return {"settings": {name: getattr(settings, name) for name in SOURCE + IDENTITY}, "weights": dict(weights),
-            "model": {"family": family.name} | asdict(config), "data": {"pictures": len(listing), "digest": digest}}
+            "model": {"family": family.name} | model, "data": {"pictures": len(listing), "digest": digest}}
 
 
 def digest_of(weights: Weights) -> str:

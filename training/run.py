@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, save
 from family import SAMPLING, Family, find
 from files import entry, need, printable, read_json, read_text
+from layers import STOCK, Positions
 from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
 from training.plan import flop_of_image
 from training.ranks import on_all, on_first, rank, world
@@ -199,8 +200,8 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
                     "shift_factor": vae.shift_factor}
         tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
         tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
-    else:
-        records |= family.records(transformer)
+    config = family.config(transformer.part("model.diffusion_model."))
+    records |= family.records(replace(config, positions=_positions_of(folder)))
     if bad := next((name for name, t in tensors.items() if not torch.isfinite(torch.stack(t.aminmax())).all()), ""):
         raise ValueError(f"{bad} holds NaN or Inf in {settings.save_dtype}: {path} is not written; "
                          "try a smaller --lr, or a wider --save-dtype")
@@ -213,6 +214,14 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
 def _settings_of(folder: Path) -> dict[str, object]:
     """The settings that a checkpoint records."""
     return entry(read_json(folder / ABOUT), "settings", dict, folder / ABOUT)
+
+
+def _positions_of(folder: Path) -> Positions:
+    """The positions that a checkpoint was trained with; it records them if they are not stock."""
+    where = folder / ABOUT
+    model = entry(read_json(where), "model", dict, where)
+    positions = entry({"positions": asdict(STOCK)} | model, "positions", dict, where)
+    return Positions(entry(positions, "rule", str, where), entry(positions, "side", int, where))
 
 
 def export_newest(settings: Settings) -> str:

@@ -19,6 +19,7 @@ from checkpoint import DTYPES
 from family import Family
 from files import need
 from flow import DENSITIES, SCHEMES, SEEDS, flux_mu
+from layers import RULES
 from text import check_t5_length
 from training.ranks import from_torchrun
 from wavelet import OBJECTIVES
@@ -94,6 +95,11 @@ class Settings:
     dilation: int | None = flag(None, "of the VAE's first convolution at factor 16; 1: as released (default: 2)",
                                 choices=(1, 2))
     latent_shift: bool | None = flag(None, "latent = (raw - shift) * scale; without it raw * scale (default: with)")
+    positions: str | None = flag(
+        None, "rule for places beyond --trained-side (default: as the file records, else stock)", choices=RULES)
+    trained_side: int | None = flag(
+        None, "tokens per side that the model was trained with: 64 as published (default: as the file records)",
+        metavar="N")
     flip: bool | None = flag(None, "mirror each crop with probability 1/2 (default: yes)")
     resize: str | None = flag(None, "interpolation of pictures to the crop's size (default: lanczos)",
                               choices=("lanczos", "bilinear"))
