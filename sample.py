@@ -7,11 +7,12 @@ Method    prompt -> text encoders -> context, pooled
                     Flux: velocity = v(prompt, guidance), one pass; the guidance is an input of the model
           latent -> partitioned VAE -> picture
 Run       python sample.py --prompt "a dandelion at sunset"                    tiny-sd3, 1024 px; 2 cores: 8 s, 0.5 GiB
-          python sample.py --prompt "a dandelion at dawn" --res 4096 --steps 8                      3 minutes, 2.2 GiB
+          python sample.py --prompt "a dandelion at dawn" --res 4096                                4 minutes, 2.4 GiB
           python sample.py --prompt "a dandelion at noon" --model tiny-flux                         the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
           python sample.py --prompts aesthetic-4k/metadata.jsonl --weights sd3  one picture per line, named as there
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
+Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
 Says      what is drawn from which files and settings, before it begins
 Keeps     pictures of another prompt or other settings; the latent of a picture whose decode fails
 Check     python -m pytest tests/test_sample.py
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
     import files
     files.end_on_interrupt()
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +43,10 @@ from drawing.pictures import (
     write_picture,
 )
 from drawing.settings import Settings, parse, settle, summary
-from family import Family, check_widths, find, fingerprint
+from drawing.stages import Stage, enlarged, stages_of
+from family import Family, check_widths, find, fingerprint, positioned
 from files import check_path, memory_error, printable, run_command
-from flow import draw_noise, euler, velocity_with_cfg
+from flow import draw_noise, euler, interpolate, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT
 from vae import VAE
@@ -67,12 +70,12 @@ def run(given: Settings) -> None:
 
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
     model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
+    model.config = positioned(model.config, settings.positions, settings.trained_side)
     vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale))
     check_widths(model.config, *encoded[settings.negative], vae_in(settings.dtype).config)
-    sigmas, failures = family.sigmas(settings.steps, settings.time_shift), []
+    stages, failures = plan_stages(settings, family), []
     for picture in pictures:
-        latent, s_per_step = draw(picture, settings, encoded, model, sigmas)
-        image, failure = decode(latent, settings, vae_in)
+        latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages)
         if failure := failure or in_the_way(picture.path, about(picture)):  # another run may have drawn there since
             failures.append(failed(picture, latent, failure, about(picture), settings))
             continue
@@ -82,6 +85,17 @@ def run(given: Settings) -> None:
         print(f"error: {printable(failure)}", file=sys.stderr)
     if failures:
         raise ValueError(failures[-1])
+
+
+def plan_stages(settings: Settings, family: Family) -> list[Stage]:
+    """The stages of every picture; a time shift by tokens is that of each stage."""
+    step = 2 * settings.factor
+    by_tokens = settings.time_shift == family.by_tokens(math.prod(settings.size) // step**2)
+
+    def schedule(tokens: int) -> Tensor:
+        return family.sigmas(settings.steps, family.by_tokens(tokens) if by_tokens else settings.time_shift)
+    return stages_of(settings.size, None if settings.first == "none" else int(settings.first), settings.start, step,
+                     schedule)
 
 
 def encode(prompts: list[str], settings: Settings, folder: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
@@ -94,17 +108,29 @@ def encode(prompts: list[str], settings: Settings, folder: Path, family: Family)
 
 @torch.inference_mode()
 def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT | Flux,
-         sigmas: Tensor) -> tuple[Tensor, float]:
-    """A latent (1, C, h, w), fp32, and the seconds per step."""
-    (width, height), factor = settings.size, settings.factor
+         vae_in: Callable[[str], VAE], stages: list[Stage]) -> tuple[Tensor, Tensor | None, str, float]:
+    """The last latent (1, C, h, w), fp32; its image, or None and why there is none; the seconds per step."""
+    factor, seconds, image = settings.factor, 0.0, None
     weight = next(model.parameters())       # for its device and dtype
     pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
     context, pooled = (torch.cat(pair).to(weight) for pair in pairs)                              # (2, L, C), (2, P)
     velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance)
-    noise = draw_noise([picture.seed], (model.config.in_channels, height // factor, width // factor)).to(weight.device)
-    began = time.time()
-    latent = euler(velocity, noise, sigmas, progress=True).cpu()  # fp32 around a bf16 model; waits for the device
-    return latent, (time.time() - began) / settings.steps
+    for stage in stages:
+        shape = model.config.in_channels, stage.height // factor, stage.width // factor
+        latent = draw_noise([picture.seed], shape).to(weight.device)
+        if image is not None:               # redrawn from the picture of the stage before
+            vae, start = vae_in(settings.dtype), stage.sigmas[:1].to(weight.device)
+            before = vae.encode(enlarged(image[None], stage).to(weight), factor).float()
+            latent = interpolate(before, latent, start)
+        began = time.perf_counter()
+        if len(stage.sigmas) > 1:
+            latent = euler(velocity, latent, stage.sigmas, progress=True)  # fp32 around a bf16 model
+        latent = latent.cpu()               # waits for the device
+        seconds += time.perf_counter() - began
+        image, failure = decode(latent, settings, vae_in)
+        if failure:
+            break
+    return latent, image, failure, seconds / max(1, sum(len(stage.sigmas) - 1 for stage in stages))
 
 
 @torch.inference_mode()

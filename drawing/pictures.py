@@ -145,7 +145,10 @@ def records_of(settings: Settings, source: Path, weights: str, picture: Picture)
              "model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
              "weights": weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
-             "t5_length": settings.t5_length, "dtype": settings.dtype, "software": "diffusion-4k"}
+             "t5_length": settings.t5_length, "positions": settings.positions,
+             "trained_side": settings.trained_side, "dtype": settings.dtype, "software": "diffusion-4k"}
+    if settings.first != "none":
+        about |= {"first": settings.first, "start": settings.start}
     return {name: value for name, value in about.items() if value is not None}
 
 

@@ -6,15 +6,17 @@ Check     python -m pytest tests/test_sample.py ; python sample.py --help
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from checkpoint import DTYPES, Weights, check_device
-from family import Family, check_size, size_of
+from family import Family, check_size, positioned, size_of
 from files import need, printable
 from flow import SEEDS
+from layers import RULES, STOCK, Positions
 
 MOST_PICTURES = 100_000
 
@@ -40,6 +42,10 @@ class Settings:
     mu: float | None
     factor: int | None
     t5_length: int | None
+    first: str | None         # side of the first stage, pixels; "none": drawn at once
+    start: float              # noise level at which a later stage begins
+    positions: str | None
+    trained_side: int | None  # tokens
     device: str | None
     dtype: str | None
 
@@ -65,9 +71,12 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     device = check_device(given.device)
     dtype = given.dtype or ("fp32" if device == "cpu" else "bf16")
     settings = replace(given, device=device, dtype=dtype, **asdict(sampling))
+    config = family.config(transformer.part("model.diffusion_model."))
+    settings = staged(settings, family, transformer, config.positions)
+    config = positioned(config, settings.positions, settings.trained_side)
     recorded = f" (recorded by {transformer.source})"
     by = recorded if given.res is None and "res" in transformer.metadata else ""
-    tokens = check_size(settings.size, settings.factor, family.config(transformer.part("model.diffusion_model.")), by)
+    tokens = check_size(settings.size, settings.factor, config, by)
     if sampling.time_shift is None:
         settings, flag = replace(settings, time_shift=family.by_tokens(tokens)), f"--res {settings.res}"
     elif mu is not None:
@@ -77,6 +86,38 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
     return settings
+
+
+def staged(settings: Settings, family: Family, transformer: Weights, recorded: Positions) -> Settings:
+    """Settings with first, positions and trained_side: a file that records a smaller size is drawn in stages.
+
+    Stages draw with the recorded rule of positions, else with interpolated ones.
+    """
+    step, mean, first, trained = 2 * settings.factor, math.sqrt(math.prod(settings.size)), settings.first, None
+    need(0 <= settings.start <= 1, "start", f"{settings.start:g}", "0 to 1")
+    if "res" in transformer.metadata:  # pixels, at the factor that is recorded too
+        factor = transformer.number("factor", otherwise=family.factor)
+        trained = math.sqrt(math.prod(size_of(transformer.metadata["res"]))) * settings.factor / factor
+    if first is None and trained:
+        first = str(max(1, round(trained / step)) * step) if mean > 1.001 * trained else "none"
+    elif first is None:
+        if mean > family.res:
+            print(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
+                  f"contents repeat, give --first {family.res}", file=sys.stderr)
+        first = "none"
+    rule, stages = settings.positions, first != "none" and mean > pixels_of(first, step)
+    if stages and rule is None:
+        rule = recorded.rule if recorded != STOCK else "pi"
+    tokens = int(first) // step if stages else round((trained or 0) / step)
+    side = settings.trained_side or recorded.side or tokens
+    return replace(settings, first=first if stages else "none", positions=rule, trained_side=side if rule else None)
+
+
+def pixels_of(first: str, step: int) -> int:
+    """--first in pixels; ValueError if it is none."""
+    fits = re.fullmatch(r"\d{1,5}", first) and int(first) >= step and int(first) % step == 0
+    need(bool(fits), "first", first, f"pixels, a multiple of {step}, or none")
+    return int(first)
 
 
 def summary(given: Settings, settings: Settings, family: Family, transformer: Weights, vae: Path) -> str:
@@ -92,6 +133,11 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         if value is not None:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             numbers.append(f"{name.replace('_', ' ')} {shown}" + (f" ({where})" if where else ""))
+    if settings.first != "none":
+        where = "given" if given.first else "the trained size"
+        numbers.append(f"in stages from {settings.first} px ({where}) at noise level {settings.start:g}")
+    if settings.positions:
+        numbers.append(f"positions {settings.positions} from {settings.trained_side} tokens")
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
     sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
     return printable(f"{kind}; {sources}; {settings.device}, {settings.dtype}; {', '.join(numbers)}")
@@ -123,6 +169,15 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--factor", type=int, choices=(8, 16), help="pixels per latent position: 8 as published, 16 by the partition "
         "trick (16)")
     add("--t5-length", type=int, metavar="TOKENS", help="tokens of T5 (SD3: 77, Flux-dev: 512, Flux-schnell: 256)")
+    add = parser.add_argument_group("larger than trained").add_argument
+    add("--first", metavar="PX", help="draw at this side first, then enlarge and redraw in doublings; none: at once "
+        "(default: the trained size if the file records it, else none)")
+    add("--start", type=float, default=0.6, help="noise level at which a larger picture is redrawn; below 0.6 it stays "
+        "blurred (default: 0.6)")
+    add("--positions", choices=RULES, help="rule for places beyond the trained side (default: recorded, else pi in "
+        "stages, stock at once)")
+    add("--trained-side", type=int, metavar="N", help="tokens per side that the model was trained with (default: "
+        "recorded, else those of --first)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")

@@ -67,7 +67,7 @@ def test_no_import_leads_back(name):
 
 
 def test_sample_needs_no_room_but_its_own_and_no_other_command():
-    assert reached_from("sample") <= METHOD | {"drawing.pictures", "drawing.settings"}
+    assert reached_from("sample") <= METHOD | {"drawing.pictures", "drawing.settings", "drawing.stages"}
 
 
 @pytest.mark.parametrize("module", ["data", "metrics"])

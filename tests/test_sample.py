@@ -624,9 +624,10 @@ def test_dtype_follows_the_device_that_is_asked_for(settled, monkeypatch):
     (("--res", "40"), "multiples of 32"),
     (("--res", "24", "--factor", "8"), "multiples of 16 at --factor 8"),
     *((("--res", res), "pixels") for res in ("0", "64x0", "-64", "big", "64x", "", "64.5", "64,64")),
-    (("--res", "1056"), "ends at 1024 px per side at --factor 16"),
-    (("--res", "64x2048"), "ends at 1024 px"),
-    (("--res", "528", "--factor", "8"), "ends at 512 px per side at --factor 8; --factor 16 reaches twice as far")])
+    (("--res", "1056", "--first", "none"), "ends at 1024 px per side at --factor 16"),
+    (("--res", "64x2048", "--first", "none"), "ends at 1024 px"),
+    (("--res", "528", "--factor", "8", "--first", "none"),
+     "ends at 512 px per side at --factor 8; --factor 16 reaches twice as far")])
 def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_path, arguments, says):
     message = refusal("--prompt", "a hill", *arguments)
     assert "--res" in message and says in message

@@ -1,0 +1,108 @@
+"""Drawing in stages: their sizes and levels, both limits, when they happen by themselves."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import metadata_of
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from checkpoint import open_weights
+from drawing.stages import Stage, enlarged, sizes_of, stages_of
+from flow import sd3_sigmas
+from vae import VAE, to_image, to_pixels
+
+
+@pytest.fixture
+def draw(folders, tmp_path, capsys):
+    """draw(flags): the picture of sample.py as an array, what it records, the line before drawing, stderr."""
+    def run(*flags: object, record: dict | None = None, model: str = "tiny-sd3") -> tuple[np.ndarray, dict, str, str]:
+        file = folders / model / ("sd3.safetensors" if model == "tiny-sd3" else "flux.safetensors")
+        if record is not None:
+            kept = {k: v for k, v in metadata_of(file).items() if k != "res"}
+            save_file(load_file(file), tmp_path / file.name, kept | record)
+            file = tmp_path / file.name
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        files = "--weights", folders / model, "--transformer", file, "--out", out
+        sample.main([*map(str, ("--prompt", "snow", *files, "--steps", 3, "--device", "cpu", *flags))])
+        text = capsys.readouterr()
+        with Image.open(out) as picture:
+            return np.array(picture), picture.text, text.out.splitlines()[0], text.err
+    return run
+
+
+@pytest.mark.parametrize("size, first, expected", [
+    ((4096, 4096), 1024, [(1024, 1024), (2048, 2048), (4096, 4096)]), ((1024, 1024), 1024, [(1024, 1024)]),
+    ((1536, 1536), 1024, [(1024, 1024), (1536, 1536)]), ((512, 512), 1024, [(512, 512)]),
+    ((512, 512), None, [(512, 512)]),
+    ((4096, 1024), 1024, [(2048, 512), (4096, 1024)]), ((3072, 4096), 1024, [(896, 1184), (1664, 2208), (3072, 4096)])])
+def test_stages_begin_at_the_first_size_and_at_most_double(size, first, expected):
+    assert sizes_of(size, first, 32) == expected
+
+
+def test_later_stages_have_the_levels_below_start():
+    one, two = stages_of((2048, 2048), 1024, 0.6, 32, lambda tokens: sd3_sigmas(28))
+    assert torch.equal(one.sigmas, sd3_sigmas(28)) and one.width == 1024
+    assert two.sigmas[0].item() == pytest.approx(0.6) and torch.equal(two.sigmas[1:], one.sigmas[one.sigmas < 0.6])
+
+
+def test_start_1_is_drawing_at_once_bit_for_bit(draw):
+    at_once = draw("--res", 128, "--first", "none", "--positions", "pi", "--trained-side", 2)[0]
+    assert np.array_equal(draw("--res", 128, "--first", 64, "--start", 1)[0], at_once)
+
+
+def test_start_0_is_the_round_trip_of_the_enlarged_picture(draw, folders):
+    small, large = draw("--res", 64, "--first", "none")[0], draw("--res", 128, "--first", 64, "--start", 0)[0]
+    vae = VAE.load(folders / "tiny-sd3" / "sd3.safetensors")
+    with torch.no_grad():
+        before = enlarged(to_image(small)[None], Stage(128, 128, torch.zeros(1)))
+        expected = to_pixels(vae.decode(vae.encode(before, 16), 16)[0])
+    assert np.abs(large.astype(int) - expected).mean() < 1  # the small picture was rounded to 8 bits here
+
+
+@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-flux"])
+def test_a_file_that_records_its_size_is_drawn_in_stages_beyond_it(draw, model):
+    picture, records, line, _ = draw("--res", 128, record={"res": "64"}, model=model)
+    assert picture.shape == (128, 128, 3) and records["first"] == "64" and records["positions"] == "pi"
+    assert "in stages from 64 px (the trained size) at noise level 0.6, positions pi from 2 tokens" in line
+    assert not np.array_equal(picture, draw("--res", 128, "--first", "none", record={"res": "64"}, model=model)[0])
+    assert "first" not in draw(record={"res": "64"}, model=model)[1]
+
+
+def test_recorded_size_is_in_tokens_and_its_factor_counts(draw):
+    assert "from 32 px" in draw("--res", 64, "--factor", 8, record={"res": "64", "factor": "16"})[2]
+
+
+def test_recorded_positions_are_those_of_every_stage(draw):
+    records = draw("--res", 128, record={"res": "64", "positions": "ntk", "trained_side": "1"})[1]
+    assert records["positions"] == "ntk" and records["trained_side"] == "1"
+
+
+def test_a_file_that_records_nothing_is_drawn_at_once_with_a_line(draw, monkeypatch):
+    picture, records, line, errors = draw("--res", 1056, "--steps", 1, record={})
+    assert "first" not in records and "stages" not in line
+    assert errors.count("note: the file does not record its trained size") == 1 and "--first 1024" in errors
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--first", "big"), "--first big: give pixels"), (("--first", "100"), "a multiple of 32"),
+    (("--first", "64", "--start", "1.5"), "--start 1.5: give 0 to 1"),
+    (("--positions", "yarn"), "need the trained side"),
+    (("--first", "64", "--positions", "ntk", "--res", "8192"), "position table ends at")])
+def test_stages_that_cannot_be_are_refused(draw, flags, says):
+    with pytest.raises(SystemExit, match=says):
+        draw("--res", 128, *flags, record={})
+
+
+def test_positions_in_training_are_recorded_and_drawn_with(settings, model, tmp_path):
+    train.train(settings(steps=1, positions="pi", trained_side=1))
+    file = tmp_path / "out" / "sd3.safetensors"
+    assert metadata_of(file)["positions"] == "pi" and metadata_of(file)["trained_side"] == "1"
+    train.train(settings(steps=1, out=tmp_path / "stock"))
+    trained, stock = (open_weights(tmp_path / out / "sd3.safetensors") for out in ("out", "stock"))
+    name = "model.diffusion_model.final_layer.linear.weight"
+    assert not torch.equal(trained[name].read(), stock[name].read())
+    with pytest.raises(SystemExit, match="another model"):
+        train.main(settings.flags(steps=2))
