@@ -14,7 +14,7 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
 Says      what is drawn from which files and settings, before it begins
-Keeps     pictures of another prompt or other settings; the latent of a picture whose decode fails
+Keeps     pictures of other prompts and settings: a new one gets a free name; the latent of one whose decode fails
 Check     python -m pytest tests/test_sample.py
 """
 
@@ -63,9 +63,8 @@ def run(given: Settings) -> None:
     family, transformer, vae_path = find(folder, given.transformer)
     settings = settle(given, family, transformer)
     open_weights(vae_path)  # a missing or broken file is named before the text encoders are read
-    pictures = name_pictures(read_prompts(settings), settings)
     about = partial(records_of, settings, Path(transformer.source), fingerprint(transformer.source))
-    check_records(pictures, about)
+    pictures = check_records(name_pictures(read_prompts(settings), settings), about)
     print(summary(given, settings, family, transformer, vae_path), flush=True)
 
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -36,6 +36,7 @@ class Picture:
     prompt: str
     seed: int
     path: Path
+    named: bool = False  # by --out or a file_name; else another number is added where its name is taken
 
 
 # ---- prompts
@@ -120,8 +121,9 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
         pictures = []
         for i, (prompt, name) in enumerate(prompts):
             start = name or f"{i:0{places}d}-{slug_of(prompt)}"
-            names = [start if name and settings.count == 1 else f"{start}-{seed:0{digits}d}" for seed in seeds]
-            pictures += [Picture(prompt, seed, out / f"{name}.png") for name, seed in zip(names, seeds, strict=True)]
+            for seed in seeds:
+                stem = start if name and settings.count == 1 else f"{start}-{seed:0{digits}d}"
+                pictures.append(Picture(prompt, seed, out / f"{stem}.png", bool(name)))
         if len({str(picture.path).lower() for picture in pictures}) < number:
             raise ValueError(f"--prompts {settings.prompts}: two lines have one file_name, but for folder and suffix")
     elif suffix not in SUFFIXES:
@@ -131,7 +133,7 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
     elif max(settings.size) > (most := SUFFIXES[suffix]):
         raise ValueError(f"--out {out}: this format ends at {most} px per side, --res is {settings.res}; name a .png")
     else:
-        pictures = [Picture(prompts[0][0], settings.seed, out)]
+        pictures = [Picture(prompts[0][0], settings.seed, out, named=True)]
     writable(pictures[0].path.parent, f"--out {out}")
     return pictures
 
@@ -159,15 +161,23 @@ def exif_of(records: dict[str, object]) -> Image.Exif:
     return exif
 
 
-def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[str, object]]) -> None:
-    """Refuse, before drawing, what JPEG cannot record and what would replace another picture; ValueError names it."""
+def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[str, object]]) -> list[Picture]:
+    """The pictures under names that replace no other picture: NAME-2.png where NAME.png is drawn with other settings.
+
+    raises  ValueError, before drawing, that names what JPEG cannot record or what a given name would replace
+    """
+    free = []
     for picture in pictures:
-        path, records = picture.path, about(picture)
+        path, records, number = picture.path, about(picture), 1
         if path.suffix.lower() in (".jpg", ".jpeg") and (size := len(exif_of(records).tobytes())) > MOST_EXIF:
             raise ValueError(f"--out {path}: prompts and settings take {size:,} bytes, JPEG's metadata at most "
                              f"{MOST_EXIF:,}; name a .png, or shorten the prompt")
-        if what := in_the_way(path, records):
-            raise ValueError(f"{path}: {what}; give another --out, or move it away")
+        while what := in_the_way(path, records):
+            if picture.named:
+                raise ValueError(f"{path}: {what}; give another --out, or move it away")
+            path, number = picture.path.with_stem(f"{picture.path.stem}-{number + 1}"), number + 1
+        free.append(replace(picture, path=path))
+    return free
 
 
 def in_the_way(path: Path, records: dict[str, object]) -> str:

@@ -152,8 +152,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 (default: recorded, else 1024)")
     add("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
     add("--count", type=int, default=1, help="pictures per prompt, with seeds SEED, SEED+1 ... (default: 1)")
-    add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; only a picture "
-        "of the same prompt, seed and settings there is replaced (default: out)")
+    add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; a file "
+        "is replaced only by the same picture; in a folder, others get a free name (default: out)")
     group = parser.add_argument_group("model")
     either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
