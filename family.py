@@ -115,6 +115,17 @@ class Family:
                         number("time_shift", time_shift), res, number("factor", factor, True),
                         number("t5_length", t5_length, True))
 
+    def trained_side(self, transformer: Weights) -> float:
+        """Tokens per side, geometric mean, of the pictures that a transformer which records "res" was trained on.
+
+        ValueError that names the file if res or factor cannot be
+        """
+        res, factor = transformer.metadata["res"], transformer.number("factor", otherwise=self.factor)
+        if not RES.fullmatch(res) or factor not in (8, 16):
+            raise ValueError(f"{transformer.source}: its metadata records res {res[:40]!r} and factor {factor:g}, no size "
+                             "that it can be trained at; correct them")
+        return math.sqrt(math.prod(size_of(res))) / (2 * factor)
+
     def check_guidance(self, guidance: float | None) -> None:
         """ValueError if --guidance is given to a model that has no such input."""
         if guidance is not None and self.guidance is None:
@@ -176,6 +187,7 @@ def positioned(config: MMDiTConfig | FluxConfig, rule: str | None, side: int | N
     """The configuration with other positions; None: as the file records. ValueError as of check_positions."""
     recorded = config.positions
     positions = Positions(rule or recorded.rule, recorded.side if side is None else side)
+    need(side is None or positions.rule != "stock", "trained-side", side, "it with --positions, and none for stock")
     return replace(config, positions=check_positions(positions))
 
 

@@ -6,7 +6,7 @@ Shapes    B batch · h w latent sides · N image tokens, hw/4 · L context token
           D hidden_size · H heads of d = head_dim · C context width · P pooled width
 Inputs    latent (B,16,h,w), sigma (B,) in [0,1], context (B,L,C), pooled (B,P), guidance (B,) about 3.5 -> (B,16,h,w)
 Positions are computed, (0, 0, 0) for text and (0, row, column) for a patch. No table limits the size, but quality falls
-          beyond the sizes trained at
+          beyond the sizes trained at; layers.Positions has the rules for places there
 Check     python -m pytest tests/test_flux.py: outputs equal the official ones to 1e-5
 """
 

@@ -1,4 +1,4 @@
-"""What both transformers share: timestep embedding, attention, norms, GELU before a linear layer, initialisation.
+"""What both transformers share: timestep embedding, attention, positions, norms, GELU before a linear, initialisation.
 
 Mirrors   sd3-ref `mmdit` and flux `modules.layers`; formulas and gradients are tested by tests/test_layers.py
 Shapes    B batch · N tokens · H heads · D hidden_size

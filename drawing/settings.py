@@ -95,9 +95,8 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
     """
     step, mean, first, trained = 2 * settings.factor, math.sqrt(math.prod(settings.size)), settings.first, None
     need(0 <= settings.start <= 1, "start", f"{settings.start:g}", "0 to 1")
-    if "res" in transformer.metadata:  # pixels, at the factor that is recorded too
-        factor = transformer.number("factor", otherwise=family.factor)
-        trained = math.sqrt(math.prod(size_of(transformer.metadata["res"]))) * settings.factor / factor
+    if "res" in transformer.metadata:
+        trained = family.trained_side(transformer) * step  # pixels, at the present factor
     if first is None and trained:
         first = str(max(1, round(trained / step)) * step) if mean > 1.001 * trained else "none"
     elif first is None:
@@ -109,8 +108,10 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
     if stages and rule is None:
         rule = recorded.rule if recorded != STOCK else "pi"
     tokens = int(first) // step if stages else round((trained or 0) / step)
-    side = settings.trained_side or recorded.side or tokens
-    return replace(settings, first=first if stages else "none", positions=rule, trained_side=side if rule else None)
+    side = settings.trained_side
+    if side is None and rule:
+        side = recorded.side or tokens
+    return replace(settings, first=first if stages else "none", positions=rule, trained_side=side)
 
 
 def pixels_of(first: str, step: int) -> int:

@@ -75,6 +75,12 @@ def test_recorded_size_is_in_tokens_and_its_factor_counts(draw):
     assert "from 32 px" in draw("--res", 64, "--factor", 8, record={"res": "64", "factor": "16"})[2]
 
 
+@pytest.mark.parametrize("record", [{"res": "banana"}, {"res": "64", "factor": "0"}, {"res": "64", "factor": "12"}])
+def test_a_recorded_size_that_cannot_be_names_its_file(draw, record):
+    with pytest.raises(SystemExit, match=r"sd3.safetensors: its metadata records res .* correct them"):
+        draw("--res", 128, "--factor", 16, record=record)
+
+
 def test_recorded_positions_are_those_of_every_stage(draw):
     records = draw("--res", 128, record={"res": "64", "positions": "ntk", "trained_side": "1"})[1]
     assert records["positions"] == "ntk" and records["trained_side"] == "1"
@@ -90,6 +96,8 @@ def test_a_file_that_records_nothing_is_drawn_at_once_with_a_line(draw, monkeypa
     (("--first", "big"), "--first big: give pixels"), (("--first", "100"), "a multiple of 32"),
     (("--first", "64", "--start", "1.5"), "--start 1.5: give 0 to 1"),
     (("--positions", "yarn"), "need the trained side"),
+    (("--positions", "pi", "--trained-side", "0"), "need the trained side"),
+    (("--trained-side", "4"), "--trained-side 4: give it with --positions"),
     (("--first", "64", "--positions", "ntk", "--res", "8192"), "position table ends at")])
 def test_stages_that_cannot_be_are_refused(draw, flags, says):
     with pytest.raises(SystemExit, match=says):
