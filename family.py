@@ -122,8 +122,8 @@ class Family:
         """
         res, factor = transformer.metadata["res"], transformer.number("factor", otherwise=self.factor)
         if not RES.fullmatch(res) or factor not in (8, 16):
-            raise ValueError(f"{transformer.source}: its metadata records res {res[:40]!r} and factor {factor:g}, no size "
-                             "that it can be trained at; correct them")
+            raise ValueError(f"{transformer.source}: its metadata records res {res[:40]!r} and factor {factor:g}, no "
+                             "size that it can be trained at; correct them")
         return math.sqrt(math.prod(size_of(res))) / (2 * factor)
 
     def check_guidance(self, guidance: float | None) -> None:
