@@ -25,7 +25,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import MOST_PIXELS, entry, in_utf8, need, open_picture, parse_json, printable, read_text, run_command
-from training.colours import gray_of_16_bit, in_srgb, scale_key, unclear
+from files import entry, in_utf8, need, parse_json, printable, read_text, run_command
+from reading.pictures import MOST_PIXELS, read_picture, upright_size
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
 ALMOST = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".xlsx")  # what else captions come in
@@ -158,46 +158,6 @@ def _no_listing(folder: Path) -> str:
 
 
 # ---- pictures
-
-def upright_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as read_picture returns them, from what the file declares; raises as read_picture does."""
-    with open_picture(path) as (picture, info, size, _):
-        _check_clear(picture, info, path)
-        return size
-
-
-def _check_clear(picture: Image.Image, info: Mapping[str, object], path: str | os.PathLike) -> None:
-    if reason := unclear(picture, info):
-        raise ValueError(f"{path}: {reason}")
-
-
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """Decode a picture, upright, as 8-bit sRGB; docs/formats.md has what is read, converted and refused.
-
-    returns  PIL image, mode RGB, transparency laid over white. info["profile"] is "converted", or "broken" where the
-             picture's colour profile cannot be used and sRGB is assumed; info["frames"] marks an animation
-    raises   ValueError that names the file
-    """
-    with open_picture(path) as (picture, info, _, turn):
-        _check_clear(picture, info, path)
-        if picture.format == "PNG":
-            scale_key(picture)
-        frames = picture.format != "MPO" and getattr(picture, "is_animated", False)
-        picture.filename = ""  # no memory map: Pillow maps a TIFF that lies on its side with width and height exchanged
-        picture.load()
-    if picture.mode.startswith("I"):
-        picture = gray_of_16_bit(picture)
-    if turn is not None:
-        picture = picture.transpose(turn)
-    if picture.mode in ("La", "RGBa"):
-        picture = picture.convert(picture.mode.upper())
-    alpha = "A" in picture.getbands() or "transparency" in picture.info
-    rgb, note = in_srgb(picture, "RGBA" if alpha else "RGB", path)
-    if alpha:
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-    rgb.info = ({"profile": note} if note else {}) | ({"frames": True} if frames else {})
-    return rgb
-
 
 def resize_to_cover(picture: Image.Image, height: int, width: int, resample: str = "lanczos") -> Image.Image:
     """Scale so that one side fits exactly and the other is no shorter; resample: lanczos or bilinear."""

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import read_picture, upright_size
-from files import FORMATS, MOST_PIXELS, need, printable, replacing, run_command, writable
+from files import need, printable, replacing, run_command, writable
+from reading.pictures import FORMATS, MOST_PIXELS, read_picture, upright_size
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
 from scores.jpeg import compression_ratio, jpeg_size

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import read_picture  # noqa: E402
+from reading.pictures import read_picture  # noqa: E402
 from scores.sheet import detail_sheet  # noqa: E402
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from drawing.settings import MOST_PICTURES, Settings
 from family import MOST_SIDE
-from files import entry, parse_json, printable, read_text, recorded, replacing, writable
+from files import entry, parse_json, printable, read_text, replacing, writable
+from reading.pictures import recorded
 from vae import to_pixels
 
 SUFFIXES = {".png": MOST_SIDE, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # longest side, in pixels

@@ -25,8 +25,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import read_picture  # noqa: E402
 from files import read_json, replacing  # noqa: E402
+from reading.pictures import read_picture  # noqa: E402
 
 STATE = ".fetch_photos.json"  # in DIR: record_of the pictures that were written again
 REQUIRED = ("package", "version", "path", "width", "height", "sha256", "licence", "file_name", "text", "alt")

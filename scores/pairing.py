@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from files import entry, open_picture, parse_json, read_text, recorded
+from files import entry, parse_json, read_text
+from reading.pictures import open_picture, recorded
 
 
 def pair_captions(listing: str | Path, pictures: Sequence[Path], notes: list[str]) -> dict[Path, str]:

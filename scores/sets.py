@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import MOST_PIXELS
+from reading.pictures import MOST_PIXELS
 from scores.clip import CLIP, CLIPImage
 from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
 from scores.official import find_weights

@@ -15,8 +15,9 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-from files import DEVELOP, printable
+from files import printable
 
+DEVELOP = "a camera's raw file: develop it and save it as PNG or 16-bit TIFF"
 RAW = (".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)      # x and y of white, red, green, blue, as in a PNG
 ADOBE_RGB_MARKS = (b"\1\0\2\0\4\0\0\0R03\0", b"\0\1\0\2\0\0\0\4R03\0")  # InteropIndex in both byte orders
