@@ -32,7 +32,9 @@ from training.settings import Settings, parse
 from vae import VAEConfig, to_pixels
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+# One thread here and in scripts: tests run in two processes, and sums depend on the threads in their last bits.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog",
             "a street in the rain, seen from above", "snow on the roofs of a small town"]
 
@@ -96,13 +98,7 @@ def model(folders, tmp_path_factory):
 
 @pytest.fixture
 def settings(photos, model, tmp_path):
-    """settings(lr=1e-3, ...): the Settings that train.py parses; settings.flags(...): the flags themselves.
-
-    One CPU thread, as --threads 1 gives the scripts: sums depend on the number of threads in their last bits.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
+    """settings(lr=1e-3, ...): the Settings that train.py parses; settings.flags(...): the flags themselves."""
     def of(**changed: object) -> Settings:
         return parse(flags(**changed))
 
@@ -113,8 +109,7 @@ def settings(photos, model, tmp_path):
         return [flag if value is True else f"{flag}={value}" for flag, value in pairs]
 
     of.flags = flags
-    yield of
-    torch.set_num_threads(threads)
+    return of
 
 
 def flux_tensors(config: FluxConfig) -> dict[str, torch.Tensor]:
@@ -163,13 +158,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def run_script(*command: object, ranks: int = 1, restarts: int = 0, timeout: int = 600,
                **environment: str) -> subprocess.CompletedProcess:
-    """Run a script in its own process, or under torchrun on several ranks; one CPU thread each."""
+    """Run a script in its own process, or under torchrun on several ranks."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                    f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     return subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=ONE_THREAD | environment)
+                          env=os.environ | environment)
 
 
 def refusal_of(settings, **changed: object) -> str:

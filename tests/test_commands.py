@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CAPTIONS, ONE_THREAD, ROOT, run_script
+from conftest import CAPTIONS, ROOT, run_script
 from PIL import Image
 
 WORK = {  # command, and what it shows once it is at work
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory):
 def test_ctrl_c_ends_a_command_in_one_line_and_leaves_no_process(name, pictures, tmp_path):
     text, sign = WORK[name]
     command = [sys.executable, *text.format(out=tmp_path / "out", pictures=pictures).split()]
-    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     shown = b""
     while sign not in shown:  # the progress bar of the work has begun
         shown += (more := process.stderr.read1())

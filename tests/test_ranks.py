@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CAPTIONS, ONE_THREAD, ROOT, broken_folder, copy_of, log_of, run_script
+from conftest import CAPTIONS, ROOT, broken_folder, copy_of, log_of, run_script
 from safetensors.torch import load_file
 from torch import nn
 
@@ -119,7 +119,7 @@ def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, 
     usual = dict(weights=folders / "tiny-sd3", steps=12, save_every=3, lr=1e-4)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "train.py"]
     process = subprocess.Popen([sys.executable, *command, *settings.flags(**usual, out=tmp_path / "out")], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not newest(tmp_path / "out") and process.poll() is None:
             time.sleep(0.02)

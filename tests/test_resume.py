@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ONE_THREAD,
     ROOT,
     assert_same_run,
     copy_of,
@@ -44,7 +43,7 @@ from training.resume import load_checkpoint, newest, save_checkpoint, saved_shap
 
 def start(flags: list[str]) -> subprocess.Popen:
     """train.py in its own process, to be stopped."""
-    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=ONE_THREAD,
+    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
