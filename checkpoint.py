@@ -1,13 +1,13 @@
 """Official weights: read lazily by name, assigned to a module without a second copy, written atomically.
 
-Mirrors   the published files of SD3, SD3.5, Flux, their VAEs and text encoders, and their diffusers folders
-Layouts   one memory-mapped file; a folder of shards with an index; a diffusers or transformers folder: docs/formats.md
+Mirrors   the published files of SD3, SD3.5, Flux, their VAEs and text encoders, in the layouts of docs/formats.md
 Storage   fp32, fp16, bf16, fp8, scaled or not; the compute dtype is chosen when a module is filled
 Settings  from a file's own header. Of the config.json of a diffusers or transformers folder only the entries in CONFIG
 Safety    only safetensors are opened; a pickle is refused before any of its bytes run
 Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 """
 
+import gc
 import math
 import os
 import sys
@@ -102,11 +102,10 @@ class Weights(dict[str, LazyTensor]):
         if name not in self:
             raise ValueError(f"{self.source}: 1 missing: {name}; without it this is no {kind} "
                              f"(the file {self.described()})")
-        if len(self[name].shape) != axes:
-            raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected {axes} axes")
-        if not all(0 < size <= MOST_SIZE for size in self[name].shape):
-            raise ValueError(f"{self.source}: {name} has the shape {self[name].shape}, expected 1 to {MOST_SIZE} each")
-        return self[name].shape
+        shape = self[name].shape
+        if len(shape) != axes or not all(0 < size <= MOST_SIZE for size in shape):
+            raise ValueError(f"{self.source}: {name} has the shape {shape}, expected {axes} axes of 1 to {MOST_SIZE}")
+        return shape
 
     def need(self, fits: bool, name: str, size: int, rule: str) -> None:
         """ValueError if a tensor has an impossible size."""
@@ -212,8 +211,8 @@ def _open_file(file: Path) -> Weights:
     except SafetensorError as error:
         with open(file, "rb") as f:
             start = f.read(32)
-        guesses = [guess for prefix, *guess in names.FOREIGN if start.startswith(prefix)]
-        kind, advice = guesses[0] if guesses else ("", "download it again")
+        kind, advice = next((guess for prefix, *guess in names.FOREIGN if start.startswith(prefix)),
+                            ("", "download it again"))
         why = f"{file.stat().st_size} bytes{kind}; {printable(str(error))[:120]}"
         raise ValueError(f"{file}: not a complete safetensors file ({why}): {advice}") from None
     names.check(file, {name: part.get_dtype() for name, part in slices.items()})
@@ -245,8 +244,7 @@ def _scaled(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor
 
 
 def _times_scale(weight: LazyTensor, scale: LazyTensor, first: int, last: int) -> Tensor:
-    factor = scale.read().float().flatten()
-    factor = factor[first:last] if len(factor) > 1 else factor
+    factor = scale.read().float().flatten().expand(weight.shape[0])[first:last]
     return weight.rows(first, last).float() * factor.view(-1, *[1] * (len(weight.shape) - 1))
 
 
@@ -265,17 +263,16 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
 
     module   all parameters and persistent buffers on meta; one that FSDP has cut (a DTensor) receives its own rows
     weights  exactly the names and shapes of module.state_dict()
-    device   where the tensors go, one at a time
-    dtype    compute dtype; None is float32
+    device   where the tensors go, one at a time, as they are stored
+    dtype    compute dtype, converted to on the device; None is float32
     raises   ValueError that lists the names or shapes that differ, or names the first tensor with NaN or Inf
     """
     state = module.state_dict()
     sides = ("missing", state.keys() - weights.keys()), ("unknown", weights.keys() - state.keys())
     if lists := [f"{len(some)} {what}: {', '.join(sorted(some)[:4])}" for what, some in sides if some]:
         raise ValueError(f"{weights.source}: names differ from a {type(module).__name__}: {'; '.join(lists)}")
-    differ = [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
-              if tuple(weights[name].shape) != tuple(t.shape)]
-    if differ:
+    if differ := [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
+                  if tuple(weights[name].shape) != tuple(t.shape)]:
         raise ValueError(f"{weights.source}: {len(differ)} shapes differ: " + "; ".join(differ[:4]))
     blank = []
     for name in state:
@@ -286,18 +283,16 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
         if state[name].is_floating_point() and not stored.is_floating_point():
             raise ValueError(f"{weights.source}: {name} is stored as {stored.dtype}, which is no number by itself; "
                              f"{names.FULL}")
-        tensor = stored.to(device=device, dtype=dtype or torch.float32)
-        # A mapped tensor is checked through a second map: rows that are never read, such as most of SD3's position
-        # table, then take no memory.
+        tensor = stored.to(device).to(dtype or torch.float32)
+        # checked through a second map: rows that are never read, most of SD3's position table, then take no memory
         again = weights[name].again if tensor is stored and shard is None else None
         low, high = _range(again() if again else tensor)
         if low == high == 0 and tensor.ndim > 1 and shard is None:
             blank.append(name)
         if not math.isfinite(high - low):
-            why = "the file is damaged or its training diverged"
             low, high = _range(stored.float())
-            if math.isfinite(high - low):
-                why = f"its values exceed {tensor.dtype}; choose bf16 or fp32"
+            why = (f"its values exceed {tensor.dtype}; choose bf16 or fp32" if math.isfinite(high - low) else
+                   "the file is damaged or its training diverged")
             raise ValueError(f"{weights.source}: {name} holds NaN or Inf: {why}")
         if shard is not None:
             shard.copy_(tensor)
@@ -327,9 +322,8 @@ def _range(tensor: Tensor) -> list[float]:
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write a safetensors file, complete or not at all: after an OSError the previous file is as it was."""
-    path = Path(path)
     try:
-        with replacing(path) as temporary:
+        with replacing(Path(path)) as temporary:
             temporary.touch()  # an unwritable folder fails here
             permissions = temporary.stat().st_mode
             stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -361,6 +355,12 @@ def peak_memory_gib(device: Device) -> float:
         return 0.0
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def free_memory() -> None:
+    """Return what deleted modules held: reference cycles keep some alive, and CUDA keeps freed blocks in a cache."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # ---- model folders

@@ -248,9 +248,9 @@ class T5Encoder(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """Relative position bias of the attention logits of every block: (1, heads, L queries, L keys)."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        position = torch.arange(length)  # on the CPU: a GPU's rounding of the logarithm could move a bucket's edge
-        buckets = t5_buckets(position[None, :] - position[:, None], table.num_embeddings)
-        return rearrange(table(buckets.to(table.weight.device)), "q k h -> 1 h q k")
+        relative = torch.arange(length) - torch.arange(length)[:, None]  # on the CPU: a GPU rounds log() otherwise
+        bias = table(t5_buckets(relative, table.num_embeddings).to(table.weight.device))
+        return rearrange(bias, "q k h -> 1 h q k").contiguous()  # CUDA's fused attention needs a last stride of 1
 
 
 def _refuse_other_t5(weights: Weights) -> None:

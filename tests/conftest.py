@@ -1,6 +1,6 @@
 """What several test files share.
 
-Fixtures  four soft pictures with captions, tiny model folders, the settings of a short run
+Fixtures  the devices, four soft pictures with captions, tiny model folders, the settings of a short run
 Helpers   what a run wrote (log, checkpoint, metadata), whether two runs are equal, scripts in their own processes,
           the message of a refused run, damaged copies of the pictures
 """
@@ -31,6 +31,7 @@ from training.resume import newest
 from training.settings import Settings, parse
 from vae import VAEConfig, to_pixels
 
+torch.backends.cudnn.allow_tf32 = False  # True by default: fp32 on a GPU means true fp32 in every test
 ROOT = Path(__file__).parents[1]
 # One thread here and in scripts: tests run in two processes, and sums depend on the threads in their last bits.
 torch.set_num_threads(1)
@@ -41,6 +42,13 @@ CAPTIONS = ["a red boat on a quiet lake at dawn", "two old oak trees in the fog"
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"))])
+def device(request) -> str:
+    """Parity with the references and a training step hold on either."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

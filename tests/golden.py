@@ -20,6 +20,7 @@ from checkpoint import LazyTensor, Weights
 from names import FLUX_NAMES, SD3_NAMES, TAILS, VAE_NAMES, plain_rows
 
 DATA = Path(__file__).parent / "data"
+BOUNDS = {"cpu": 1e-5, "cuda": 1e-4}  # absolute, fp32 without TF32; a GPU sums in another order
 
 
 def read_case(name: str) -> dict:
@@ -43,11 +44,11 @@ def weights_of(tensors: dict) -> dict:
     return {name: t for name, t in tensors.items() if "/" not in name and name != "at"}
 
 
-def write_weights(case: str, folder: Path) -> tuple[Path, dict]:
-    """Write only the weights of a case to a file in `folder`; returns the file and all tensors of the case."""
+def write_weights(case: str, folder: Path, device: str = "cpu") -> tuple[Path, dict]:
+    """Write only the weights of a case to a file in `folder`; returns the file and, on the device, all its tensors."""
     tensors, path = read_case(case), folder / f"{case}.safetensors"
     save_file(weights_of(tensors), path)
-    return path, tensors
+    return path, {name: t.to(device) for name, t in tensors.items()}
 
 
 @cache

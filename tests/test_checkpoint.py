@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -308,7 +309,7 @@ def test_blocks_are_numbered_from_0_without_gaps(blocks, message):
 
 @pytest.mark.parametrize("shape", [(0, 2**40), (2**40, 1)])
 def test_sides_that_no_model_has_are_refused(shape):
-    with pytest.raises(ValueError, match="^a file: a has the shape .*, expected 1 to 16777216 each$"):
+    with pytest.raises(ValueError, match="^a file: a has the shape .*, expected . axes of 1 to 16777216$"):
         lazy({"a": shape}).shape_of("a", 2, "model")
 
 
@@ -407,6 +408,25 @@ def test_replacing_renames_on_success_and_leaves_the_old_file_on_failure(tmp_pat
     except KeyboardInterrupt:
         pass
     assert path.read_text() == ("new" if succeeds else "old") and os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_free_memory_frees_a_module_that_a_reference_cycle_holds():
+    module = nn.Linear(2, 2)
+    module.itself, gone = [module], weakref.ref(module)
+    del module
+    checkpoint.free_memory()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+def test_a_tensor_goes_to_the_device_as_it_is_stored_and_is_converted_there(storage, dtype, device, monkeypatch):
+    linear, sent, to = nn.Linear(3, 2, device="meta"), [], torch.Tensor.to
+    stored = {"weight": torch.randn(2, 3).to(storage), "bias": torch.randn(2).to(storage)}
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *to_what: sent.append(t.dtype) or to(t, *to_what))
+    fill(linear, lazy_tensors(stored), device, dtype)
+    assert sent == [storage, storage] * 2 and linear.weight.device.type == device
+    assert torch.equal(linear.weight.cpu(), to(stored["weight"], dtype or torch.float32))
 
 
 def test_peak_memory_is_above_zero_here_and_zero_on_windows(monkeypatch):

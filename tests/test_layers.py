@@ -91,6 +91,25 @@ def test_a_large_widest_map_is_stored_once(large, maps, monkeypatch):
     assert stored.count((2, 3, 16)) == maps
 
 
+# ---- torch.compile
+
+@BOTH
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+def test_a_compiled_block_is_one_graph_and_computes_what_the_block_does(name, gradients):
+    model, inputs = shaken(name), inputs_of(name)
+    blocks = [blocks[-1] for blocks in model.children() if isinstance(blocks, nn.ModuleList)]
+    with torch.set_grad_enabled(gradients):
+        results = []
+        for _ in range(2):
+            velocity = model(*inputs)
+            slopes = torch.autograd.grad(velocity.square().mean(), list(model.parameters())) if gradients else ()
+            results.append((velocity, *slopes))
+            for block in blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+    for compiled, eager in zip(*reversed(results), strict=True):
+        assert (compiled - eager).abs().max() <= 1e-5 * eager.abs().max() + 1e-7
+
+
 # ---- modules are called
 
 class LoRA(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from golden import published, read_case, weights_of, write_weights
+from golden import BOUNDS, published, read_case, weights_of, write_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -24,9 +24,9 @@ with_vocabularies = pytest.mark.skipif(not (VOCABULARIES / "sd3").is_dir(), reas
     "D4K_TOKENIZERS names a folder with the downloads' sd3/tokenizer, _2, _3 and flux/tokenizer, _2"))
 
 
-def golden(case, tmp_path):
+def golden(case, tmp_path, device="cpu"):
     """Path of the weights, inputs, expected outputs of a case, and the positions that the outputs are kept at."""
-    path, tensors = write_weights(case, tmp_path)
+    path, tensors = write_weights(case, tmp_path, device)
     inputs, expected = ({k.removeprefix(side): v for k, v in tensors.items() if k.startswith(side)}
                         for side in ("in/", "out/"))
     return path, inputs, expected, tensors.get("at")
@@ -44,22 +44,28 @@ def rows(x, at):
 # ---- encoders against the reference
 
 @pytest.mark.parametrize(("case", "activation", "heads"), [("clip_l", "quick_gelu", 4), ("clip_g", "gelu", 5)])
-def test_clip_equals_the_reference(case, activation, heads, tmp_path):
-    path, given, expected, at = golden(case, tmp_path)
-    clip = CLIPText.load(path, activation=activation, num_heads=heads, eos=int(given["input_ids"].max()))
+def test_clip_equals_the_reference(case, activation, heads, tmp_path, device):
+    path, given, expected, at = golden(case, tmp_path, device)
+    clip = CLIPText.load(path, activation, heads, eos=int(given["input_ids"].max()), device=device)
     last, penultimate, pooled = clip(given["input_ids"])
-    assert error(rows(last, at), expected["last_hidden_state"]) < 1e-5
-    assert error(rows(penultimate, at), expected["penultimate_no_final_ln"]) < 1e-5
-    assert error(pooled, expected["pooled_projected"]) < 1e-5
-    assert error(clip.at_eos(last, given["input_ids"]), expected["pooled_unprojected"]) < 1e-5
+    assert error(rows(last, at), expected["last_hidden_state"]) < BOUNDS[device]
+    assert error(rows(penultimate, at), expected["penultimate_no_final_ln"]) < BOUNDS[device]
+    assert error(pooled, expected["pooled_projected"]) < BOUNDS[device]
+    assert error(clip.at_eos(last, given["input_ids"]), expected["pooled_unprojected"]) < BOUNDS[device]
 
 
-def test_t5_equals_the_reference_at_both_lengths(tmp_path):
-    path, given, expected, at = golden("t5_encoder", tmp_path)
-    t5 = T5Encoder.load(path)
-    assert error(rows(t5(given["input_ids_77"]), at), expected["last_hidden_77"]) < 1e-5
-    assert error(rows(t5(given["input_ids_256"]), at), expected["last_hidden_256"]) < 1e-5
+def test_t5_equals_the_reference_at_both_lengths(tmp_path, device):
+    path, given, expected, at = golden("t5_encoder", tmp_path, device)
+    t5 = T5Encoder.load(path, device)
+    assert error(rows(t5(given["input_ids_77"]), at), expected["last_hidden_77"]) < BOUNDS[device]
+    assert error(rows(t5(given["input_ids_256"]), at), expected["last_hidden_256"]) < BOUNDS[device]
     assert error(t5.position_bias(256)[:, :, :1], expected["position_bias"]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_t5_bias_has_the_stride_that_fused_cuda_attention_needs(tmp_path, dtype):
+    t5 = T5Encoder.load(golden("t5_encoder", tmp_path)[0], dtype=dtype)
+    assert t5.position_bias(77).stride() == (t5.position_bias(77).numel(), 77 * 77, 77, 1)
 
 
 def test_t5_buckets_are_the_reference(tmp_path):

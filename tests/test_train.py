@@ -50,9 +50,9 @@ def test_latents_are_shifted_by_the_paper_recipe_and_not_by_the_release(settings
     assert torch.allclose(latents[1] - latents[0], torch.tensor(vae.shift_factor * vae.scale_factor), atol=1e-5)
 
 
-def test_one_batch_is_overfitted(settings, tmp_path, monkeypatch):
+def test_one_batch_is_overfitted(settings, tmp_path, monkeypatch, device):
     monkeypatch.setattr(train, "read_batch", lambda step, **rest: batches.read_batch(0, **rest))
-    train.train(settings(steps=80, lr=4e-3, save_every=80, cache_latents=True))
+    train.train(settings(device=device, steps=80, lr=4e-3, save_every=80, cache_latents=True))
     loss = [row["loss"] for row in log_of(tmp_path / "out")]
     assert loss[0] > 1.5 and max(loss[-5:]) < 0.02  # not 0: each step draws from the posterior
 
