@@ -2,26 +2,51 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.speed import WARM_UP, Case, bench_detail, bench_transformer, bench_vae, largest_difference, take_turns
+from bench.speed import (
+    WARM_UP,
+    Case,
+    bench_detail,
+    bench_transformer,
+    bench_vae,
+    diffusers_transformer,
+    largest_difference,
+    our_transformer,
+    take_turns,
+    write_transformer,
+)
 from flux import Flux
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(width=128, side=8, context_tokens=3, context_width=32, pooled_width=16)
 
 
-@pytest.mark.parametrize("case", [
+BOTH = pytest.mark.parametrize("case", [
     Case(depth=2, heads=2, table_side=6, **SIZES), Case(Flux, depth=1, depth_single=2, heads=1, **SIZES)],
     ids=["mmdit", "flux"])
+
+
+@BOTH
 def test_transformer_agrees_with_diffusers_and_prints_a_table(capsys, case):
     pytest.importorskip("diffusers")
     bench_transformer(case, rounds=1, matmul_side=64)
     table = capsys.readouterr().out
     assert "ours" in table and "diffusers" in table and "of matmul rate" in table and "largest difference" in table
+
+
+@BOTH
+def test_transformer_agrees_with_diffusers_in_bf16(tmp_path, case):
+    pytest.importorskip("diffusers")
+    case = replace(case, dtype="bf16")
+    write_transformer(case, tmp_path)
+    sides = {build.__name__: build(case, tmp_path, "cpu") for build in (our_transformer, diffusers_transformer)}
+    with torch.inference_mode():
+        assert {step().dtype for step in sides.values()} == {torch.bfloat16} and largest_difference(sides) > 0
 
 
 def test_vae_case_agrees_and_prints_a_table(capsys):
@@ -43,6 +68,22 @@ def test_sides_that_disagree_are_not_compared():
         largest_difference({"a": lambda: torch.zeros(2), "b": lambda: torch.ones(2)})
     with pytest.raises(RuntimeError, match="differ by"):
         largest_difference({"a": lambda: torch.zeros(2), "b": lambda: torch.full((2,), float("nan"))})
+
+
+def test_outputs_are_compared_without_tf32_in_convolutions_and_timed_as_torch_comes(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = []
+    steps = {side: lambda: torch.full((2,), allowed.append(torch.backends.cudnn.allow_tf32) or 1.0) for side in "ab"}
+    largest_difference(steps)
+    take_turns(steps, "cpu", rounds=1)
+    assert allowed[:2] == [False, False] and allowed[2:] == [True] * 2 * (WARM_UP + 1)
+
+
+def test_bf16_outputs_may_differ_by_their_rounding_and_no_more():
+    sides = {"a": lambda: torch.ones(2).bfloat16(), "b": lambda: torch.full((2,), 1.03).bfloat16()}
+    assert largest_difference(sides) > 0.01
+    with pytest.raises(RuntimeError, match="more than 5e-02"):
+        largest_difference(sides | {"b": lambda: torch.full((2,), 1.1).bfloat16()})
 
 
 def test_sides_take_turns_and_the_warm_up_is_not_counted():
