@@ -130,9 +130,9 @@ def peaks(device: str, of: str = "") -> Figures:
 
 
 def once(name: str, call: Callable[[], object], sizes: Sizes) -> Figures:
-    """Seconds and peaks of the second call."""
-    call()
+    """Seconds of the second call, peaks of both."""
     forget_peaks(sizes.device)
+    call()
     return {f"{name}s": seconds_of(call, sizes.device, 1)} | peaks(sizes.device, name)
 
 
@@ -237,9 +237,9 @@ def euler_steps(which: Published, sizes: Sizes) -> tuple[Figures, Tensor]:
     model = transformer_of(which, sizes)
     velocity = velocity_with_cfg(model, *conditions(which, sizes, 2), which.cfg, which.guidance)
     noise = torch.randn(1, 16, side, side, device=device)
+    forget_peaks(device)
     latent = euler(velocity, noise, even_sigmas(1))
     need_finite(latent)
-    forget_peaks(device)
     s_per_step = seconds_of(lambda: euler(velocity, noise, even_sigmas(TIMED)), device, 1) / TIMED
     flop = which.passes * flop_of_image(which.family.model, which.of(sizes), side, which.tokens) / 3
     return {"s_per_step": s_per_step, "share": flop / s_per_step / rate(device)} | peaks(device), latent
@@ -260,8 +260,8 @@ def t5(sizes: Sizes) -> Figures:
     vocabulary, *_ = sizes.t5
     model = random_model(lambda: T5Encoder(*sizes.t5), sizes.device)
     tokens = torch.randint(vocabulary, (sizes.captions, 512), device=sizes.device)
-    need_finite(model(tokens))
     forget_peaks(sizes.device)
+    need_finite(model(tokens))
     return {"captions_per_s": sizes.captions / seconds_of(lambda: model(tokens), sizes.device)} | peaks(sizes.device)
 
 
@@ -319,8 +319,8 @@ def timed_steps(settings: Settings, model: MMDiT | Flux, which: Published, sizes
     with torch.no_grad():
         latent = vae.encode(image, settings.factor, settings.dilation)
         encode_s = seconds_of(lambda: vae.encode(image, settings.factor, settings.dilation), sizes.device, 1)
-    step(latent)  # allocates the moments
     forget_peaks(sizes.device)
+    step(latent)  # allocates the moments
     step_s = seconds_of(lambda: step(latent), sizes.device, 2)
     row = {"images_per_s": 1 / (encode_s + step_s), "step_s": step_s, "encode_s": encode_s} | peaks(sizes.device)
     if settings.offload and sizes.device == "cuda":
@@ -375,7 +375,8 @@ def beside_diffusers(which: Published, sizes: Sizes) -> Figures:
     weights = lazy_tensors(theirs.state_dict()).with_official_names()
     ours = filled(lambda: which.family.model(which.of(sizes)), weights, sizes.device, BF16)
     inputs = velocity_inputs(which, sizes)
-    latent, sigma, context, pooled, guidance = (x.to(BF16) if x is not None else None for x in inputs)
+    latent, sigma, context, pooled, guidance = inputs
+    latent = latent.to(BF16)
     if which is FLUX_12B:
         rows = torch.arange(sizes.side // 2.0, device=sizes.device)
         image_ids = torch.cartesian_prod(rows[:1], rows, rows)
