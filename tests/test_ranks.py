@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +13,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CAPTIONS, ROOT, broken_folder, copy_of, log_of, run_script
+from conftest import CAPTIONS, ROOT, broken_folder, copy_of, log_of, run_script, seeded
 from safetensors.torch import load_file
 from torch import nn
 
 import train
+from checkpoint import open_weights, save
+from flux import FluxConfig, new_flux
+from mmdit import MMDiTConfig, new_mmdit
 from training.ranks import stop_on_signals
 from training.resume import newest
+
+
+@pytest.fixture(scope="module")
+def small(folders, tmp_path_factory) -> Path:
+    """The model folders with transformers of width 64, in which every part has a gradient."""
+    folder = Path(shutil.copytree(folders, tmp_path_factory.mktemp("ranks") / "models", symlinks=True))
+    sd3 = MMDiTConfig(64, 2, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128, qk_norm=True)
+    flux = FluxConfig(64, 1, 2, 32, context_dim=192, pooled_dim=64, mlp_hidden=128, axes_dim=(4, 14, 14))
+    for file, prefix, transformer in (("tiny-sd3/sd3.safetensors", "model.diffusion_model.", new_mmdit(sd3, seeded(0))),
+                                      ("tiny-flux/flux.safetensors", "", new_flux(flux, seeded(0)))):
+        before, generator = open_weights(folder / file), seeded(1)
+        tensors = {name: t.read() for name, t in before.items() if name.startswith("first_stage_model.")}
+        for name, t in transformer.state_dict().items():
+            noise = 0 if name == "pos_embed" else 0.05 * torch.randn(t.shape, generator=generator)
+            tensors[prefix + name] = t + noise
+        save(folder / file, tensors, before.metadata | {"axes_dim": "4, 14, 14"})
+    return folder
 
 
 def on_ranks(count: int, cases: list[dict], folder: Path, restarts: int = 0) -> str:
@@ -56,29 +77,30 @@ def difference(one: Path, other: Path) -> tuple[float, float]:
 
 # ---- the same run, however it is divided
 
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
-def test_every_division_of_the_work_gives_the_same_five_steps(settings, folders, tmp_path, name):
-    usual = dict(weights=folders / name, batch=8, steps=5, save_every=5, lr=1e-4)
-    train.train(settings(**usual, out=tmp_path / "one"))
-    train.train(settings(**usual, out=tmp_path / "one-2", accumulate=2))
+def test_every_division_of_the_work_gives_the_same_five_steps(settings, small, tmp_path):
+    def flags(name: str, kind: str, n: int) -> list[str]:
+        shard = kind if kind.startswith("zero") else None
+        return settings.flags(weights=small / name, batch=8, steps=5, save_every=5, lr=1e-4, accumulate=n,
+                              shard=shard, out=tmp_path / f"{name}-{kind}-{n}")
 
-    def case(kind: str, n: int) -> dict:
-        changed = {"shard": kind} if kind.startswith("zero") else {}
-        flags = settings.flags(**usual, accumulate=n, out=tmp_path / f"{kind}-{n}", **changed)
-        return {"flags": flags, "ddp": kind}
+    names, kinds = ("tiny-sd3", "tiny-flux"), ("ours", "torch", "zero2", "zero3")
+    for name in names:
+        for n in (1, 2):
+            train.main(flags(name, "one", n))
+    on_ranks(2, [{"flags": flags(name, kind, n), "ddp": kind} for name in names for kind in kinds for n in (1, 2)],
+             tmp_path)
+    on_ranks(4, [{"flags": flags(name, "four", n)} for name in names for n in (1, 2)], tmp_path)
+    for name in names:
+        for out in ("one-2", *(f"{kind}-{n}" for kind in ("four", *kinds) for n in (1, 2))):
+            losses, weights = difference(tmp_path / f"{name}-one-1", tmp_path / f"{name}-{out}")
+            assert losses <= 1e-6 and weights <= 1e-6, (name, out)
 
-    on_ranks(2, [case(kind, n) for kind in ("ours", "torch", "zero2", "zero3") for n in (1, 2)], tmp_path)
-    on_ranks(4, [case("four", n) for n in (1, 2)], tmp_path)
-    for out in ("one-2", *(f"{kind}-{n}" for kind in ("four", "ours", "torch", "zero2", "zero3") for n in (1, 2))):
-        losses, weights = difference(tmp_path / "one", tmp_path / out)
-        assert losses <= 1e-6 and weights <= 1e-6, out
 
-
-def test_resumed_run_on_two_ranks_equals_the_uninterrupted_one_bit_for_bit(settings, folders, tmp_path):
+def test_resumed_run_on_two_ranks_equals_the_uninterrupted_one_bit_for_bit(settings, small, tmp_path):
     cases, kinds = [], {"none": {}, "zero2": {"shard": "zero2"},
                         "zero3": {"shard": "zero3", "state": "bf16", "ema_on_host": True}}
     for kind, changed in kinds.items():
-        usual = dict(steps=6, ema=0.9, save_every=10, weights=folders / "tiny-sd3") | changed
+        usual = dict(steps=6, ema=0.9, save_every=10, weights=small / "tiny-sd3") | changed
         cases += [{"flags": settings.flags(**usual, out=tmp_path / f"{kind}-one")},
                   {"flags": settings.flags(**usual, out=tmp_path / f"{kind}-parts"), "stop": 3},
                   {"flags": settings.flags(**usual, out=tmp_path / f"{kind}-parts")}]
@@ -94,19 +116,20 @@ def test_resumed_run_on_two_ranks_equals_the_uninterrupted_one_bit_for_bit(setti
         assert losses_of(one) == losses_of(parts)
 
 
-def test_run_resumes_with_another_number_of_ranks(settings, folders, tmp_path):
-    usual = dict(weights=folders / "tiny-sd3", ema=0.9, save_every=2, lr=1e-4, out=tmp_path / "parts")
+def test_run_resumes_with_another_number_of_ranks(settings, small, tmp_path):
+    usual = dict(weights=small / "tiny-sd3", ema=0.9, save_every=2, lr=1e-4, out=tmp_path / "parts")
     train.train(settings(**usual | {"out": tmp_path / "one"}, steps=8))
-    on_ranks(2, [{"flags": settings.flags(**usual, steps=2, shard="zero2")}], tmp_path)
-    train.train(settings(**usual, steps=4))
-    on_ranks(4, [{"flags": settings.flags(**usual, steps=6, shard="zero3")}], tmp_path)
-    on_ranks(2, [{"flags": settings.flags(**usual, steps=8)}], tmp_path)
+    train.train(settings(**usual, steps=2))
+    on_ranks(4, [{"flags": settings.flags(**usual, steps=4, shard="zero3")}], tmp_path)
+    on_ranks(2, [{"flags": settings.flags(**usual, steps=6, shard="zero2")},
+                 {"flags": settings.flags(**usual, steps=7)}], tmp_path)
+    train.train(settings(**usual, steps=8))
     losses, weights = difference(tmp_path / "one", tmp_path / "parts")
     assert losses < 1e-5 and weights < 1e-5
 
 
-def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings, folders, tmp_path):
-    usual = dict(weights=folders / "tiny-sd3", steps=6, save_every=2, lr=1e-4)
+def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings, small, tmp_path):
+    usual = dict(weights=small / "tiny-sd3", steps=6, save_every=2, lr=1e-4)
     train.train(settings(**usual, out=tmp_path / "one"))
     on_ranks(2, [{"flags": settings.flags(**usual, out=tmp_path / "out"), "die": [1, 5]}], tmp_path, restarts=3)
     assert len(seen(tmp_path / "out")["losses"]) == 2  # of steps 5 and 6, after the checkpoint of step 4
@@ -114,9 +137,9 @@ def test_run_with_a_killed_rank_restarts_and_ends_with_the_same_weights(settings
     assert losses < 1e-5 and weights < 1e-5
 
 
-def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, folders, tmp_path):
+def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, small, tmp_path):
     """train.py itself, killed from outside at any place of a step."""
-    usual = dict(weights=folders / "tiny-sd3", steps=12, save_every=3, lr=1e-4)
+    usual = dict(weights=small / "tiny-sd3", steps=12, save_every=3, lr=1e-4)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "train.py"]
     process = subprocess.Popen([sys.executable, *command, *settings.flags(**usual, out=tmp_path / "out")], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -184,32 +207,32 @@ def test_port_in_use_is_refused_in_one_line(settings):
     assert line.startswith(f"error: ranks meet at 127.0.0.1:{port}: another run uses this port; give torchrun")
 
 
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
-def test_losses_in_bf16_are_close_to_fp32_however_the_work_is_divided(settings, folders, tmp_path, name):
-    usual = dict(steps=3, lr=1e-4, save_every=10, weights=folders / name)
+def test_losses_in_bf16_are_close_to_fp32_however_the_work_is_divided(settings, small, tmp_path):
     kinds = {"none": {}, "zero2": {"shard": "zero2"},
              "zero3": {"shard": "zero3", "state": "bf16", "activations": "recompute", "ema": 0.9}}
-    train.train(settings(**usual, out=tmp_path / "fp32"))
-    on_ranks(2, [{"flags": settings.flags(**usual, **changed, dtype="bf16", out=tmp_path / kind)}
-                 for kind, changed in kinds.items()], tmp_path)
-    for kind in kinds:
-        assert losses_of(tmp_path / kind) == pytest.approx(losses_of(tmp_path / "fp32"), rel=0.01)
+    runs = {name: dict(steps=3, lr=1e-4, save_every=10, weights=small / name) for name in ("tiny-sd3", "tiny-flux")}
+    on_ranks(2, [{"flags": settings.flags(**usual, **changed, dtype="bf16", out=tmp_path / name / kind)}
+                 for name, usual in runs.items() for kind, changed in kinds.items()], tmp_path)
+    for name, usual in runs.items():
+        train.train(settings(**usual, out=tmp_path / name / "fp32"))
+        for kind in kinds:
+            assert losses_of(tmp_path / name / kind) == pytest.approx(losses_of(tmp_path / name / "fp32"), rel=0.01)
 
 
 @pytest.mark.slow
-def test_two_ranks_encode_and_train_and_a_picture_is_drawn_with_the_result(settings, folders, photos, tmp_path):
+def test_two_ranks_encode_and_train_and_a_picture_is_drawn_with_the_result(settings, small, photos, tmp_path):
     """A minute or two: every step by its command."""
     def run(*command: object, ranks: int = 1) -> str:
         done = run_script(*command, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    data, out, weights = copy_of(photos, tmp_path / "data"), tmp_path / "out", folders / "tiny-sd3"
+    data, out, weights = copy_of(photos, tmp_path / "data"), tmp_path / "out", small / "tiny-sd3"
     printed = run("data.py", "encode", data, "--weights", weights, "--device", "cpu", "--latents", "--res", 64, ranks=2)
     for line in ("rank 0 of 2: 3 captions encoded, 5 in", "rank 1 of 2: 2 captions encoded, 5 in"):
         assert line in printed
-    flags = settings.flags(weights=weights, data=data, out=out, batch=8, warmup=10, ema=0.98, cache_latents=True,
-                           drop_caption=0, steps=200, save_every=50, sample_every=100, save_dtype="fp16")
+    flags = settings.flags(weights=weights, data=data, out=out, batch=8, lr=2e-3, warmup=10, ema=0.98, steps=200,
+                           cache_latents=True, drop_caption=0, save_every=50, sample_every=100, save_dtype="fp16")
     assert run("train.py", *flags, ranks=2).endswith(f"wrote {out}/sd3.safetensors\n")
     loss = losses_of(out)
     assert sum(loss[-20:]) < 0.5 * sum(loss[:20])
