@@ -28,6 +28,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image
@@ -178,12 +179,12 @@ def check_covering(path: str | os.PathLike, size: tuple[int, int], height: int, 
 
 
 class Pictures:
-    """A list of pictures, resized when needed; up to CACHE_BYTES of resized pixels stay in memory."""
+    """A list of pictures, resized when needed; up to CACHE_BYTES of resized pixels stay in memory; threads share it."""
 
     def __init__(self, paths: Sequence[Path], resample: str = "lanczos"):
         self.paths, self.resample = list(paths), resample
         self._recent: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -191,16 +192,17 @@ class Pictures:
     def resized(self, index: int, height: int, width: int) -> np.ndarray:
         """(H, W, 3) uint8 of picture `index`, scaled until it covers height x width."""
         key = (index, height, width)
-        if key not in self._recent:
+        pixels = self._recent.get(key)
+        if pixels is None:  # two threads may read one picture at the same time; the second result is kept
             picture = read_picture(self.paths[index])
             check_covering(self.paths[index], picture.size, height, width)
             pixels = np.array(resize_to_cover(picture, height, width, self.resample))
-            self._recent[key] = pixels
-            self._bytes += pixels.nbytes
-            while self._bytes > CACHE_BYTES and len(self._recent) > 1:
-                self._bytes -= self._recent.popitem(last=False)[1].nbytes
-        self._recent.move_to_end(key)
-        return self._recent[key]
+        with self._lock:
+            self._recent.pop(key, None)
+            self._recent[key] = pixels  # the newest is last
+            while sum(kept.nbytes for kept in self._recent.values()) > CACHE_BYTES and len(self._recent) > 1:
+                self._recent.popitem(last=False)
+        return pixels
 
     def central_crop(self, index: int, height: int, width: int) -> np.ndarray:
         """(height, width, 3) uint8: the middle of picture `index`, scaled until it covers the crop."""

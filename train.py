@@ -9,11 +9,13 @@ Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1
 Check      python -m pytest tests/test_train.py tests/test_ranks.py
 """
 
-if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
-    import files
-    files.end_on_interrupt()
+if __name__ == "__main__":
+    import os
 
-import ctypes
+    import files
+    files.end_on_interrupt()  # Ctrl-C during the import of torch ends in one line
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it; fewer holes in GPU memory
+
 import json
 import math
 import signal
@@ -43,9 +45,20 @@ from text import check_t5_length
 from training.batches import Part, batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
 from training.logs import SampleSettings, Tally
-from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer
+from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer, return_freed_memory
 from training.plan import check_memory, plan_of, this_machine
-from training.ranks import SharedError, device_of, gathered, join, on_all, rank, stop_on_signals, world
+from training.ranks import (
+    SharedError,
+    described,
+    device_of,
+    gathered,
+    join,
+    leave,
+    on_all,
+    rank,
+    stop_on_signals,
+    world,
+)
 from training.resume import digest_of, identity_of
 from training.run import Run, check_out, export_newest, only_run
 from training.settings import Settings, check, parse, settle
@@ -201,11 +214,11 @@ class Job:
         return identity_of(self.settings, self.family, self.config, weights, listing)
 
     def described(self) -> str:
-        """The settings as JSON, and what is read from where."""
+        """The machine, then as JSON the settings and what is read from where."""
         sizes = [f"{width}x{height}" for height, width in sorted(set(self.sizes))]
         read = {"family": self.family.name, "transformer": self.transformer.source, "vae": str(self.vae_path),
                 "text_encoders": str(self.folder), "pictures": len(self.items), "crops": sizes}
-        return json.dumps(asdict(self.settings) | {"read": read}, indent=1)
+        return f"{described(self.device)}\n{json.dumps(asdict(self.settings) | {'read': read}, indent=1)}"
 
 
 def open_job(settings: Settings) -> Job:
@@ -243,7 +256,8 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     mesh = init_device_mesh(job.device.type, (world(),)) if settings.sharded else None  # all ranks meet here
     split = partial(shard, settings=settings, mesh=mesh)
     model = on_all(lambda: build(settings, job.family, job.config, weights, job.device, split))
-    vae = on_all(lambda: VAE.load(job.vae_path, job.device, fallback=job.family.latent_scale).requires_grad_(False))
+    vae = on_all(lambda: VAE.load(job.vae_path, job.device, DTYPES[settings.vae_dtype],
+                                  fallback=job.family.latent_scale).requires_grad_(False))
     if not settings.latent_shift:
         vae.shift_factor = 0.0
     for height, width in set(job.sizes):
@@ -367,12 +381,6 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
             f"the last good checkpoint is in {job.settings.out}/checkpoints; try a smaller --lr")
 
 
-def return_freed_memory() -> None:
-    """Make glibc return freed blocks from 1 MiB on to the system: it would keep a tenth of a CPU run's memory."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
-
 def command(settings: Settings) -> None:
     """What the command line asks for; of an error that all ranks know, the first rank alone prints a line."""
     if settings.export:
@@ -394,8 +402,7 @@ def command(settings: Settings) -> None:
         raise
     except (ValueError, OSError) as error:
         raise (ValueError(f"rank {rank()}: {error}") if rank() else error) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     if stopped_by == signal.SIGINT:
         if rank():
             raise SystemExit(INTERRUPTED)

@@ -4,6 +4,9 @@
 "ddp": "torch"    use torch's DistributedDataParallel instead of the hand-written DDP
 "die": [rank, n]  this rank kills itself when it computes its n-th loss, counted from 0; not after a restart
 "stop": n         every rank but the first sends itself SIGTERM after n losses
+"slow": [n, s]    the n-th loss, counted from 0, takes s seconds; the file OUT/slow then exists
+"pinned": true    no training but one step of FSDP with --offload, its pinned memory emulated: each allocation takes a
+                  power of two. Print the bytes that weights, gradients and moments take on all ranks
 "unused": true    no training: print gradients of parameters that not every rank uses
 """
 
@@ -11,6 +14,8 @@ import json
 import os
 import signal
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from training.ranks import SharedError, join  # noqa: E402
+from training.ranks import SharedError, gathered, join, leave  # noqa: E402
 from training.settings import parse  # noqa: E402
 
 
@@ -72,6 +77,36 @@ def unused() -> None:
         print(*(f"{name} {p.grad and p.grad.item()}" for name, p in zip(names, model, strict=True)), sep=", ")
 
 
+def pinned(flags: list[str]) -> None:
+    blocks = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.nbytes
+        block = torch.empty(1 << (size - 1).bit_length() if size else 0, dtype=torch.uint8)
+        blocks.add(block.untyped_storage().data_ptr())
+        return block[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def pin_gradient(parameter: nn.Parameter) -> None:
+        parameter.grad._local_tensor = pin(parameter.grad._local_tensor)
+
+    torch.Tensor.pin_memory = pin
+    torch.Tensor.is_pinned = lambda tensor: tensor.untyped_storage().data_ptr() in blocks
+    job = train.open_job(parse(flags))
+    job = replace(job, settings=replace(job.settings, offload=True))  # which a run on CPUs drops
+    model, _ = train.load_models(job)
+    optimizer, config = train.new_optimizer(job.settings, model), model.config
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(pin_gradient)
+    latent, context = torch.randn(1, 16, 4, 4), torch.randn(1, 8, config.context_dim)
+    model(latent, torch.rand(1), context, torch.randn(1, config.pooled_dim), None).square().mean().backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *moments]
+    total = sum(gathered(sum(t.to_local().untyped_storage().nbytes() for t in tensors)))
+    if not dist.get_rank():
+        print("bytes", total)
+
+
 def main() -> None:
     join(torch.device("cpu"), sharded=False)
     ddp, formula = train.DDP, train.objective
@@ -79,11 +114,17 @@ def main() -> None:
         if "unused" in case:
             unused()
             continue
+        if "pinned" in case:
+            pinned(case["flags"])
+            continue
         settings, losses = parse(case["flags"]), []
 
-        def watched(*inputs, case=case, losses=losses):
+        def watched(*inputs, case=case, losses=losses, out=Path(settings.out)):
             if case.get("die") == [dist.get_rank(), len(losses)] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if case.get("slow", [None])[0] == len(losses):
+                (out / "slow").touch()
+                time.sleep(case["slow"][1])
             loss = formula(*inputs)
             losses.append(loss.item())
             if dist.get_rank() and len(losses) == case.get("stop"):
@@ -102,8 +143,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"seen-{dist.get_rank()}.json").write_text(json.dumps({"losses": losses, "error": error}))
         dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # everything is written; gloo's threads sometimes abort or block the interpreter's own exit
+    leave()
 
 
 if __name__ == "__main__":

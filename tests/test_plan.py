@@ -1,6 +1,7 @@
 """The memory plan: equal to a real step's memory, published models, the proposal where a run does not fit, FLOPs."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig
 from training import plan
 from training.model import autocast, build
-from training.plan import describe, flop_of_image, memory, total, verdict
+from training.plan import describe, flop_of_image, host_memory, memory, total, verdict
 from training.resume import tensors_of
 from training.settings import GIB, Machine, Settings, settle
 
@@ -45,7 +46,7 @@ def settled(s: Settings) -> tuple:
     ("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}), ("tiny-flux", {"res": 128})])
 def test_plan_equals_the_memory_of_a_real_step(settings, folders, tmp_path, name, changed):
     s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
-    card, _ = memory(s, family, config, vae_config, 1)
+    card, _ = memory(s, family, config, vae_config, Machine(1, 0))
 
     weights = find(s.weights)[1].part("model.diffusion_model.")
     model = build(s, family, config, weights, torch.device("cpu"), None)
@@ -131,11 +132,45 @@ def test_averaged_weights_of_an_offloaded_model_are_on_the_host(planned):
     assert averaged["on one card"] == without["on one card"] and "averaged weights" in averaged
 
 
+def test_host_of_the_published_models_is_what_their_shapes_give(planned):
+    """Findings by hand: pinning adds 30.9 GiB to Flux on 8 ranks and 7.3 GiB to SD3 on 2."""
+    usual = "--res=512", "--batch=32", "--shard=zero2", "--offload"
+    flux, sd3 = planned("--model=flux", "--plan=8x80", *usual), planned("--model=sd3", "--plan=2x80", *usual)
+    assert rows(flux)["rounded up by pinning"] == 30.91 and rows(sd3)["rounded up by pinning"] == 7.28
+    assert rows(flux)["offloaded state"] == pytest.approx(11_901_408_320 * 16 / GIB, rel=1e-3)
+    crops = 2 * 32 * 3 * 512**2 / GIB  # uint8, of this step and the next one
+    assert rows(flux)["pictures"] == pytest.approx(8 + crops, abs=0.01)
+    assert rows(sd3)["text encoders"] == pytest.approx(11.16e9 / GIB, abs=0.01) and "of 512" not in sd3
+    small = planned("--model=flux", "--plan=8x80:250", *usual)
+    assert "GiB of 250" in small and "it does not fit: no --offload makes it fit" in small
+    assert planned("--model=flux", "--plan=8x80:300", *usual).endswith("it fits\n")
+
+
+def test_sample_pictures_and_text_encoders_are_counted_while_they_live(planned):
+    flags = "--model=sd3", "--plan=1x24", "--res=1024", "--batch=1", "--state=bf16"
+    usual, drawn = rows(planned(*flags)), rows(planned(*flags, "--sample-every=10"))
+    assert drawn["sample decoding"] > usual["VAE encoding"] and "sample decoding" not in usual
+    first = sum(usual[row] for row in ("parameters", "VAE weights", "text encoders", "reserve"))
+    assert first < usual["on one card"] < sum(usual[row] for row in usual if row != "on one card")
+
+
+def test_host_memory_is_the_smallest_limit_of_the_cgroups(monkeypatch, tmp_path):
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < host_memory() <= physical
+    (tmp_path / "groups").write_text("0::/job/task\n3:cpuset:/\n")
+    for folder, limit in (("sys/job", "1000000\n"), ("sys/job/task", "max\n")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "memory.max").write_text(limit)
+    places = {"/proc/self/cgroup": tmp_path / "groups", "/sys/fs/cgroup": tmp_path / "sys"}
+    monkeypatch.setattr(plan, "Path", lambda first, *rest: Path(places.get(first, first), *rest))
+    assert host_memory() == 1_000_000
+
+
 def test_sharding_divides_parameters_and_accumulation_shrinks_activations(settings, folders):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", batch=8))
 
     def card(ranks: int, **changed: object) -> dict[str, int]:
-        return memory(replace(s, **changed), family, config, vae_config, ranks)[0]
+        return memory(replace(s, **changed), family, config, vae_config, Machine(ranks, 0))[0]
 
     alone, halved, sharded = card(1), card(1, accumulate=2), card(4, shard="zero3")
     assert halved["activations"] < 0.7 * alone["activations"] and halved["parameters"] == alone["parameters"]
@@ -148,7 +183,7 @@ def test_sharding_divides_parameters_and_accumulation_shrinks_activations(settin
                                              (0.001, "no flag makes it fit")])
 def test_smallest_change_that_fits_is_proposed(settings, folders, share, proposal):
     s, family, config, vae_config = settled(settings(weights=folders / "tiny-sd3", res=512, batch=4))
-    size = total(memory(s, family, config, vae_config, 1)[0])
+    size = total(memory(s, family, config, vae_config, Machine(1, 0))[0])
     table, advice = verdict(s, family, config, vae_config, Machine(1, size))
     assert table.endswith("it fits") and not advice
     table, advice = verdict(s, family, config, vae_config, Machine(1, int(share * size)))

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ import train
 from checkpoint import open_weights, save
 from flux import FluxConfig, new_flux
 from mmdit import MMDiTConfig, new_mmdit
+from training.plan import describe, memory
 from training.ranks import stop_on_signals
-from training.resume import newest
+from training.resume import newest, step_of
+from training.settings import Machine, settle
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,55 @@ def test_torchrun_restarts_the_command_when_a_rank_is_killed(settings, small, tm
     train.train(settings(**usual, out=tmp_path / "one"))
     losses, weights = difference(tmp_path / "one", tmp_path / "out")
     assert losses < 1e-5 and weights < 1e-5
+
+
+def test_plan_of_offloaded_state_equals_what_two_ranks_take_with_emulated_pinning(settings, folders, tmp_path):
+    flags = settings.flags(weights=folders / "tiny-sd3", shard="zero2")
+    printed = on_ranks(2, [{"flags": flags, "pinned": True}], tmp_path)
+    family, config, vae_config = describe(None, str(folders / "tiny-sd3"), None)
+    s = replace(settle(settings(weights=folders / "tiny-sd3", shard="zero2"), family), offload=True)
+    _, host = memory(s, family, config, vae_config, Machine(2, 0))
+    planned = host["offloaded state"] + host["rounded up by pinning"]
+    assert host["rounded up by pinning"] > 0.05 * host["offloaded state"]
+    assert planned == pytest.approx(int(re.search(r"bytes (\d+)", printed)[1]), rel=0.02)
+
+
+@pytest.mark.parametrize("patience_s, step", [(60, 2), (1, None)])
+def test_sigterm_during_a_slow_step_is_saved_where_torchrun_waits_and_the_run_resumes_bit_for_bit(
+        settings, tmp_path, patience_s, step):
+    """torchrun kills its ranks after --shutdown-timeout; a step of 4K Flux takes longer than its default of 30 s."""
+    usual = dict(steps=4, save_every=100)
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([{"flags": settings.flags(**usual), "slow": [1, 4]}]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--monitor-interval=0.1",
+         f"--shutdown-timeout={patience_s}", "tests/on_ranks.py", str(cases)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "out" / "slow").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    folder = newest(tmp_path / "out")
+    assert (folder and step_of(folder)) == step, errors[-3000:]
+    if step:
+        on_ranks(2, [{"flags": settings.flags(**usual)}, {"flags": settings.flags(**usual, out=tmp_path / "one")}],
+                 tmp_path)
+        for file in newest(tmp_path / "one").glob("*.safetensors"):
+            a, b = load_file(file), load_file(newest(tmp_path / "out") / file.name)
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ranks_end_by_themselves_after_their_work(settings, tmp_path):
+    """tests/on_ranks.py too leaves as train.py does: no exit code but 0, no hang, nothing on stderr from gloo."""
+    cases = [{"flags": settings.flags(steps=1, out=tmp_path / kind, **changed)}
+             for kind, changed in (("ddp", {}), ("fsdp", {"shard": "zero3", "ema": 0.9}))]
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(cases))
+    done = run_script("tests/on_ranks.py", file, ranks=2, timeout=200)
+    assert done.returncode == 0 and not re.search("terminate called|Fatal|SIGABRT", done.stderr), done.stderr[-3000:]
 
 
 def test_second_interrupt_ends_the_process_and_an_ignored_signal_stays_ignored(monkeypatch):

@@ -11,9 +11,8 @@ from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, parse, s
 
 # compared by what they lead to: --small by the sizes of all pictures, positions in the model's configuration
 MAY_CHANGE = {"data", "out", "cache", "small", "positions", "trained_side", "recipe", "steps", "shard", "offload",
-              "accumulate", "activations",
-              "ema_on_host", "device", "save_dtype", "save_every", "keep", "log_every", "sample_every", "threads",
-              "export", "plan", "dry_run"}
+              "accumulate", "activations", "ema_on_host", "compile", "device", "save_dtype", "save_every", "keep",
+              "log_every", "sample_every", "threads", "export", "plan", "dry_run"}
 # how the released trainers prepare pictures and captions, and the cell of docs/differences.md that says so
 RELEASE = {
     "mirrored crops": ("flip", True, "with probability 1/2"),
@@ -112,9 +111,10 @@ def test_flags_are_not_abbreviated(flags, capsys):
 def test_plan_is_for_gpus_on_any_machine():
     s = parse(["--model=flux", "--plan=8x80"])
     assert (s.device, s.dtype, s.plan, s.model) == ("cuda", "bf16", Machine(8, 80 * GIB), "flux")
+    assert parse(["--model=flux", "--plan=2x80:512.5"]).plan == Machine(2, 80 * GIB, round(512.5 * GIB))
 
 
-@pytest.mark.parametrize("text", ["8", "x80", "0x80", "8x", "8xmany"])
+@pytest.mark.parametrize("text", ["8", "x80", "0x80", "8x", "8xmany", "8x80:", "8x80:much"])
 def test_machine_is_ranks_times_gigabytes(text, capsys):
     with pytest.raises(SystemExit):
         parse([f"--plan={text}"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -193,6 +194,39 @@ def test_bf16_weights_and_moments_train_and_resume_bit_for_bit(settings, tmp_pat
     assert_same_run(tmp_path / "one", tmp_path / "out")
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
+def test_run_with_compiled_blocks_is_the_same_to_rounding(settings, folders, tmp_path, monkeypatch, name, activations):
+    compiled, compiles = [], torch.compile
+
+    def quickly(forward):  # without generating code
+        compiled.append(forward)
+        return compiles(forward, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    for out, changed in (("eager", {}), ("compiled", {"compile": True})):
+        train.train(settings(weights=folders / name, steps=2, activations=activations, out=tmp_path / out, **changed))
+    eager, other = log_of(tmp_path / "eager"), log_of(tmp_path / "compiled")
+    assert len(compiled) > 1
+    for row, twin in zip(eager, other, strict=True):
+        assert twin["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert twin["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("cache_latents", [None, True])
+def test_latents_encoded_in_bf16_are_close_and_identify_the_run(settings, tmp_path, monkeypatch, cache_latents):
+    latents, formula = [], train.objective
+    monkeypatch.setattr(train, "objective", lambda *inputs: latents.append(inputs[2]) or formula(*inputs))
+    for dtype in ("fp32", "bf16"):
+        train.train(settings(steps=1, vae_dtype=dtype, sample_every=1, out=tmp_path / dtype, cache=tmp_path / "cache",
+                             cache_latents=cache_latents))
+    exact, rounded = latents
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert "vae_dtype bf16 -> fp32" in refusal_of(settings, steps=2, out=tmp_path / "bf16", cache=tmp_path / "cache",
+                                                  cache_latents=cache_latents)
+
+
 @pytest.mark.parametrize("activations", ["recompute", "host"])
 def test_run_with_recomputed_activations_is_the_same_bit_for_bit(settings, tmp_path, activations):
     for choice in ("keep", activations):
@@ -300,7 +334,9 @@ def test_dry_run_prints_the_settings_and_what_is_read_and_writes_nothing(setting
     monkeypatch.setattr(MMDiT, "load", None)  # a call would raise
     before = sorted(photos.rglob("*"))
     train.train(settings(dry_run=True, bands="1,2,2,4"))
-    printed = json.loads(capsys.readouterr().out)
+    machine, printed = capsys.readouterr().out.split("\n", 1)
+    assert machine.startswith("cpu: ") and "torch" in machine
+    printed = json.loads(printed)
     assert printed["bands"] == [1, 2, 2, 4] and printed["steps"] == 6 and printed["objective"] == "paper"
     assert printed["read"] | {"vae": 0, "transformer": 0} == {
         "family": "SD3", "transformer": 0, "vae": 0, "text_encoders": str(model), "pictures": 4, "crops": ["64x64"]}
@@ -346,7 +382,9 @@ def test_missing_file_is_named(settings, tmp_path, changed, reason):
     ({"lr": math.inf}, "--lr inf: give 0 or more"), ({"seed": 2**32 + 7}, "--seed 4294967303: give 0 to 2^32 - 1"),
     ({"steps": 10**10}, "at most 1,000,000,000"), ({"res": 2**20}, "at most 65,536"),
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
-    ({"offload": True}, "it with --shard"), ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
+    ({"offload": True}, "it with --shard"),
+    ({"offload": True, "shard": "zero2", "state": "bf16"}, "--offload --state bf16: random rounding takes a CPU"),
+    ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
     ({"bands": "0,0,0,0"}, "--bands 0,0,0,0: give at least one weight above 0"),
     ({"device": "foo"}, "--device foo: this machine has cpu")])
@@ -379,7 +417,8 @@ def test_script_lists_its_flags_in_help():
 def test_script_trains_and_writes_a_model(settings, tmp_path):
     done = run_script("train.py", *settings.flags(steps=2))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('{\n "model"') and done.stdout.endswith(f"wrote {tmp_path}/out/sd3.safetensors\n")
+    assert re.match(r'cpu: \d+ cores, 1 threads per rank; torch \S+\n{\n "model"', done.stdout)
+    assert done.stdout.endswith(f"wrote {tmp_path}/out/sd3.safetensors\n")
     assert [row["step"] for row in log_of(tmp_path / "out")] == [1, 2]
     assert MMDiT.load(tmp_path / "out" / "sd3.safetensors").config.hidden_size == 64
 

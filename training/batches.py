@@ -23,7 +23,8 @@ from training.cache import Embeddings, Latents
 from training.ranks import rank, together, world
 from training.seeds import SAMPLES, seed_of
 from training.settings import Settings
-from vae import to_image
+
+THREADS_PER_READER = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Part:
 
     pictures: list[int]                  # indices into the folder's items
     captions: list[str]
-    images: list[Tensor] | None          # (3, H, W) each, in [-1, 1]; None where the moments come from the latent cache
+    images: list[Tensor] | None          # (H, W, 3) uint8 each; None where the moments come from the latent cache
     moments: list[tuple[Tensor, Tensor]] | None  # mean and logvar, (1, 16, h, w) each, from that cache
     context: Tensor                      # (B, L, C) and
     pooled: Tensor                       # (B, P), of the captions
@@ -43,11 +44,11 @@ class Part:
 
 
 def random_crop(pixels: np.ndarray, height: int, width: int, generator: torch.Generator, flip: bool = True) -> Tensor:
-    """(H, W, 3) uint8 -> (3, height, width) in [-1, 1]: a random place, mirrored with probability 1/2 if `flip`."""
+    """(H, W, 3) uint8 -> (height, width, 3) uint8: a random place, mirrored with probability 1/2 if `flip`."""
     places = pixels.shape[0] - height + 1, pixels.shape[1] - width + 1, 2
     top, left, mirror = (int(torch.randint(n, (1,), generator=generator)) for n in places)
     crop = pixels[top:top + height, left:left + width]
-    return to_image(crop[:, ::-1] if flip and mirror else crop)
+    return torch.from_numpy(np.ascontiguousarray(crop[:, ::-1] if flip and mirror else crop))
 
 
 def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_caption: float) -> str:
@@ -96,7 +97,7 @@ def uneven(sizes: Sequence[tuple[int, int]], batch: int) -> str:
 def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]], sizes: Sequence[tuple[int, int]],
                resized: Callable[[int, int, int], np.ndarray], channels: int, texts: Embeddings,
                latents: Latents | None) -> list[Part]:
-    """This rank's share of a step, one Part per backward pass.
+    """This rank's share of a step, one Part per backward pass; pictures are read by a quarter of --threads readers.
 
     captions  of every picture
     sizes     (height, width) of every picture's crop
@@ -107,23 +108,27 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
     chosen = batch_of_step(sizes, settings.batch, settings.seed, step)
     share, parts = settings.batch // (world() * settings.accumulate), []
     height, width = sizes[chosen[0]]
-    for k in range(settings.accumulate):
-        first = (k * world() + rank()) * share
-        drawn, images, noises, sigmas, generators = [], [], [], [], []
-        for place in range(first, first + share):
-            generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
-            drawn.append(draw_caption(captions[chosen[place]], generator, settings.drop_caption))
-            if not latents:
-                pixels = resized(chosen[place], height, width)
-                images.append(random_crop(pixels, height, width, generator, settings.flip))
-            latent_shape = channels, height // settings.factor, width // settings.factor
-            noises.append(torch.randn(latent_shape, generator=generator))
-            sigmas.append(sample_sigma(1, settings.density, settings.time_shift, generator=generator))
-            generators.append(generator)
-        mine = chosen[first:first + share]
-        moments = [latents.read(picture, height, width) for picture in mine] if latents else None
-        parts.append(Part(mine, drawn, images or None, moments, *texts.read(drawn), (height, width),
-                          torch.stack(noises), torch.cat(sigmas), generators))
+
+    def sample(place: int) -> tuple[str, Tensor | tuple[Tensor, Tensor], Tensor, Tensor, torch.Generator]:
+        generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
+        caption = draw_caption(captions[chosen[place]], generator, settings.drop_caption)
+        if latents:
+            picture = latents.read(chosen[place], height, width)
+        else:
+            pixels = resized(chosen[place], height, width)
+            picture = random_crop(pixels, height, width, generator, settings.flip)
+        noise = torch.randn(channels, height // settings.factor, width // settings.factor, generator=generator)
+        sigma = sample_sigma(1, settings.density, settings.time_shift, generator=generator)
+        return caption, picture, noise, sigma, generator
+
+    with ThreadPoolExecutor(max(1, settings.threads // THREADS_PER_READER)) as readers:
+        for k in range(settings.accumulate):
+            first = (k * world() + rank()) * share
+            samples = readers.map(sample, range(first, first + share))
+            drawn, pictures, noises, sigmas, generators = zip(*samples, strict=True)
+            images, moments = (None, list(pictures)) if latents else (list(pictures), None)
+            parts.append(Part(chosen[first:first + share], list(drawn), images, moments, *texts.read(drawn),
+                              (height, width), torch.stack(noises), torch.cat(sigmas), list(generators)))
     return parts
 
 

@@ -151,7 +151,8 @@ def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor,
     for k in range(1, len(context)):
         velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], how.cfg, how.guidance)
         noise = draw_noise([(how.seed + k - 1) % SEEDS], how.shape).to(context.device)
-        images.append(vae.decode(euler(velocity, noise, how.sigmas), how.factor)[0].float().cpu())
+        latent = euler(velocity, noise, how.sigmas)
+        images.append(vae.decode(latent.to(next(vae.parameters()).dtype), how.factor)[0].float().cpu())
     return images
 
 

@@ -3,6 +3,8 @@
 Check     python -m pytest tests/test_train.py tests/test_plan.py
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -38,11 +40,13 @@ def recomputed(forward: Callable[..., Tensor], on_host: bool, *inputs: Tensor) -
         return checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def make(family: Family, config: MMDiTConfig | FluxConfig, activations: str) -> MMDiT | Flux:
+def make(family: Family, config: MMDiTConfig | FluxConfig, activations: str, compiled: bool = False) -> MMDiT | Flux:
     """A transformer without weights; activations: "keep", "recompute" or "host"."""
     model = family.model(config)
-    if activations != "keep":
-        for block in blocks_of(model):  # on the instance, so that parameters keep their official names
+    for block in blocks_of(model):  # on the instance, so that parameters keep their official names
+        if compiled:
+            block.forward = torch.compile(block.forward)
+        if activations != "keep":
             block.forward = partial(recomputed, block.forward, activations == "host")
     return model
 
@@ -51,7 +55,7 @@ def build(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig, 
           shard: Callable[[nn.Module], None]) -> MMDiT | Flux:
     """The transformer with its weights, read after `shard` has split it: each rank then reads its own rows only."""
     with torch.device("meta"):
-        model = make(family, config, settings.activations).to(settings.state_dtype)
+        model = make(family, config, settings.activations, settings.compile).to(settings.state_dtype)
     home = torch.device("cpu") if settings.offload else device
     if settings.sharded:
         shard(model)
@@ -99,9 +103,15 @@ class EMA:
                 local(copy).lerp_(local(p).to(local(copy)), 1 - decay)
 
 
+def return_freed_memory() -> None:
+    """Make glibc return freed blocks from 1 MiB on to the system: it would keep a tenth of a CPU run's memory."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
 def autocast(settings: Settings) -> torch.autocast:
-    """bf16 products of fp32 weights, for --dtype bf16; FSDP casts the weights by itself."""
-    enabled = settings.dtype == "bf16" and not settings.sharded
+    """bf16 products of fp32 weights, for --dtype bf16; FSDP casts the weights by itself, and bf16 weights decide."""
+    enabled = settings.dtype == "bf16" and not settings.sharded and settings.state == "fp32"
     return torch.autocast(settings.device.partition(":")[0], torch.bfloat16, enabled=enabled)
 
 
@@ -111,8 +121,9 @@ def encode(vae: VAE, part: Part, settings: Settings) -> Tensor:
     weight, drawn = next(vae.parameters()), []
     for k, generator in enumerate(part.generators):
         if part.moments:
-            mean, logvar = (moment.to(weight) for moment in part.moments[k])
-        else:
-            mean, logvar = vae.moments(part.images[k][None].to(weight), settings.factor, settings.dilation)
-        drawn.append(vae.draw(mean, logvar, generator))
+            mean, logvar = (moment.to(weight.device) for moment in part.moments[k])
+        else:  # bytes become numbers on the device
+            image = (part.images[k].to(weight.device).permute(2, 0, 1).float() / 127.5 - 1)[None]
+            mean, logvar = vae.moments(image.to(weight.dtype), settings.factor, settings.dilation)
+        drawn.append(vae.draw(mean.float(), logvar.float(), generator))
     return torch.cat(drawn)

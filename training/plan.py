@@ -1,18 +1,21 @@
 """How much memory a training run takes, before there is a weight or a GPU: train.py --plan RANKSxGB.
 
 Exact      parameters, gradients, optimizer: from shapes and how they are split over the ranks
-Measured   activations and VAE encoding: the training code runs once on tensors without storage (torch's FakeTensorMode)
-           while live bytes are counted; an operator's internal workspace is not seen
+Measured   activations, VAE encoding, sample decoding: the code runs once on tensors without storage (torch's
+           FakeTensorMode) while live bytes are counted
 Counted    gathered weights and reduction buffers, as FSDP2 holds them: weights of the current block, of the next one
            and of its gathering; gradients of two blocks in flight
-Assumed    RESERVE for the CUDA context, NCCL and fragmentation; PROCESS for Python and torch on the host
+Host       pinned memory comes in powers of two, one block per tensor: FSDP's shards and gradients under --offload, the
+           inputs of blocks under --activations host
+Assumed    RESERVE for the CUDA context, NCCL and fragmentation; PROCESS for Python, torch and pictures being decoded;
+           a convolution copies its input and output into the layout of its kernel
 Units      bytes inside, GiB printed; a card of 80 GB is taken as 80 GiB less RESERVE
 Check      python -m pytest tests/test_plan.py
 """
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import LazyTensor, Weights, model_folder, open_weights
+from checkpoint import DTYPES, LazyTensor, Weights, model_folder, open_weights
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
 from files import read_json
 from flow import interpolate, loss_weight
@@ -33,14 +36,16 @@ from mmdit import MMDiT, MMDiTConfig
 from training.model import blocks_of, make
 from training.ranks import from_torchrun
 from training.resume import FILE_BYTES
-from training.settings import GIB, Machine, Settings, check, settle
+from training.settings import GIB, UNKNOWN, Machine, Settings, check, settle
 from vae import VAE, VAEConfig, read_config
 from wavelet import objective
 
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
 PICTURES = GIB  # resized pictures that a rank keeps: data.CACHE_BYTES
-RANKS_PER_HOST = 8
-UNKNOWN = 1 << 60       # bytes of a machine that does not tell
+PHASES = "activations", "VAE encoding", "sample decoding"  # never two at a time
+AT_FIRST = "parameters", "averaged weights", "buffers", "VAE weights", "text encoders", "reserve"  # before step 1
+TEXT_WIDTH = 4096       # of the published T5; other text encoders are small
+TEXT_PARAMETERS = {SD3.text: 5_581_000_000, FLUX_DEV.text: 4_885_000_000}  # T5-XXL and the family's CLIPs
 SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
 OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
 PUBLISHED = {  # --model NAME without its folder: family and configuration
@@ -65,6 +70,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.convolution.default:
+            self.peak = max(self.peak, self.now + args[0].nbytes + 2 * result.nbytes)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
@@ -123,12 +130,24 @@ def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | F
 # ---- what is planned for
 
 def this_machine(device: torch.device, ranks: int) -> Machine:
-    if device.type == "cuda":
-        return Machine(ranks, torch.cuda.get_device_properties(device).total_memory)
+    host, per_host = host_memory(), from_torchrun("LOCAL_WORLD_SIZE", 1)
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host // per_host
+    return Machine(ranks, card, host, per_host)
+
+
+def host_memory() -> int:
+    """Bytes that processes of this host may use: its memory, or less if a container or Slurm limits their cgroup."""
     if not hasattr(os, "sysconf"):  # Windows
-        return Machine(ranks, UNKNOWN)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(ranks, memory // from_torchrun("LOCAL_WORLD_SIZE", 1))
+        return UNKNOWN
+    limits, groups = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kind, path = line.split(":", 2)
+        if kind in ("", "memory"):  # cgroups of version 2 and 1
+            root, name = ("", "memory.max") if not kind else ("memory", "memory.limit_in_bytes")
+            inner = Path("/sys/fs/cgroup", root, path.lstrip("/"))
+            files = [folder / name for folder in (inner, *inner.parents) if (folder / name).is_file()]
+            limits += [int(text) for text in (file.read_text().strip() for file in files) if text.isdigit()]
+    return min(limits)
 
 
 def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[
@@ -157,48 +176,66 @@ def describe(model: str | None, weights: str | None, transformer: str | None) ->
 # ---- the sum
 
 def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig,
-           ranks: int) -> tuple[dict[str, int], dict[str, int]]:
+           machine: Machine) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each kind on one card, and on one host with its ranks."""
+    ranks, local = machine.ranks, min(machine.ranks, machine.ranks_per_host)
     with torch.device("meta"):
         model = family.model(config)
     parameters = list(model.parameters())
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
     total_count, largest = sum(p.numel() for p in parameters), max(p.numel() for p in parameters)
-    first_rows = sum(-(-len(p) // ranks) * p[0].numel() for p in parameters)  # the first rank has the most
-    own = first_rows if s.sharded else total_count
+    shares = [-(-len(p) // ranks) * p[0].numel() if s.sharded else p.numel() for p in parameters]  # of the first rank
+    own = sum(shares)
     size = s.state_dtype.itemsize
     compute = 2 if s.dtype == "bf16" else size
-    batch, local = s.batch // (ranks * s.accumulate), min(ranks, RANKS_PER_HOST)
-    tokens = s.tokens + family.text_tokens(s.t5_length)
+    batch = s.batch // (ranks * s.accumulate)
     stored_in_bf16 = s.dtype == "bf16" and (s.sharded or s.state == "bf16")
-    inputs = len(blocks) * batch * tokens * config.hidden_size * (2 if stored_in_bf16 else 4)  # of all blocks
+    width = batch * config.hidden_size * (2 if stored_in_bf16 else 4)
+    inputs = [tokens * width for tokens in (s.tokens, family.text_tokens(s.t5_length))] * len(blocks)  # image and text
     gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
     reduced = max(blocks) * (compute + 8)                              # a block's gradients, two of them in fp32
+    vae_dtype = DTYPES[s.vae_dtype]
+    encoding = vae_config, vae_dtype, s.res, s.factor
+    text_encoders = TEXT_PARAMETERS[family.text] if config.context_dim == TEXT_WIDTH else 0
+    text_encoders *= 4 if s.device == "cpu" else 2
     rounded = 24 * largest // (ranks if s.sharded else 1)              # fp32 copies of one parameter at a time
 
     card = {"parameters": own * size, "gradients": own * size, "optimizer": 2 * own * size,
             "averaged weights": 4 * own if s.ema else 0,
-            "activations": activation_bytes(s, family, config, ranks) - (inputs if s.activations == "host" else 0),
+            "activations": activation_bytes(s, family, config, ranks) - (sum(inputs) if s.activations == "host" else 0),
             "gathered weights": gathered * compute if s.sharded else 0,
             "buffers": (size * sum(b.numel() for b in model.buffers()) + (reduced if s.sharded else 0)
                         + (rounded if s.state == "bf16" else 0)),
-            "VAE weights": 4 * vae_parameters(vae_config),
-            "VAE encoding": 0 if s.cache_latents else encoding_bytes(vae_config, s.res, s.factor, s.dilation),
+            "VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
+            "VAE encoding": 0 if s.cache_latents else encoding_bytes(*encoding, s.dilation),
+            "sample decoding": decoding_bytes(*encoding) if s.sample_every else 0,
+            "text encoders": text_encoders,
             "reserve": 0 if s.device == "cpu" else RESERVE}
     moved = {"offloaded state": ("parameters", "gradients", "optimizer") if s.offload else (),
              "averaged weights": ("averaged weights",) if s.ema_on_host or s.offload else ()}
-    host = {name: local * sum(card[row] for row in rows) for name, rows in moved.items()}
+    host = {name: sum(card[row] for row in rows) for name, rows in moved.items()}
     for row in sum(moved.values(), ()):
         card[row] = 0
-    host |= {"activations": local * inputs if s.activations == "host" else 0,
-             "a checkpoint being written": local * 2 * min(FILE_BYTES, own * size),
-             "pictures": local * 2 * PICTURES, "processes": local * PROCESS}
-    return card, host
+    if s.offload:  # weights and gradients are pinned, moments are not
+        host["rounded up by pinning"] = 2 * (pinned(size * share for share in shares) - own * size)
+    crop = 3 * s.res**2  # bytes
+    host |= {"activations": pinned(inputs) if s.activations == "host" else 0,
+             "a checkpoint being written": 2 * min(FILE_BYTES, own * size),
+             "pictures": PICTURES + (0 if s.cache_latents else 2 * crop * s.batch // ranks),  # this step, the next one
+             "processes": PROCESS, "the ranks' work, as above": total(card) if s.device == "cpu" else 0}
+    return card, {name: local * value for name, value in host.items()}
+
+
+def pinned(sizes: Iterable[int]) -> int:
+    """Bytes of tensors in pinned memory: its allocator rounds each up to a power of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
 
 
 def total(card: dict[str, int]) -> int:
-    """Encoding is over when the activations begin."""
-    return sum(card.values()) - min(card["activations"], card["VAE encoding"])
+    """The most at one time: in training, or before it, while the text encoders live."""
+    phases = [card[row] for row in PHASES]
+    training = sum(card.values()) - card["text encoders"] - sum(phases) + max(phases)
+    return max(training, sum(card[row] for row in AT_FIRST))
 
 
 def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, ranks: int) -> int:
@@ -206,7 +243,7 @@ def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConf
     batch, side, tokens = s.batch // (ranks * s.accumulate), s.res // s.factor, family.text_tokens(s.t5_length)
     loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
     stored = torch.bfloat16 if s.sharded and in_bf16 else s.state_dtype
-    autocast = in_bf16 and not s.sharded
+    autocast = in_bf16 and not s.sharded and s.state == "fp32"
     return _rehearse(family, config, batch, side, tokens, s.guidance, loss, s.activations, stored, autocast)
 
 
@@ -232,13 +269,23 @@ def vae_parameters(config: VAEConfig) -> int:
 
 
 @cache
-def encoding_bytes(config: VAEConfig, res: int, factor: int, dilation: int) -> int:
-    """Of one picture, in fp32 and without gradients, as training encodes."""
+def encoding_bytes(config: VAEConfig, dtype: torch.dtype, res: int, factor: int, dilation: int) -> int:
+    """Of one picture, without gradients, as training encodes."""
     def run(vae: VAE) -> None:
         with torch.no_grad():
-            vae.moments(torch.empty(1, 3, res, res), factor, dilation)
+            vae.moments(torch.empty(1, 3, res, res, dtype=dtype), factor, dilation)
 
-    return peak_bytes(lambda: VAE(config), run)
+    return peak_bytes(lambda: VAE(config), run, dtype)
+
+
+@cache
+def decoding_bytes(config: VAEConfig, dtype: torch.dtype, res: int, factor: int) -> int:
+    """Of one sample picture."""
+    def run(vae: VAE) -> None:
+        with torch.no_grad():
+            vae.decode(torch.empty(1, config.latent_channels, res // factor, res // factor, dtype=dtype), factor)
+
+    return peak_bytes(lambda: VAE(config), run, dtype)
 
 
 # ---- the verdict
@@ -262,46 +309,56 @@ def changes(s: Settings, ranks: int) -> list[tuple[str, dict[str, object]]]:
             options.append(("--offload", {"offload": True} | ({} if s.sharded else {"shard": "zero2"})))
         if s.activations != "host":
             options.append(("--activations host", {"activations": "host"}))
+    if s.offload:  # the host may lack what a card has
+        options.append(("no --offload", {"offload": False}))
+    if s.activations == "host":
+        options.append(("--activations recompute", {"activations": "recompute"}))
     if s.state == "fp32":
-        options.append(("--state bf16", {"state": "bf16"}))
+        options.append(("--state bf16" + " without --offload" * s.offload, {"state": "bf16", "offload": False}))
     return options
 
 
-def smallest_change(s: Settings, ranks: int, size: Callable[[Settings], int], room: int) -> str:
+def smallest_change(s: Settings, ranks: int, fits: Callable[[Settings], bool]) -> str:
     """The first single change that fits, else the changes taken together until they fit, else the remaining advice."""
     options = changes(s, ranks)
     for flag, change in options:
-        if size(replace(s, **change)) <= room:
+        if fits(replace(s, **change)):
             return f"{flag} makes it fit"
     flags: dict[str, str] = {}  # by its name, so that a later --accumulate replaces the earlier one
     for flag, change in options:
         s, flags = replace(s, **change), flags | {flag.split()[0]: flag}
-        if size(s) <= room:
+        if not s.offload:
+            flags.pop("--offload", None)
+        if fits(s):
             return f"{' '.join(flags.values())} make it fit"
-    return "no flag makes it fit: a smaller --res, or more or larger cards"
+    return "no flag makes it fit: a smaller --res, or more or larger cards and hosts"
 
 
 def verdict(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig,
             machine: Machine) -> tuple[str, str]:
     """The table of a run's memory on a machine, and the smallest change that makes it fit: empty if it fits."""
     def sums(changed: Settings) -> tuple[dict[str, int], dict[str, int]]:
-        return memory(changed, family, config, vae_config, machine.ranks)
+        return memory(changed, family, config, vae_config, machine)
+
+    def fits(changed: Settings) -> bool:
+        card, host = sums(changed)
+        return total(card) <= machine.card and sum(host.values()) <= machine.host
 
     def lines(parts: dict[str, int], title: str, last: str) -> list[str]:
         rows = [f"{name:28}{value / GIB:10.2f} GiB" for name, value in parts.items() if value]
         return [*rows, f"{title:28}{last}", ""]
 
     card, host = sums(s)
-    fits = total(card) <= machine.card
-    on_host = f"on a host, {min(machine.ranks, RANKS_PER_HOST)} ranks"
+    on_host = f"on a host, {min(machine.ranks, machine.ranks_per_host)} ranks"
+    of_host = "" if machine.host == UNKNOWN else f" of {machine.host / GIB:.0f}"
     table = lines(card, "on one card", f"{total(card) / GIB:10.2f} GiB of {machine.card / GIB:.0f}")
-    table += lines(host, on_host, f"{sum(host.values()) / GIB:10.2f} GiB")
-    advice = "" if fits else smallest_change(s, machine.ranks, lambda changed: total(sums(changed)[0]), machine.card)
+    table += lines(host, on_host, f"{sum(host.values()) / GIB:10.2f} GiB{of_host}")
+    advice = "" if fits(s) else smallest_change(s, machine.ranks, fits)
     return "\n".join([*table, f"it does not fit: {advice}" if advice else "it fits"]), advice
 
 
 def plan_of(settings: Settings) -> str:
-    """train.py --plan RANKSxGB: the table."""
+    """train.py --plan RANKSxGB[:HOSTGB]: the table."""
     family, config, vae_config = describe(settings.model, settings.weights, settings.transformer)
     settings = settle(settings, family)
     check(settings, settings.plan.ranks)

@@ -3,10 +3,13 @@
 Check     python -m pytest tests/test_ranks.py
 """
 
+import gc
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 from types import FrameType
 from typing import TypeVar
@@ -62,6 +65,16 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def described(device: torch.device) -> str:
+    """A line about the machine: cores, or card and driver; and the version of torch."""
+    if device.type == "cpu":
+        return f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank; torch {torch.__version__}"
+    card, about = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\d+\.[\d.]+", about.read_text()) if about.exists() else None
+    return (f"{device}: {card.name}, {card.total_memory / 1e9:.0f} GB; driver {driver[0] if driver else 'unknown'}; "
+            f"torch {torch.__version__}")
+
+
 def join(device: torch.device, sharded: bool) -> None:
     """Initialise the process group under torchrun; without it, a group of one if FSDP is used."""
     if device.type == "cuda":
@@ -81,6 +94,21 @@ def join(device: torch.device, sharded: bool) -> None:
                              "--master-port") from None
     elif sharded:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def leave() -> None:
+    """Destroy the process group while Python still runs: the last line of whatever joined one.
+
+    A thread of gloo may hold the last reference to a tensor of a finished collective. If it drops it while the
+    interpreter ends, the process aborts, or waits for ever for a lock that nobody holds. The barrier lets all ranks
+    finish before one closes its connections; destroy_process_group then joins the threads, once no model in a cycle
+    of references (FSDP has them) keeps a group alive.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
 
 
 def gathered(value: Result) -> list[Result]:

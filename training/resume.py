@@ -44,7 +44,7 @@ from training.settings import IDENTITY, SOURCE, Settings
 
 FILE_BYTES = 1 << 31
 ABOUT = "run.json"
-LATER = {"resize": "lanczos"}  # settings that older checkpoints do not record, with the value they had
+LATER = {"resize": "lanczos", "vae_dtype": "fp32"}  # what older checkpoints do not record, with the value it had
 
 
 def newest(out: Path) -> Path | None:

@@ -9,6 +9,7 @@ Check     python -m pytest tests/test_settings.py ; python train.py --help
 import argparse
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args
@@ -26,6 +27,7 @@ from wavelet import OBJECTIVES
 
 T = TypeVar("T")
 GIB = 1 << 30
+UNKNOWN = 1 << 60  # bytes of a machine that does not tell
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 MOST = {"batch": 2**16, "threads": 1024}
 RECIPES = {  # settings in which paper and release differ; None = family default
@@ -42,6 +44,8 @@ class Machine:
 
     ranks: int
     card: int
+    host: int = UNKNOWN         # bytes that all ranks of a host share
+    ranks_per_host: int = 8
 
 
 def flag(default: object, help: str, **options: object) -> Any:
@@ -67,10 +71,11 @@ def shift_or_tokens(text: str) -> float | str:
 
 
 def ranks_and_gigabytes(text: str) -> Machine:
-    ranks, _, gib = text.partition("x")
-    if not ranks.isdigit() or not int(ranks) or not gib.replace(".", "", 1).isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: RANKSxGB, such as 8x80")
-    return Machine(int(ranks), round(float(gib) * GIB))
+    parts = re.fullmatch(r"([1-9]\d*)x(\d+\.?\d*)(?::(\d+\.?\d*))?", text)
+    if not parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: RANKSxGB, such as 8x80, or RANKSxGB:HOSTGB, such as 8x80:512")
+    ranks, card, host = parts.groups()
+    return Machine(int(ranks), round(float(card) * GIB), round(float(host) * GIB) if host else UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class Settings:
     out: str = flag("runs/train", "folder of the run; an unfinished run there resumes", metavar="DIR")
     export: bool = flag(False, "write the newest checkpoint of --out as one official file, then exit")
     plan: Machine | None = flag(
-        None, "print the memory the run takes on such cards, 8x80 for example, then exit; needs no weights and no GPU",
-        type=ranks_and_gigabytes, metavar="RANKSxGB")
+        None, "print the memory the run takes on such cards and hosts, 8x80 or 8x80:512 for example, then exit; needs "
+        "no weights and no GPU", type=ranks_and_gigabytes, metavar="RANKSxGB[:HOSTGB]")
     dry_run: bool = flag(False, "check settings, metadata.jsonl and the headers of all files, print the settings, exit")
     # pictures
     res: int = flag(1024, "side of the training squares, pixels")
@@ -95,6 +100,8 @@ class Settings:
     dilation: int | None = flag(None, "of the VAE's first convolution at factor 16; 1: as released (default: 2)",
                                 choices=(1, 2))
     latent_shift: bool | None = flag(None, "latent = (raw - shift) * scale; without it raw * scale (default: with)")
+    vae_dtype: str = flag("fp32", "compute dtype of the VAE; bf16 encodes faster on GPUs, its latents are 1 %% off",
+                          choices=("fp32", "bf16"))
     positions: str | None = flag(
         None, "rule for places beyond --trained-side (default: as the file records, else stock)", choices=RULES)
     trained_side: int | None = flag(
@@ -143,6 +150,7 @@ class Settings:
         "recompute from 16,384 tokens)",
         choices=("keep", "recompute", "host"))
     ema_on_host: bool = flag(False, "averaged weights in host memory")
+    compile: bool = flag(False, "torch.compile of the blocks: equal to rounding; its gain on GPUs was not measured")
     # machine, run
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     dtype: str | None = flag(None, "compute dtype (default: bf16 on cuda, fp32 on cpu)", choices=("fp32", "bf16"))
@@ -171,9 +179,9 @@ class Settings:
 
 # What decides the numbers of a run. A run resumes only with equal values of these; the other settings may change.
 IDENTITY = (
-    "res", "aspect", "factor", "dilation", "latent_shift", "flip", "resize", "cache_latents", "drop_caption",
-    "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting", "batch", "lr",
-    "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
+    "res", "aspect", "factor", "dilation", "latent_shift", "vae_dtype", "flip", "resize", "cache_latents",
+    "drop_caption", "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting",
+    "batch", "lr", "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
 SOURCE = ("model", "weights", "transformer")  # where the weights lie; a checkpoint also records what they are
 
 
@@ -216,6 +224,8 @@ def check(s: Settings, ranks: int) -> None:
     need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(s.guidance is None or 0 <= s.guidance < math.inf, "guidance", s.guidance, "a number from 0")
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
+    if s.offload and s.state == "bf16":
+        raise ValueError("--offload --state bf16: random rounding takes a CPU as long as 20 steps; give one of them")
     need(any(s.bands), "bands", ",".join(f"{weight:g}" for weight in s.bands), "at least one weight above 0")
     need(0 <= s.ema < 1, "ema", s.ema, "0 for none, or a decay below 1")
 
