@@ -31,6 +31,7 @@ from bench.speed import Case, Step  # noqa: E402
 from flow import interpolate  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig, new_mmdit  # noqa: E402
 from train import DDP, objective, return_freed_memory  # noqa: E402
+from training.ranks import leave  # noqa: E402
 
 CASES = {"tiny": Case(width=256, heads=4, context_tokens=72, context_width=192, pooled_width=192, table_side=128),
          "wide": Case()}  # 4 blocks, 1,024 image tokens
@@ -125,10 +126,16 @@ def bench_step(name: str, case: Case, batch: int, threads: int, rounds: int) -> 
                  f"peak ours / diffusers: {peaks['ours'] / peaks['diffusers']:.3f}", f"{AGREEMENT}: {worst:.1e}")
 
 
-def ddp_rank(rank: int, ranks: int, meet: str, case: Case, batch: int, threads: int, rounds: int) -> None:
-    """One rank of bench_ddp, `batch` pictures per step; rank 0 reports."""
-    torch.set_num_threads(threads)
+def ddp_rank(rank: int, ranks: int, meet: str, *sizes: object) -> None:
+    """One rank of bench_ddp."""
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=ranks)
+    both_ddp(rank, ranks, *sizes)
+    leave()
+
+
+def both_ddp(rank: int, ranks: int, case: Case, batch: int, threads: int, rounds: int) -> None:
+    """Take turns between the two, `batch` pictures per step and rank; rank 0 reports."""
+    torch.set_num_threads(threads)
     config = MMDiTConfig(hidden_size=case.width, depth=case.depth, context_dim=case.context_width,
                          pooled_dim=case.pooled_width, table_side=case.table_side, mlp_hidden=4 * case.width)
     inputs = tuple(x[rank::ranks] for x in batch_of(case, batch * ranks))
@@ -142,8 +149,6 @@ def ddp_rank(rank: int, ranks: int, meet: str, case: Case, batch: int, threads: 
         speed.report(f"DDP: {case.depth} blocks of width {case.width}, {(case.side // 2) ** 2} tokens, batch {batch} "
                      f"per rank, {ranks} gloo ranks, {threads} threads each, {len(ddp.buckets)} buckets",
                      times, {}, f"{AGREEMENT}: {worst:.1e}")
-    dist.barrier()
-    os._exit(0)  # gloo's threads and the interpreter's exit can wait for each other for ever
 
 
 def bench_ddp(case: Case, batch: int, threads: int, rounds: int, ranks: int = 2) -> None:
