@@ -397,9 +397,11 @@ def command(settings: Settings) -> None:
         return_freed_memory()
         stopped_by = train(settings)
     except SharedError:
-        if rank():
-            raise SystemExit(1) from None
-        raise
+        first = not rank()
+        leave()
+        if first:
+            raise
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         raise (ValueError(f"rank {rank()}: {error}") if rank() else error) from None
     leave()
