@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import flux
@@ -43,6 +44,7 @@ RANGES = {  # what is accepted, in words too
     "factor": (lambda value: value in (8, 16), "8 or 16"),
     "t5_length": (lambda value: 1 <= value <= T5_MOST, f"1 to {T5_MOST} tokens")}
 MOST_SIDE = 65_536  # pixels
+VAE_16 = "vae_16.safetensors"
 BLURRED = 0.9       # a schedule whose last noise level before 0 is above it draws a picture in one jump, blurred
 SCHEDULER = Path("scheduler", "scheduler_config.json")     # in a diffusers folder
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -308,6 +310,21 @@ def fingerprint(path: str | os.PathLike) -> str:
                 f.seek(start)
                 digest.update(f.read(64))
     return digest.hexdigest()[:12]
+
+
+def vae_for(folder: str | os.PathLike, vae: Path, factor: int) -> Path:
+    """The VAE that draws at a factor: at 16 the folder's VAE_16, which train_vae.py --decoder-only writes, else `vae`.
+
+    raises  ValueError if it does not have the encoder of `vae`: latents would mean something else to it
+    """
+    if factor != 16 or not (other := Path(folder) / VAE_16).exists():
+        return vae
+    first, second = (open_weights(path).part("first_stage_model.") for path in (vae, other))
+    for name in ("encoder.conv_in.weight", "encoder.conv_out.weight"):
+        if name in first and (name not in second or not torch.equal(first[name].read(), second[name].read())):
+            raise ValueError(f"{other}: its encoder is not that of {vae}, so that it is the decoder of other latents; "
+                             f"move it away, or train one from {vae.name}")
+    return other
 
 
 def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None) -> tuple[Family, Weights, Path]:

@@ -232,15 +232,16 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
             as_json: bool) -> None:
     """Table 2 of the paper: what an autoencoder loses of photographs."""
     from checkpoint import check_device, model_folder
-    from family import find
+    from family import find, vae_for
     from scores import sets
     from vae import VAE
 
     device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
     file, fallback = model, None
     if not model.is_file():
-        family, _, file = find(model if model.is_dir() else model_folder(str(model)))
-        fallback = family.latent_scale
+        folder_of = model if model.is_dir() else model_folder(str(model))
+        family, _, file = find(folder_of)
+        file, fallback = vae_for(folder_of, file, factor), family.latent_scale
     vae = VAE.load(file, device, fallback=fallback)
     if res % (step := sets.side_step(vae, factor)):
         raise ValueError(f"--res {res}: must be a multiple of {step} at factor {factor}")
@@ -259,7 +260,7 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
         return row
 
     files = [identity(path) for path in ([file, weights] if inception or lpips else [file])]
-    key = ("vae", 2, factor, res, vae.scale_factor, vae.shift_factor, bool(inception), bool(lpips), files)
+    key = ("vae", 3, factor, res, vae.scale_factor, vae.shift_factor, vae.offset, bool(inception), bool(lpips), files)
     measured = each(lambda path: results.of_picture(key, path, measure), pictures, "pictures", errors)
     features = [row.pop("features") for row in measured.values()] if inception else []
     rows = [{"picture": str(path)} | row for path, row in measured.items()]

@@ -10,6 +10,7 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
           python sample.py --prompt "a dandelion at dawn" --res 4096                                4 minutes, 2.4 GiB
           python sample.py --prompt "a dandelion at noon" --model tiny-flux                         the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
+          python sample.py --prompt "snow" --from photo.jpg --res 2048          redraws a picture larger
           python sample.py --prompts aesthetic-4k/metadata.jsonl --weights sd3  one picture per line, named as there
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,38 +45,44 @@ from drawing.pictures import (
     write_picture,
 )
 from drawing.settings import Settings, parse, settle, summary
-from drawing.stages import Stage, enlarged, stages_of
-from family import Family, check_widths, find, fingerprint, positioned
+from drawing.stages import Stage, resized, stages_of
+from family import Family, check_widths, find, fingerprint, positioned, vae_for
 from files import check_path, memory_error, printable, run_command
 from flow import draw_noise, euler, interpolate, velocity_with_cfg
 from flux import Flux
 from mmdit import MMDiT
-from vae import VAE
+from reading.pictures import read_picture, upright_size
+from vae import VAE, to_image
 
 WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
 
 
 def run(given: Settings) -> None:
     """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Arguments and files are checked first."""
-    for name in ("model", "weights", "transformer", "prompts", "out"):
+    for name in ("model", "weights", "transformer", "vae", "prompts", "redraw", "out"):
         if (value := getattr(given, name)) is not None:
-            check_path(name, value)
+            check_path("from" if name == "redraw" else name, value)
     folder = model_folder(given.model, given.weights)
     family, transformer, vae_path = find(folder, given.transformer)
     settings = settle(given, family, transformer)
+    vae_path = Path(given.vae) if given.vae else vae_for(folder, vae_path, settings.factor)
     open_weights(vae_path)  # a missing or broken file is named before the text encoders are read
-    about = partial(records_of, settings, Path(transformer.source), fingerprint(transformer.source))
+    redrawn = to_image(np.array(read_picture(settings.redraw))) if settings.redraw else None
+    files = {"weights": transformer.source, "vae": vae_path, "from": settings.redraw}
+    about = partial(records_of, settings, Path(transformer.source),
+                    {name: fingerprint(file) for name, file in files.items() if file})
     pictures = check_records(name_pictures(read_prompts(settings), settings), about)
     print(summary(given, settings, family, transformer, vae_path), flush=True)
 
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
     model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
     model.config = positioned(model.config, settings.positions, settings.trained_side)
-    vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale))
+    vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale,
+                                          offset=settings.offset))
     check_widths(model.config, *encoded[settings.negative], vae_in(settings.dtype).config)
     stages, failures = plan_stages(settings, family), []
     for picture in pictures:
-        latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages)
+        latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages, redrawn)
         if failure := failure or in_the_way(picture.path, about(picture)):  # another run may have drawn there since
             failures.append(failed(picture, latent, failure, about(picture), settings))
             continue
@@ -93,8 +101,11 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
 
     def schedule(tokens: int) -> Tensor:
         return family.sigmas(settings.steps, family.by_tokens(tokens) if by_tokens else settings.time_shift)
-    return stages_of(settings.size, None if settings.first == "none" else int(settings.first), settings.start, step,
-                     schedule)
+
+    first = None if settings.first == "none" else int(settings.first)
+    if settings.redraw:
+        first = math.sqrt(math.prod(upright_size(settings.redraw)))
+    return stages_of(settings.size, first, settings.start, step, schedule, bool(settings.redraw))
 
 
 def encode(prompts: list[str], settings: Settings, folder: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
@@ -107,9 +118,13 @@ def encode(prompts: list[str], settings: Settings, folder: Path, family: Family)
 
 @torch.inference_mode()
 def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT | Flux,
-         vae_in: Callable[[str], VAE], stages: list[Stage]) -> tuple[Tensor, Tensor | None, str, float]:
-    """The last latent (1, C, h, w), fp32; its image, or None and why there is none; the seconds per step."""
-    factor, seconds, image = settings.factor, 0.0, None
+         vae_in: Callable[[str], VAE], stages: list[Stage], image: Tensor | None,
+         ) -> tuple[Tensor, Tensor | None, str, float]:
+    """The last latent (1, C, h, w), fp32; its image, or None and why there is none; the seconds per step.
+
+    image  (3, H, W) in [-1, 1], which the first stage redraws; None: that stage draws from noise
+    """
+    factor, seconds = settings.factor, 0.0
     weight = next(model.parameters())       # for its device and dtype
     pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
     context, pooled = (torch.cat(pair).to(weight) for pair in pairs)                              # (2, L, C), (2, P)
@@ -117,9 +132,9 @@ def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, 
     for stage in stages:
         shape = model.config.in_channels, stage.height // factor, stage.width // factor
         latent = draw_noise([picture.seed], shape).to(weight.device)
-        if image is not None:               # redrawn from the picture of the stage before
+        if image is not None:               # redrawn from the picture of the stage before, or from the given one
             vae, start = vae_in(settings.dtype), stage.sigmas[:1].to(weight.device)
-            before = vae.encode(enlarged(image[None], stage).to(weight), factor).float()
+            before = vae.encode(resized(image[None], stage).to(weight), factor).float()
             latent = interpolate(before, latent, start)
         began = time.perf_counter()
         if len(stage.sigmas) > 1:

@@ -1,12 +1,15 @@
-"""Train an autoencoder of the official shape on a folder of pictures.
+"""Train an autoencoder of the official shape on a folder of pictures, or the decoder of a given one at factor 16.
 
 Objective  mean |decode(encode(image)) - image| + KL_WEIGHT * KL(posterior || N(0, 1)) at factor 8, means over elements;
            factor 16 needs no training: the partition trick uses the same weights (vae.py)
 Start      a linear network (new_vae) that already draws a blurred picture; at the end equalize() evens out the latent
            channels
+Decoder    --decoder-only: another objective, training/decoder.py; the encoder stays as it is
 Run        python train_vae.py --data photos --out runs/vae     12 minutes on two cores; the same command resumes
-Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official names), OUT/log.jsonl
-Check      python -m pytest tests/test_train_vae.py
+           python train_vae.py --decoder-only --weights sd3 --data photos --lr 1e-5 --out runs/decoder
+Writes     OUT/state.safetensors (to resume), OUT/vae.safetensors (official names), OUT/log.jsonl; --decoder-only writes
+           OUT/vae_16.safetensors: in a model folder, sample.py draws with it at factor 16
+Check      python -m pytest tests/test_train_vae.py tests/test_decoder.py
 """
 
 if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
@@ -19,8 +22,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from threading import Event
 
@@ -28,19 +32,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import open_weights, save
+from checkpoint import check_device, open_weights, save
 from data import Pictures, read_folder
 from files import need, parse_json, run_command, writable
 from flow import SEEDS
+from scores.official import find_weights
+from scores.perceptual import LPIPS
 from training.adamw import MOMENTS
 from training.batches import random_crop
+from training.decoder import decoder_loss, given_vae, tensors_of
 from training.ranks import stop_on_signals
-from training.resume import same_settings
+from training.resume import digest_of, same_settings
 from training.run import check_out, only_run
 from training.seeds import seed_of
 from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
 
+NEW, DECODER = ("widths", "blocks", "norm_groups"), ("decoder_only", "weights", "factor", "offset", "teacher", "lpips")
 # short side, side of the crop: attention and norms see the complete map, so they must meet several sizes
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
 LATENT_CHANNELS = 16
@@ -101,7 +109,7 @@ def batch_of(pictures: Pictures, pixels: int, generator: torch.Generator) -> Ten
     """A training batch, (B, 3, side, side) in [-1, 1]: B = pixels / side^2 random crops of random pictures."""
     res, side = CROPS[int(torch.randint(len(CROPS), (1,), generator=generator))]
     indices = torch.randint(len(pictures), (max(1, pixels // side ** 2),), generator=generator).tolist()
-    return torch.stack([random_crop(pictures.resized(i, res, res), side, side, generator) for i in indices])
+    return torch.stack([to_image(random_crop(pictures.resized(i, res, res), side, side, generator)) for i in indices])
 
 
 def vae_loss(vae: VAE, image: Tensor, draw: Tensor) -> Tensor:
@@ -120,9 +128,9 @@ def central(pictures: Pictures, index: int, res: int) -> Tensor:
 @torch.no_grad()
 def reconstruction_psnr(vae: VAE, pictures: Pictures, factor: int = 8, res: int = 1024, side: int = 256) -> list[float]:
     """PSNR of each picture's central crop after encoding and decoding, in dB for a range of 255 levels."""
-    values, first = [], (res - side) // 2
+    values, first, weight = [], (res - side) // 2, next(vae.parameters())
     for index in range(len(pictures)):
-        image = central(pictures, index, res)[..., first:first + side, first:first + side]
+        image = central(pictures, index, res)[..., first:first + side, first:first + side].to(weight)
         decoded = vae.decode(vae.encode(image, factor), factor).clamp(-1, 1)
         values.append(10 * math.log10(4 / float((decoded - image).square().mean())))
     return values
@@ -176,12 +184,14 @@ def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, d
     if not isinstance(then, dict) or step is None:
         raise ValueError(f"{path}: not the state of a run; use another --out")
     same_settings(path, then, decisive)
-    kinds = ("model", *(MOMENTS if len(state) > len(vae.state_dict()) else ()))
-    shapes = {f"{kind}.{name}": tuple(t.shape) for kind in kinds for name, t in vae.state_dict().items()}
+    trained = {name: p for name, p in vae.named_parameters() if p.requires_grad}
+    shapes = {f"model.{name}": tuple(t.shape) for name, t in vae.state_dict().items()}
+    if len(state) > len(shapes):
+        shapes |= {f"{moment}.{name}": tuple(p.shape) for moment in MOMENTS for name, p in trained.items()}
     if {name: tuple(t.shape) for name, t in state.items()} != shapes:
         raise ValueError(f"{path}: not the tensors of such an autoencoder; use another --out")
     vae.load_state_dict({name: state[f"model.{name}"].read() for name in vae.state_dict()})
-    for name, p in vae.named_parameters():
+    for name, p in trained.items():
         if f"{MOMENTS[0]}.{name}" in state:
             moments = {moment: state[f"{moment}.{name}"].read().to(p, copy=True) for moment in MOMENTS}
             optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
@@ -199,6 +209,13 @@ class Settings:
     widths: str = flag("16,24,48,64", "channels of the four levels, full resolution first")
     blocks: int = flag(1, "resnets per level of the encoder; the decoder has one more")
     norm_groups: int = flag(1, "groups of every GroupNorm; official 32")
+    decoder_only: bool = flag(False, "train the decoder of --weights, and leave its encoder as it is")
+    weights: str | None = flag(None, "the VAE: a model folder, its vae/ folder, or a file", metavar="PATH")
+    factor: int = flag(16, "pixels per latent position that the decoder learns", choices=(8, 16))
+    offset: int = flag(2, "pixels that the last convolution cuts at factor 16: 2 exact, 1 as released", choices=(1, 2))
+    teacher: float = flag(0.0, "weight of the distance to the old decoder's features at factor 8, which is slow; "
+                          "SC-VAE: 1")
+    lpips: str | None = flag(None, "folder with vgg16-397923af.pth and vgg.pth: adds LPIPS", metavar="DIR")
     steps: int = flag(5000, "optimizer steps of the complete run")
     pixels: int = flag(65536, "pixels per step: 4 crops of 128 or 1 of 256")
     lr: float = flag(5e-4, "peak learning rate; warm-up, then cosine to 0")
@@ -208,10 +225,12 @@ class Settings:
     save_every: int = flag(250, "steps between states and log lines")
     seed: int = flag(0, "of weights and draws")
     threads: int = flag(os.cpu_count(), "CPU threads")
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
 
     def decisive(self) -> dict[str, object]:
         """What decides the numbers of the run. A run resumes only with equal values; the other settings may change."""
-        return {k: v for k, v in asdict(self).items() if k not in ("data", "out", "threads", "save_every")}
+        free = ("data", "out", "threads", "save_every", "device", "weights", *(NEW if self.decoder_only else DECODER))
+        return {k: v for k, v in asdict(self).items() if k not in free}
 
 
 def check_settings(s: Settings) -> None:
@@ -225,6 +244,11 @@ def check_settings(s: Settings) -> None:
     need(0 <= s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(0 < s.lr < math.inf, "lr", s.lr, "a number above 0")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
+    need(0 <= s.teacher < math.inf, "teacher", s.teacher, "0 or more")
+    need(bool(s.weights) or not s.decoder_only, "decoder-only", "alone", "--weights too, whose decoder is trained")
+    for f in fields(s):  # a flag of the other kind of run would have no effect
+        if f.name in (NEW if s.decoder_only else DECODER) and (value := getattr(s, f.name)) != f.default:
+            need(False, f.name.replace("_", "-"), value, f"it {'without' if s.decoder_only else 'with'} --decoder-only")
 
 
 def split_pictures(settings: Settings) -> tuple[Pictures, Pictures]:
@@ -246,42 +270,71 @@ def train(settings: Settings) -> int:
     pictures, unseen = split_pictures(settings)
     out, decisive, widths = Path(settings.out), settings.decisive(), tuple(map(int, settings.widths.split(",")))
     writable(out, f"--out {out}")
-    config = VAEConfig(widths, widths, settings.blocks, settings.blocks + 1, LATENT_CHANNELS, settings.norm_groups)
-    vae = new_vae(config, settings.seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if settings.decoder_only:
+        vae, stored = given_vae(settings.weights)
+        decisive["VAE"] = digest_of(stored)
+    else:
+        config = VAEConfig(widths, widths, settings.blocks, settings.blocks + 1, LATENT_CHANNELS, settings.norm_groups)
+        vae = new_vae(config, settings.seed)
+    vae.to(check_device(settings.device))
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    loss_of = objective(settings, vae)
     with only_run(out):
         start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
         held_out = ", ".join(path.name for path in unseen.paths)
-        print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures, "
+        print(f"{sum(p.numel() for p in trained):,} parameters, {len(pictures)} pictures, "
               f"held out: {held_out}; step {start} of {settings.steps}", flush=True)
         with stop_on_signals() as stop:
-            done = take_steps(settings, vae, optimizer, pictures, unseen, start, stop)
+            done = take_steps(settings, decisive, vae, loss_of, optimizer, pictures, unseen, start, stop)
         if done < settings.steps:
             print(f"stopped after step {done}; the same command resumes there")
             return stop.number
-        equalize(vae, pictures)
-        scale, shift = latent_statistics(vae, pictures)
-        save(out / "vae.safetensors", vae.state_dict(), {"norm_groups": config.norm_groups, "scale_factor": scale,
-                                                         "shift_factor": shift, "training": json.dumps(decisive)})
-    print(f"wrote {out / 'vae.safetensors'}")
+        vae.cpu()
+        if settings.decoder_only:
+            file, tensors = out / f"vae_{settings.factor}.safetensors", tensors_of(vae, stored)
+        else:
+            equalize(vae, pictures)
+            vae.scale_factor, vae.shift_factor = latent_statistics(vae, pictures)
+            file, tensors = out / "vae.safetensors", vae.state_dict()
+        records = {"norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
+                   "shift_factor": vae.shift_factor, "training": json.dumps(decisive)}
+        if settings.decoder_only:
+            records |= {"factor": settings.factor, "offset": settings.offset}
+        save(file, tensors, records)
+    print(f"wrote {file}")
     return 0
 
 
-def take_steps(settings: Settings, vae: VAE, optimizer: torch.optim.Optimizer, pictures: Pictures, unseen: Pictures,
-               start: int, stop: Event) -> int:
+def objective(settings: Settings, vae: VAE) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """The loss of images (B, 3, H, W); the generator is of the step's draws."""
+    if not settings.decoder_only:
+        def whole(image: Tensor, generator: torch.Generator) -> Tensor:
+            draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8,
+                               generator=generator)
+            return vae_loss(vae, image, draw.to(image))
+        return whole
+    teacher = (settings.teacher, deepcopy(vae.decoder).requires_grad_(False)) if settings.teacher else None
+    files = [find_weights(settings.lpips, name) for name in ("vgg16-397923af.pth", "vgg.pth")] if settings.lpips else ()
+    lpips = LPIPS.load("vgg", *files, next(vae.parameters()).device) if files else None
+    return lambda image, _: decoder_loss(vae, image, settings.factor, settings.offset, teacher, lpips)
+
+
+def take_steps(settings: Settings, decisive: Mapping, vae: VAE, loss_of: Callable[[Tensor, torch.Generator], Tensor],
+               optimizer: torch.optim.Optimizer, pictures: Pictures, unseen: Pictures, start: int, stop: Event) -> int:
     """The steps from `start` on, until `stop` is set; saves states and log lines. Returns the complete steps."""
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, file=sys.stderr)
     began, losses, out, done = time.time(), [], Path(settings.out), start
+    device = next(vae.parameters()).device
     for step in bar:
         generator = torch.Generator().manual_seed(seed_of(settings.seed, step))  # of every draw of the step
         try:
             image = batch_of(pictures, settings.pixels, generator)
         except (ValueError, OSError):  # a picture is broken: the run resumes here once it is repaired
-            save_state(out / "state.safetensors", vae, optimizer, done, settings.decisive())
+            save_state(out / "state.safetensors", vae, optimizer, done, decisive)
             raise
-        draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8, generator=generator)
 
-        loss = vae_loss(vae, image, draw)
+        loss = loss_of(image.to(device), generator)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), settings.clip)
@@ -299,11 +352,11 @@ def take_steps(settings: Settings, vae: VAE, optimizer: torch.optim.Optimizer, p
         done = step + 1
         due = done % settings.save_every == 0 or done == settings.steps
         if due or stop.is_set():
-            save_state(out / "state.safetensors", vae, optimizer, done, settings.decisive())
+            save_state(out / "state.safetensors", vae, optimizer, done, decisive)
         if due:
             row = {"step": done, "loss": round(sum(losses) / len(losses), 5), "lr": lr,
                    "s_per_step": round((time.time() - began) / len(losses), 3)}
-            for factor in (8, 16) if len(unseen) else ():
+            for factor in () if not len(unseen) else (settings.factor,) if settings.decoder_only else (8, 16):
                 row[f"psnr_f{factor}_db"] = round(sum(reconstruction_psnr(vae, unseen, factor)) / len(unseen), 2)
             began, losses = time.time(), []
             with open(out / "log.jsonl", "a") as log:
@@ -322,7 +375,7 @@ def command(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    about = "Train an autoencoder of the official shape on a folder of pictures."
+    about = "Train an autoencoder of the official shape on a folder of pictures, or the decoder of a given one."
     run_command(lambda: command(read_flags(Settings, about, {}, argv)))
 
 

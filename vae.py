@@ -263,36 +263,44 @@ class Decoder(nn.Module):
         self.conv_out = EnlargingConv(widths[0], 3, 3, padding=1)
 
     def forward(self, raw: Tensor, factor: int, offset: int) -> Tensor:
+        return self.conv_out(self.features(raw), factor == 16, offset)
+
+    def features(self, raw: Tensor) -> Tensor:
+        """What the last convolution reads: (B, widths[0], 8h, 8w)."""
         x = self.mid(self.conv_in(raw))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)), factor == 16, offset)
+        return F.silu(self.norm_out(x))
 
 
 class VAE(nn.Module):
     """Encoder and decoder, with the normalisation of the latent between them."""
 
-    def __init__(self, config: VAEConfig, scale_factor: float = 1.0, shift_factor: float = 0.0):
+    def __init__(self, config: VAEConfig, scale_factor: float = 1.0, shift_factor: float = 0.0, offset: int = 2):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.scale_factor, self.shift_factor = scale_factor, shift_factor
+        self.scale_factor, self.shift_factor, self.offset = scale_factor, shift_factor, offset
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              norm_groups: int | None = None, scale_factor: float | None = None, shift_factor: float | None = None,
-             fallback: tuple[float, float] | None = None) -> "VAE":
+             fallback: tuple[float, float] | None = None, offset: int | None = None) -> "VAE":
         """Read ae.safetensors, sd3_medium.safetensors or the vae/ folder of diffusers; dtype, errors: checkpoint.fill.
 
         others    None is the value that metadata or config.json record
         fallback  scale and shift factor where none are recorded: those of the family. None takes them from the file: a
                   transformer beside the autoencoder, or the tensor names of Flux's ae.safetensors
+        offset    of decode; None: 2 if nothing is recorded
         raises    ValueError if the file is of another model, or its scale and shift cannot be known
         """
         file = open_weights(path)
         weights = file.part("first_stage_model.")  # the file itself if it has no prefixes
         config, constants = read_config(weights, norm_groups), read_scale(file, scale_factor, shift_factor, fallback)
-        return filled(lambda: cls(config, *constants), weights, device, dtype).eval()
+        offset = file.number("offset", otherwise=2, integer=True) if offset is None else offset
+        if offset not in (1, 2):
+            raise ValueError(f"{file.source}: records offset {offset}; it is 1 or 2")
+        return filled(lambda: cls(config, *constants, offset), weights, device, dtype).eval()
 
     def moments(self, image: Tensor, factor: int = 16, dilation: int = 2) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, raw, (B, 16, h, w) each.
@@ -320,17 +328,22 @@ class VAE(nn.Module):
             raw = mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * normal
         return (raw - self.shift_factor) * self.scale_factor
 
-    def decode(self, latent: Tensor, factor: int = 16, offset: int = 2) -> Tensor:
+    def decode(self, latent: Tensor, factor: int = 16, offset: int | None = None) -> Tensor:
         """Normalised latent (B, 16, h, w) to image (B, 3, h*factor, w*factor), about [-1, 1], not clamped.
-        At factor 16, offset 2 is exact, 1 reproduces the release's shift by one pixel."""
+
+        offset  at factor 16: 2 is exact, 1 the release's shift by one pixel, with which the decoders of SC-VAE and
+                UltraFlux were trained; None: what the file records, else 2
+        """
+        offset = self.offset if offset is None else offset
         if factor not in (8, 16) or offset not in (1, 2):
             raise ValueError(f"factor {factor} with offset {offset}: factor is 8 or 16, offset 1 or 2")
         return self.decoder(latent / self.scale_factor + self.shift_factor, factor, offset)
 
 
-def to_image(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 to (3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+def to_image(pixels: np.ndarray | Tensor) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float in [-1, 1]; a tensor's on its device."""
+    pixels = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.prompt_following import painter  # noqa: E402
 from checkpoint import Weights, model_folder, open_weights  # noqa: E402
 from data import Pictures, read_folder  # noqa: E402
-from family import find  # noqa: E402
+from family import find, vae_for  # noqa: E402
 from scores.jpeg import jpeg_size  # noqa: E402
 from vae import VAE, to_pixels  # noqa: E402
 
@@ -54,7 +54,7 @@ def main() -> None:
 
     folder, res, base = model_folder(args.model, args.weights), args.res, open_weights(args.base)
     family, tuned, vae_path = find(folder)
-    sampling, vae = family.sampling(tuned), VAE.load(vae_path, fallback=family.latent_scale)
+    sampling, vae = family.sampling(tuned), VAE.load(vae_for(folder, vae_path, 16), fallback=family.latent_scale)
     text = family.text.load(folder, t5_length=family.t5_length)
     items = read_folder(args.data)
     items = items[::max(1, len(items) // args.prompts)][:args.prompts]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import Weights, model_folder  # noqa: E402
 from data import Item, Pictures, read_folder  # noqa: E402
-from family import Family, Sampling, find  # noqa: E402
+from family import Family, Sampling, find, vae_for  # noqa: E402
 from files import need  # noqa: E402
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg  # noqa: E402
 from text import FluxText, SD3Text  # noqa: E402
@@ -85,7 +85,7 @@ def main() -> None:
     family.check_guidance(args.guidance)
     sampling = family.sampling(transformer, args.steps, args.cfg, args.guidance, args.time_shift)
     text = family.text.load(folder, t5_length=family.t5_length)
-    vae = VAE.load(vae_path, fallback=family.latent_scale)
+    vae = VAE.load(vae_for(folder, vae_path, 16), fallback=family.latent_scale)
     paint = painter(family, transformer, text, vae, sampling, args.res, args.seed)
     items = read_folder(args.data)
     photographs = Pictures([item.path for item in items])

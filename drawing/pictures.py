@@ -141,17 +141,22 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
 
 # ---- records
 
-def records_of(settings: Settings, source: Path, weights: str, picture: Picture) -> dict[str, object]:
-    """How a picture is drawn, for its metadata: enough to draw it again, without the folders of this machine."""
+def records_of(settings: Settings, source: Path, weights: dict[str, str], picture: Picture) -> dict[str, object]:
+    """How a picture is drawn, for its metadata: enough to draw it again, without the folders of this machine.
+
+    weights  fingerprints of the files that were read
+    """
     width, height = settings.size
     about = {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed,
              "model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
-             "weights": weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
+             **weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
-             "t5_length": settings.t5_length, "positions": settings.positions,
+             "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
              "trained_side": settings.trained_side, "dtype": settings.dtype, "software": "diffusion-4k"}
     if settings.first != "none":
         about |= {"first": settings.first, "start": settings.start}
+    if settings.redraw:
+        about |= {"start": settings.start}
     return {name: value for name, value in about.items() if value is not None}
 
 

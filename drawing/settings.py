@@ -17,6 +17,7 @@ from family import Family, check_size, positioned, size_of
 from files import need, printable
 from flow import SEEDS
 from layers import RULES, STOCK, Positions
+from reading.pictures import upright_size
 
 MOST_PICTURES = 100_000
 
@@ -35,13 +36,16 @@ class Settings:
     model: str                # folder in models/
     weights: str | None       # another model folder, as downloaded
     transformer: str | None   # instead of that folder's
+    vae: str | None           # instead of that folder's
     steps: int | None
     cfg: float | None
     guidance: float | None    # None after settle(): the model has no such input
     time_shift: float | None
     mu: float | None
     factor: int | None
+    offset: int | None        # of the VAE's last convolution; None: as its file records
     t5_length: int | None
+    redraw: str | None        # the picture that is redrawn, in place of a first stage
     first: str | None         # side of the first stage, pixels; "none": drawn at once
     start: float              # noise level at which a later stage begins
     positions: str | None
@@ -95,9 +99,13 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
     """
     step, mean, first, trained = 2 * settings.factor, math.sqrt(math.prod(settings.size)), settings.first, None
     need(0 <= settings.start <= 1, "start", f"{settings.start:g}", "0 to 1")
+    need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
     if "res" in transformer.metadata:
         trained = family.trained_side(transformer) * step  # pixels, at the present factor
-    if first is None and trained:
+    if settings.redraw:
+        check_proportions(settings, step)
+        first, trained = "none", trained or family.res
+    elif first is None and trained:
         first = str(max(1, round(trained / step)) * step) if mean > 1.001 * trained else "none"
     elif first is None:
         if mean > family.res:
@@ -105,13 +113,23 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
                   f"contents repeat, give --first {family.res}", file=sys.stderr)
         first = "none"
     rule, stages = settings.positions, first != "none" and mean > pixels_of(first, step)
-    if stages and rule is None:
+    if rule is None and (stages or settings.redraw and mean > 1.001 * trained):
         rule = recorded.rule if recorded != STOCK else "pi"
     tokens = int(first) // step if stages else round((trained or 0) / step)
     side = settings.trained_side
     if side is None and rule:
         side = recorded.side or tokens
     return replace(settings, first=first if stages else "none", positions=rule, trained_side=side)
+
+
+def check_proportions(settings: Settings, step: int) -> None:
+    """ValueError if --res would distort the picture of --from; it names the size of equal area that does not."""
+    width, height = upright_size(settings.redraw)
+    scale = math.sqrt(math.prod(settings.size) / (width * height))
+    fits = [max(step, round(side * scale / step) * step) for side in (width, height)]
+    if abs(math.log(settings.size[0] * height / (settings.size[1] * width))) > 0.02 and settings.size != tuple(fits):
+        raise ValueError(f"--from {settings.redraw}: {width}x{height} px have not the proportions of --res "
+                         f"{settings.res}; give --res {fits[0]}x{fits[1]}")
 
 
 def pixels_of(first: str, step: int) -> int:
@@ -137,6 +155,9 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
     if settings.first != "none":
         where = "given" if given.first else "the trained size"
         numbers.append(f"in stages from {settings.first} px ({where}) at noise level {settings.start:g}")
+    if settings.redraw:
+        size = "x".join(map(str, upright_size(settings.redraw)))
+        numbers.append(f"redrawn from {settings.redraw} ({size} px) at noise level {settings.start:g}")
     if settings.positions:
         numbers.append(f"positions {settings.positions} from {settings.trained_side} tokens")
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
@@ -160,6 +181,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
     either("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
+    add("--vae", metavar="PATH", help="use this VAE: a file, or a diffusers folder (default: the folder's; at "
+        "factor 16 its vae_16.safetensors, if there is one)")
     add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
     add("--steps", type=int, help="Euler steps (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
     add("--cfg", type=float, help="classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
@@ -169,12 +192,15 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--mu", type=float, help="logarithm of the time shift, Flux's name for it")
     add("--factor", type=int, choices=(8, 16), help="pixels per latent position: 8 as published, 16 by the partition "
         "trick (16)")
+    add("--offset", type=int, choices=(1, 2), help="pixels that the VAE's last convolution cuts at factor 16: 2 is "
+        "exact, SC-VAE and UltraFlux were trained with 1 (default: recorded by the VAE, else 2)")
     add("--t5-length", type=int, metavar="TOKENS", help="tokens of T5 (SD3: 77, Flux-dev: 512, Flux-schnell: 256)")
     add = parser.add_argument_group("larger than trained").add_argument
     add("--first", metavar="PX", help="draw at this side first, then enlarge and redraw in doublings; none: at once "
         "(default: the trained size if the file records it, else none)")
-    add("--start", type=float, default=0.6, help="noise level at which a larger picture is redrawn; below 0.6 it stays "
-        "blurred (default: 0.6)")
+    add("--from", dest="redraw", metavar="PICTURE", help="redraw this picture at --res, in place of a first stage")
+    add("--start", type=float, default=0.6, help="noise level at which a picture is redrawn; below 0.6 an enlarged "
+        "one stays blurred, 0 only encodes and decodes it (default: 0.6)")
     add("--positions", choices=RULES, help="rule for places beyond the trained side (default: recorded, else pi in "
         "stages, stock at once)")
     add("--trained-side", type=int, metavar="N", help="tokens per side that the model was trained with (default: "

@@ -1,7 +1,8 @@
 """Pictures larger than their model was trained with: drawn at the trained size, then enlarged and redrawn in doublings.
 
 Source    two-stage drawing as in CLEAR, I-Max and HiFlow; the paper draws at once, which is one stage here
-Stage     z = (1 - start)·encode(enlarged picture) + start·noise, then the levels of the schedule below `start`
+Stage     z = (1 - start)·encode(resized picture) + start·noise, then the levels of the schedule below `start`
+From      a given picture takes the place of the first stage
 Limits    start 1 is drawing at once, start 0 the autoencoder's round trip of the enlarged picture
 Check     python -m pytest tests/test_stages.py
 """
@@ -22,7 +23,7 @@ class Stage:
     sigmas: Tensor  # noise levels, decreasing to 0; a single 0 draws nothing
 
 
-def sizes_of(size: tuple[int, int], first: int | None, step: int) -> list[tuple[int, int]]:
+def sizes_of(size: tuple[int, int], first: float | None, step: int) -> list[tuple[int, int]]:
     """(width, height) of each stage, from about first x first pixels to `size`, at most doubled; multiples of step.
 
     first  None draws at once
@@ -33,18 +34,24 @@ def sizes_of(size: tuple[int, int], first: int | None, step: int) -> list[tuple[
     return [tuple(max(step, round(side * scale / step) * step) for side in size) for scale in scales] + [size]
 
 
-def stages_of(size: tuple[int, int], first: int | None, start: float, step: int,
-              schedule: Callable[[int], Tensor]) -> list[Stage]:
-    """The stages of a picture; schedule: image tokens -> noise levels from 1 to 0."""
-    stages = []
-    for width, height in sizes_of(size, first, step):
+def stages_of(size: tuple[int, int], first: float | None, start: float, step: int, schedule: Callable[[int], Tensor],
+              given: bool = False) -> list[Stage]:
+    """The stages of a picture.
+
+    schedule  image tokens -> noise levels from 1 to 0
+    given     the picture of the first stage is there already: all stages redraw, at least one
+    """
+    stages, sizes = [], sizes_of(size, first, step)
+    for width, height in (sizes[1:] or sizes) if given else sizes:
         sigmas = schedule(width * height // step**2)
-        if stages:
+        if stages or given:
             sigmas = torch.cat((sigmas.new_tensor([start]), sigmas[sigmas < start]))
         stages.append(Stage(width, height, sigmas))
     return stages
 
 
-def enlarged(image: Tensor, stage: Stage) -> Tensor:
+def resized(image: Tensor, stage: Stage) -> Tensor:
     """An image (1, 3, H, W) in [-1, 1] at the size of a stage."""
-    return F.interpolate(image, (stage.height, stage.width), mode="bicubic", align_corners=False).clamp(-1, 1)
+    shrinks = image.shape[2] > stage.height
+    resized = F.interpolate(image, (stage.height, stage.width), mode="bicubic", align_corners=False, antialias=shrinks)
+    return resized.clamp(-1, 1)

@@ -329,7 +329,7 @@ def test_metadata_record_prompt_seed_settings_and_model(draw, folder, tmp_path, 
     guidance = {"guidance": "3.5"} if name == "tiny-flux" else {}
     assert {key: str(value) for key, value in records.items()} == guidance | {
         "prompt": prompt, "negative": "blur", "seed": "4", "model": locate(folder)[0].name,
-        "weights": fingerprint(locate(folder)[0]), "res": "64x64", "factor": "16",
+        "weights": fingerprint(locate(folder)[0]), "vae": fingerprint(locate(folder)[1]), "res": "64x64", "factor": "16",
         "steps": "2", "cfg": "2.5", "time_shift": "1.5", "dtype": "fp32", "software": "diffusion-4k"}
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == [file]
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from checkpoint import open_weights
-from drawing.stages import Stage, enlarged, sizes_of, stages_of
+from drawing.stages import Stage, resized, sizes_of, stages_of
+from family import fingerprint
 from flow import sd3_sigmas
 from vae import VAE, to_image, to_pixels
 
@@ -57,7 +58,7 @@ def test_start_0_is_the_round_trip_of_the_enlarged_picture(draw, folders):
     small, large = draw("--res", 64, "--first", "none")[0], draw("--res", 128, "--first", 64, "--start", 0)[0]
     vae = VAE.load(folders / "tiny-sd3" / "sd3.safetensors")
     with torch.no_grad():
-        before = enlarged(to_image(small)[None], Stage(128, 128, torch.zeros(1)))
+        before = resized(to_image(small)[None], Stage(128, 128, torch.zeros(1)))
         expected = to_pixels(vae.decode(vae.encode(before, 16), 16)[0])
     assert np.abs(large.astype(int) - expected).mean() < 1  # the small picture was rounded to 8 bits here
 
@@ -114,3 +115,41 @@ def test_positions_in_training_are_recorded_and_drawn_with(settings, model, tmp_
     assert not torch.equal(trained[name].read(), stock[name].read())
     with pytest.raises(SystemExit, match="another model"):
         train.main(settings.flags(steps=2))
+
+
+# ---- --from
+
+@pytest.fixture
+def photo(tmp_path):
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)).save(file)
+    return file
+
+
+def test_a_given_picture_takes_the_place_of_the_first_stage(draw, tmp_path):
+    stages = draw("--res", 128, "--first", 64)[0]
+    draw("--res", 64, "--first", "none")
+    small = tmp_path / "1.png"
+    redrawn, records, line, _ = draw("--res", 128, "--from", small, "--positions", "pi", "--trained-side", 2)
+    assert np.abs(redrawn.astype(int) - stages).mean() < 1  # the small picture was rounded to 8 bits here
+    assert records["from"] == fingerprint(small) and records["start"] == "0.6" and "first" not in records
+    assert f"redrawn from {small} (64x64 px) at noise level 0.6" in line
+
+
+def test_a_given_picture_is_redrawn_in_doublings_or_smaller(photo, draw):
+    assert draw("--res", "512x256", "--from", photo, "--start", 0.3)[0].shape == (256, 512, 3)
+    assert draw("--res", "64x32", "--from", photo, "--start", 0)[0].shape == (32, 64, 3)
+
+
+def test_start_1_forgets_the_given_picture(photo, draw):
+    given = draw("--res", "128x64", "--from", photo, "--start", 1)[0]
+    assert np.array_equal(given, draw("--res", "128x64", "--first", "none")[0])
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--res", 128), "128x64 px have not the proportions of --res 128; give --res 192x96"),
+    (("--res", "128x64", "--first", 64), "--first 64: give it without --from"),
+    (("--res", "128x64", "--from", "nowhere.png"), "nowhere.png")])
+def test_a_given_picture_that_does_not_fit_is_refused(photo, draw, flags, says):
+    with pytest.raises(SystemExit, match=says):
+        draw("--from", photo, *flags)
