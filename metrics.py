@@ -3,7 +3,8 @@
 Paper     Diffusion-4K section 3.1 "Comprehensive Evaluation Metrics", tables 1 to 4
 Mirrors   the released eval.py and generate_and_eval_fid.py; tested by tests/test_metrics.py and those of scores/
 Scores    GLCM Score: scores/glcm.py; compression ratio (lower is better; of a set, the ratio of sums): jpeg.py;
-          PSNR, SSIM, NMSE, SRCC, PLCC: compare.py; FID: sets.py; CLIPScore: clip.py; Aesthetics, LPIPS: perceptual.py
+          grid of a decoder or transformer: grid.py; PSNR, SSIM, NMSE, SRCC, PLCC: compare.py; FID: sets.py;
+          CLIPScore: clip.py; Aesthetics, LPIPS: perceptual.py
 Inputs    the prompts of pictures: pairing.py; ratings by people: ratings.py; official weights: official.py
 Run       python metrics.py detail PICTURES… [--maps DIR]
           python metrics.py pair REFERENCE PICTURE
@@ -32,6 +33,7 @@ from files import need, printable, replacing, run_command, writable
 from reading.pictures import FORMATS, MOST_PIXELS, read_picture, upright_size
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.glcm import DEFINITIONS, cores, glcm_score
+from scores.grid import grid_note, grid_scores, spread_of
 from scores.jpeg import compression_ratio, jpeg_size
 from scores.pairing import pair_captions
 from scores.ratings import correlate
@@ -113,7 +115,7 @@ def conclude(as_json: bool, report: dict, text: str, errors: Sequence[str] = ())
 # ---- detail
 
 DETAIL_COLUMNS = {"picture": "", "width": "d", "height": "d", "glcm_release": ".4f", "glcm_entropy": ".4f",
-                  "jpeg_bytes": ",d", "ratio": ".3f"}
+                  "jpeg_bytes": ",d", "ratio": ".3f", "grid_16": ".1f", "grid_32": ".1f"}
 
 
 def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> dict:
@@ -122,9 +124,10 @@ def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> 
         jpeg_bytes = jpeg_size(pixels)
         return {"width": pixels.shape[1], "height": pixels.shape[0],
                 **{f"glcm_{name}": glcm_score(pixels, name, threads=threads) for name in DEFINITIONS},
+                **grid_scores(pixels),
                 "jpeg_bytes": jpeg_bytes, "raw_bytes": pixels.nbytes, "ratio": pixels.nbytes / jpeg_bytes}
 
-    row = {"picture": str(path)} | results.of_picture(("detail", 1), path, measure)
+    row = {"picture": str(path)} | results.of_picture(("detail", 2), path, measure)
     if maps:
         try:
             with replacing(sheet_path(path, maps)) as temporary:
@@ -148,21 +151,23 @@ def details(paths: Sequence[Path], results: Results, workers: int, errors: list[
 
 
 def mean_of(rows: Collection[dict]) -> dict[str, float]:
-    """Means of the GLCM Scores of a set, and its ratio of sums."""
+    """Means of the GLCM Scores of a set, its ratio of sums, medians of its grid scores."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("glcm_release", "glcm_entropy")}
     sums = {name: sum(row[name] for row in rows) for name in ("raw_bytes", "jpeg_bytes")}
-    return means | sums | {"ratio": sums["raw_bytes"] / sums["jpeg_bytes"]}
+    grid = {name: median for name, (median, _) in spread_of(rows).items()}
+    return means | sums | {"ratio": sums["raw_bytes"] / sums["jpeg_bytes"]} | grid
 
 
 def run_detail(pictures: list[Path], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
-    """Both GLCM Scores and the compression ratio of pictures, with heat maps if `maps` names a folder."""
+    """GLCM Scores, compression ratio and grid scores of pictures, with heat maps if `maps` names a folder."""
     paths, errors = find_pictures(pictures), []
     if maps:
         check_maps(paths, maps)
     rows = [*details(paths, Results(cache, read_pixels), workers, errors, maps).values()]
     means = mean_of(rows) if rows else {}
     last = [{"picture": f"all {len(rows)}: means, ratio of sums", **means}] if rows else []
-    conclude(as_json, {"pictures": rows, "all": means}, table(rows + last, DETAIL_COLUMNS) if rows else NOTHING, errors)
+    text = f"{table(rows + last, DETAIL_COLUMNS)}\n{grid_note()}" if rows else NOTHING
+    conclude(as_json, {"pictures": rows, "all": means}, text, errors)
 
 
 def check_maps(paths: Sequence[Path], maps: Path) -> None:
@@ -308,7 +313,10 @@ def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: 
         notes.append("note: CLIPScore left out: give --prompts metadata.jsonl")
     aesthetics = left_out("Aesthetics", compute=partial(sets.aesthetics_scores, pictures, weights, device, results))
     scores |= {"aesthetics": float(np.mean(aesthetics))} if aesthetics else {}
-    scores |= {name: mean_of(rows.values())[name] for name in ("glcm_release", "glcm_entropy", "ratio")}
+    scores |= {name: value for name, value in mean_of(rows.values()).items() if not name.endswith("_bytes")}
+    grids = each(lambda path: results.of_picture(("grid", 1), path, grid_scores), originals, "reference", broken := [])
+    errors += [error for error in broken if error not in errors]  # FID has named them already
+    notes.append(grid_note(grids.values()))
     lines = [f"{len(pictures)} generated, {len(originals)} reference pictures",
              *(f"{name:13} {value:10.4f}" for name, value in scores.items())]
     report = {"generated": len(pictures), "reference": len(originals), **scores, "notes": notes}

@@ -74,7 +74,8 @@ def test_detail_scores_fifty_mixed_pictures_and_names_the_broken_one(tmp_path):
     assert [line for line in shown.stderr.splitlines() if line.startswith("error")] == [
         line for line in shown.stderr.splitlines() if f"{tmp_path}/whole.jpg: not a complete picture" in line]
     lines = shown.stdout.splitlines()
-    assert len(lines) == 1 + 49 + 1 and lines[-1].startswith("all 49: means, ratio of sums")
+    assert len(lines) == 1 + 49 + 2 and lines[-2].startswith("all 49: means, ratio of sums")
+    assert lines[-1].startswith("grid: dB over neighbouring frequencies")
     row = next(line.split() for line in lines if "turned.jpg" in line)
     assert row[1:3] == ["90", "120"]
 
