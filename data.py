@@ -302,10 +302,11 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
     from checkpoint import check_device, model_folder
     from family import find
+    from files import launched
     from layers import reach
     from text import check_t5_length
     from training.cache import Embeddings, Latents
-    from training.ranks import device_of, launched
+    from training.ranks import device_of
     from vae import VAE
 
     device = check_device(device)

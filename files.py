@@ -192,6 +192,23 @@ def check_path(flag: str, value: str) -> None:
          f"names of at most {MOST_NAME} bytes, and {MOST_PATH:,} in all")
 
 
+def launched() -> tuple[int, int]:
+    """(rank, world) that torchrun gave this process, for work in which ranks need not meet; (0, 1) without torchrun."""
+    rank, world = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank < world:
+        raise ValueError(f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}: torchrun sets "
+                         "both, RANK from 0 and below WORLD_SIZE; unset them, or start with torchrun")
+    return rank, world
+
+
+def from_torchrun(name: str, least: int) -> int:
+    """A number that torchrun sets in the environment; `least` without it, ValueError if it is none or below that."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text}: torchrun sets it to a number from {least}; unset it, or start with torchrun")
+    return int(text)
+
+
 def end_on_interrupt() -> None:
     """Until run_command: Ctrl-C prints one line and ends the process. For the seconds in which torch is imported."""
     def end(number: int, frame: FrameType | None) -> None:

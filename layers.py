@@ -280,3 +280,8 @@ def initialised(make: Callable[[], M], zeros: str, ones: str, normal: str, gener
         else:
             nn.init.xavier_uniform_(parameter.view(len(parameter), -1), generator=generator)
     return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]

@@ -12,6 +12,7 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
           python sample.py --prompt "snow" --from photo.jpg --res 2048          redraws a picture larger
           python sample.py --prompts aesthetic-4k/metadata.jsonl --weights sd3  one picture per line, named as there
+          torchrun --nproc-per-node 8 sample.py --prompts …                     each card draws its share
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
 Says      what is drawn from which files and settings, before it begins
@@ -19,9 +20,12 @@ Keeps     pictures of other prompts and settings: a new one gets a free name; th
 Check     python -m pytest tests/test_sample.py
 """
 
-if __name__ == "__main__":  # Ctrl-C during the import of torch ends in one line
+if __name__ == "__main__":
+    import os
+
     import files
-    files.end_on_interrupt()
+    files.end_on_interrupt()  # Ctrl-C during the import of torch ends in one line
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it; fewer holes in GPU memory
 
 import math
 import sys
@@ -34,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, model_folder, open_weights, peak_memory_gib, save
+from checkpoint import DTYPES, free_memory, model_folder, open_weights, peak_memory_gib, save
 from drawing.pictures import (
     Picture,
     check_records,
@@ -47,9 +51,10 @@ from drawing.pictures import (
 from drawing.settings import Settings, parse, settle, summary
 from drawing.stages import Stage, resized, stages_of
 from family import Family, check_widths, find, fingerprint, positioned, vae_for
-from files import check_path, memory_error, printable, run_command
+from files import check_path, launched, memory_error, printable, run_command
 from flow import draw_noise, euler, interpolate, velocity_with_cfg
 from flux import Flux
+from layers import blocks_of
 from mmdit import MMDiT
 from reading.pictures import read_picture, upright_size
 from vae import VAE, to_image
@@ -72,14 +77,22 @@ def run(given: Settings) -> None:
     about = partial(records_of, settings, Path(transformer.source),
                     {name: fingerprint(file) for name, file in files.items() if file})
     pictures = check_records(name_pictures(read_prompts(settings), settings), about)
-    print(summary(given, settings, family, transformer, vae_path), flush=True)
+    rank, ranks = launched()
+    if rank == 0:
+        print(summary(given, settings, family, transformer, vae_path), flush=True)
+    if not (pictures := pictures[rank::ranks]):
+        return
 
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
+    free_memory()  # of the text encoders
     model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
     model.config = positioned(model.config, settings.positions, settings.trained_side)
+    if settings.compile:
+        for block in blocks_of(model):
+            block.compile()
     vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale,
                                           offset=settings.offset))
-    check_widths(model.config, *encoded[settings.negative], vae_in(settings.dtype).config)
+    check_widths(model.config, *encoded[settings.negative], vae_in(settings.vae_dtype).config)
     stages, failures = plan_stages(settings, family), []
     for picture in pictures:
         latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages, redrawn)
@@ -133,8 +146,9 @@ def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, 
         shape = model.config.in_channels, stage.height // factor, stage.width // factor
         latent = draw_noise([picture.seed], shape).to(weight.device)
         if image is not None:               # redrawn from the picture of the stage before, or from the given one
-            vae, start = vae_in(settings.dtype), stage.sigmas[:1].to(weight.device)
-            before = vae.encode(resized(image[None], stage).to(weight), factor).float()
+            vae, start = vae_in(settings.vae_dtype), stage.sigmas[:1].to(weight.device)
+            before = resized(image[None], stage).to(weight.device, DTYPES[settings.vae_dtype])
+            before = vae.encode(before, factor).float()
             latent = interpolate(before, latent, start)
         began = time.perf_counter()
         if len(stage.sigmas) > 1:
@@ -152,7 +166,7 @@ def decode(latent: Tensor, settings: Settings, vae_in: Callable[[str], VAE]) -> 
     """An image (3, H, W) in [-1, 1], or None and why there is none. Where a VAE overflows, a wider dtype is tried."""
     if not latent.isfinite().all():
         return None, "overflow"
-    for dtype in WIDER[settings.dtype]:
+    for dtype in WIDER[settings.vae_dtype]:
         try:
             image = vae_in(dtype).decode(latent.to(settings.device, DTYPES[dtype]), settings.factor)[0].float().cpu()
         except (MemoryError, RuntimeError) as error:
@@ -160,10 +174,10 @@ def decode(latent: Tensor, settings: Settings, vae_in: Callable[[str], VAE]) -> 
                 raise
             return None, "the VAE ran out of memory, give a smaller --res"
         if image.isfinite().all():
-            if dtype != settings.dtype:
-                print(f"note: the VAE overflowed in {settings.dtype}: decoded in {dtype}", file=sys.stderr)
+            if dtype != settings.vae_dtype:
+                print(f"note: the VAE overflowed in {settings.vae_dtype}: decoded in {dtype}", file=sys.stderr)
             return image, ""
-    return None, f"the VAE overflowed in {', '.join(WIDER[settings.dtype])}"
+    return None, f"the VAE overflowed in {', '.join(WIDER[settings.vae_dtype])}"
 
 
 def failed(picture: Picture, latent: Tensor, reason: str, records: dict[str, object], settings: Settings) -> str:

@@ -39,13 +39,13 @@ from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
-from layers import reach
+from layers import blocks_of, reach
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
 from training.batches import Part, batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
 from training.logs import SampleSettings, Tally
-from training.model import EMA, autocast, blocks_of, build, encode, new_optimizer, return_freed_memory
+from training.model import EMA, autocast, build, encode, new_optimizer, return_freed_memory
 from training.plan import check_memory, plan_of, this_machine
 from training.ranks import (
     SharedError,

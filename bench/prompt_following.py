@@ -21,9 +21,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import Weights, model_folder  # noqa: E402
 from data import Item, Pictures, read_folder  # noqa: E402
-from family import Family, Sampling, find, vae_for  # noqa: E402
+from family import Family, Sampling, find, positioned, vae_for  # noqa: E402
 from files import need  # noqa: E402
 from flow import draw_noise, euler, flux_mu, velocity_with_cfg  # noqa: E402
+from layers import RULES  # noqa: E402
 from text import FluxText, SD3Text  # noqa: E402
 from vae import VAE, to_image  # noqa: E402
 
@@ -31,10 +32,11 @@ ALTS = 3  # "alt" captions that describe a photograph; the others were added for
 
 
 def painter(family: Family, transformer: Weights, text: SD3Text | FluxText, vae: VAE, sampling: Sampling, res: int,
-            seed: int = 0) -> Callable[[str], Tensor]:
-    """A function that draws a prompt as (1, 3, res, res) in about [-1, 1], always from the same noise."""
+            seed: int = 0, positions: str | None = None, trained_side: int | None = None) -> Callable[[str], Tensor]:
+    """A function that draws a prompt as (1, 3, res, res) in about [-1, 1], at once, always from the same noise."""
     need(res >= 32 and res % 32 == 0, "res", res, "a multiple of 32")
     model, shift = family.model.load(transformer.source), sampling.time_shift
+    model.config = positioned(model.config, positions, trained_side)
     sigmas = family.sigmas(sampling.steps, math.exp(flux_mu((res // 32) ** 2)) if shift is None else shift)
     noise = draw_noise([seed], (model.config.in_channels, res // 16, res // 16))
 
@@ -76,6 +78,8 @@ def main() -> None:
     add("--res", type=int, default=1024, help="pixels")
     for name, kind in (("steps", int), ("cfg", float), ("guidance", float), ("time-shift", float)):
         add(f"--{name}", type=kind, help="as in sample.py; left out: as the model's file records")
+    add("--positions", choices=RULES, help="rule for places beyond --trained-side; left out: as the file records")
+    add("--trained-side", type=int, metavar="N", help="tokens")
     add("--limit", type=int, default=0, help="number of photographs, evenly chosen; 0: all")
     add("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args()
@@ -86,7 +90,7 @@ def main() -> None:
     sampling = family.sampling(transformer, args.steps, args.cfg, args.guidance, args.time_shift)
     text = family.text.load(folder, t5_length=family.t5_length)
     vae = VAE.load(vae_for(folder, vae_path, 16), fallback=family.latent_scale)
-    paint = painter(family, transformer, text, vae, sampling, args.res, args.seed)
+    paint = painter(family, transformer, text, vae, sampling, args.res, args.seed, args.positions, args.trained_side)
     items = read_folder(args.data)
     photographs = Pictures([item.path for item in items])
     known = torch.cat([thumbnail(to_image(photographs.central_crop(i, 256, 256))[None]) for i in range(len(items))])
@@ -98,7 +102,8 @@ def main() -> None:
             tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[nearest].path.name}: {caption}")
     for kind, right in hits.items():
         print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
-              f"({args.res} px, {sampling.steps} steps, cfg {sampling.cfg}, {Path(transformer.source).name})")
+              f"({args.res} px, {sampling.steps} steps, cfg {sampling.cfg}, {Path(transformer.source).name}"
+              f"{f', positions {args.positions}' if args.positions else ''})")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,9 @@ def records_of(settings: Settings, source: Path, weights: dict[str, str], pictur
              **weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
              "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
-             "trained_side": settings.trained_side, "dtype": settings.dtype, "software": "diffusion-4k"}
+             "trained_side": settings.trained_side, "dtype": settings.dtype,
+             "vae_dtype": settings.vae_dtype if settings.vae_dtype != settings.dtype else None,
+             "software": "diffusion-4k"}
     if settings.first != "none":
         about |= {"first": settings.first, "start": settings.start}
     if settings.redraw:

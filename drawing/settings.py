@@ -6,15 +6,19 @@ Check     python -m pytest tests/test_sample.py ; python sample.py --help
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+from torch.cuda import get_device_name
+
 from checkpoint import DTYPES, Weights, check_device
 from family import Family, check_size, positioned, size_of
-from files import need, printable
+from files import from_torchrun, need, printable
 from flow import SEEDS
 from layers import RULES, STOCK, Positions
 from reading.pictures import upright_size
@@ -52,6 +56,8 @@ class Settings:
     trained_side: int | None  # tokens
     device: str | None
     dtype: str | None
+    vae_dtype: str | None
+    compile: bool
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,9 +78,9 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
         shift = math.exp(mu)
     sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
                                given.t5_length)
-    device = check_device(given.device)
+    device = check_device(of_rank() if given.device is None else given.device)
     dtype = given.dtype or ("fp32" if device == "cpu" else "bf16")
-    settings = replace(given, device=device, dtype=dtype, **asdict(sampling))
+    settings = replace(given, device=device, dtype=dtype, vae_dtype=given.vae_dtype or dtype, **asdict(sampling))
     config = family.config(transformer.part("model.diffusion_model."))
     settings = staged(settings, family, transformer, config.positions)
     config = positioned(config, settings.positions, settings.trained_side)
@@ -90,6 +96,12 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
     return settings
+
+
+def of_rank() -> str | None:
+    """The card of a process that torchrun started, where there are cards."""
+    given = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    return f"cuda:{from_torchrun('LOCAL_RANK', 0)}" if given else None
 
 
 def staged(settings: Settings, family: Family, transformer: Weights, recorded: Positions) -> Settings:
@@ -160,9 +172,11 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         numbers.append(f"redrawn from {settings.redraw} ({size} px) at noise level {settings.start:g}")
     if settings.positions:
         numbers.append(f"positions {settings.positions} from {settings.trained_side} tokens")
+    device = settings.device if settings.device == "cpu" else f"{settings.device} {get_device_name(settings.device)}"
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
+    dtypes = settings.dtype + (f", VAE {settings.vae_dtype}" if settings.vae_dtype != settings.dtype else "")
     sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
-    return printable(f"{kind}; {sources}; {settings.device}, {settings.dtype}; {', '.join(numbers)}")
+    return printable(f"{kind}; {sources}; {device}, {dtypes}; {', '.join(numbers)}")
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -208,4 +222,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")
+    add("--vae-dtype", choices=tuple(DTYPES), help="compute dtype of the VAE; bf16 adds 2 %% to the bytes of a JPEG "
+        "(default: that of --dtype)")
+    add("--compile", action="store_true", help="compile the transformer's blocks; the first step then takes "
+        "minutes; the gain on a GPU has not been measured")
     return Settings(**vars(parser.parse_args(argv)))

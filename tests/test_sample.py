@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import flux_tensors
@@ -329,7 +331,8 @@ def test_metadata_record_prompt_seed_settings_and_model(draw, folder, tmp_path, 
     guidance = {"guidance": "3.5"} if name == "tiny-flux" else {}
     assert {key: str(value) for key, value in records.items()} == guidance | {
         "prompt": prompt, "negative": "blur", "seed": "4", "model": locate(folder)[0].name,
-        "weights": fingerprint(locate(folder)[0]), "vae": fingerprint(locate(folder)[1]), "res": "64x64", "factor": "16",
+        "weights": fingerprint(locate(folder)[0]), "vae": fingerprint(locate(folder)[1]),
+        "res": "64x64", "factor": "16",
         "steps": "2", "cfg": "2.5", "time_shift": "1.5", "dtype": "fp32", "software": "diffusion-4k"}
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == [file]
 
@@ -1022,3 +1025,34 @@ def test_the_embedded_model_draws_1024_px(tmp_path):
     with Image.open(tmp_path / "panda.png") as picture:
         assert picture.size == (1024, 1024) and picture.text["steps"] == "2"
         assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 20
+
+
+# ---- several processes, dtypes, compilation
+
+def test_ranks_share_the_pictures_and_draw_what_one_process_draws(draw, monkeypatch, tmp_path, capsys):
+    alone = [path.read_bytes() for path in draw("--prompt", "a hill", "--count", 3)]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        capsys.readouterr()
+        draw("--prompt", "a hill", "--count", 3, out="shared")
+        shares.append(capsys.readouterr().out.splitlines())
+    assert [line.count("; transformer ") for lines in shares for line in lines[:1]] == [1, 0]  # the first rank says it
+    assert [len(lines) for lines in shares] == [1 + 2, 1]
+    assert [path.read_bytes() for path in sorted((tmp_path / "shared").iterdir())] == alone
+
+
+def test_vae_dtype_changes_the_decoder_alone_and_is_recorded(draw):
+    [fp32], [bf16] = draw("--prompt", "a hill"), draw("--prompt", "a hill", "--vae-dtype", "bf16", out="other")
+    with Image.open(fp32) as first, Image.open(bf16) as second:
+        difference = np.abs(np.array(first, int) - np.array(second, int))
+        assert "vae_dtype" not in first.text and second.text["vae_dtype"] == "bf16" and second.text["dtype"] == "fp32"
+    assert 0 < difference.max() <= 8
+
+
+def test_compiled_blocks_draw_the_same_picture(draw, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    [plain], [compiled] = draw("--prompt", "a hill"), draw("--prompt", "a hill", "--compile", out="compiled")
+    with Image.open(plain) as first, Image.open(compiled) as second:
+        assert np.abs(np.array(first, int) - np.array(second, int)).max() <= 1

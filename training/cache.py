@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import save
+from checkpoint import free_memory, save
 from family import SD3, Family
 from files import in_utf8, printable, regular, writable
 from vae import VAE, to_image
@@ -73,6 +73,8 @@ class Embeddings:
             texts = lacking[start:start + batch]
             for text, context, pooled in zip(texts, *encoders.encode(texts), strict=True):
                 _save(self._file(text), {"context": context, "pooled": pooled}, {"caption": text})
+        del encoders, context, pooled
+        free_memory()
         return len(lacking)
 
     def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -19,19 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import Weights, fill
 from family import Family
 from flux import Flux, FluxConfig
+from layers import blocks_of
 from mmdit import MMDiT, MMDiTConfig
 from training.adamw import RoundedAdamW
 from training.batches import Part
 from training.ranks import rank, world
 from training.settings import Settings
-from vae import VAE
+from vae import VAE, to_image
 
 BETAS = (0.9, 0.999)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order."""
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def recomputed(forward: Callable[..., Tensor], on_host: bool, *inputs: Tensor) -> Tensor:
@@ -123,7 +119,7 @@ def encode(vae: VAE, part: Part, settings: Settings) -> Tensor:
         if part.moments:
             mean, logvar = (moment.to(weight.device) for moment in part.moments[k])
         else:  # bytes become numbers on the device
-            image = (part.images[k].to(weight.device).permute(2, 0, 1).float() / 127.5 - 1)[None]
+            image = to_image(part.images[k].to(weight.device))[None]
             mean, logvar = vae.moments(image.to(weight.dtype), settings.factor, settings.dilation)
         drawn.append(vae.draw(mean.float(), logvar.float(), generator))
     return torch.cat(drawn)

@@ -29,12 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import DTYPES, LazyTensor, Weights, model_folder, open_weights
 from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
-from files import read_json
+from files import from_torchrun, read_json
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
+from layers import blocks_of
 from mmdit import MMDiT, MMDiTConfig
-from training.model import blocks_of, make
-from training.ranks import from_torchrun
+from training.model import make
 from training.resume import FILE_BYTES
 from training.settings import GIB, UNKNOWN, Machine, Settings, check, settle
 from vae import VAE, VAEConfig, read_config

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from files import INTERRUPTED
+from files import INTERRUPTED, from_torchrun, launched
 
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
 Result = TypeVar("Result")
@@ -29,23 +29,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def launched() -> tuple[int, int]:
-    """(rank, world) that torchrun gave this process, for work in which ranks need not meet; (0, 1) without torchrun."""
-    rank, world = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
-    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank < world:
-        raise ValueError(f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}: torchrun sets "
-                         "both, RANK from 0 and below WORLD_SIZE; unset them, or start with torchrun")
-    return rank, world
-
-
-def from_torchrun(name: str, least: int) -> int:
-    """A number that torchrun sets in the environment; `least` without it, ValueError if it is none or below that."""
-    text = os.environ.get(name, str(least))
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name}={text}: torchrun sets it to a number from {least}; unset it, or start with torchrun")
-    return int(text)
 
 
 def device_of(name: str) -> torch.device:

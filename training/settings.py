@@ -18,11 +18,10 @@ import torch
 
 from checkpoint import DTYPES
 from family import Family
-from files import need
+from files import from_torchrun, need
 from flow import DENSITIES, SCHEMES, SEEDS, flux_mu
 from layers import RULES
 from text import check_t5_length
-from training.ranks import from_torchrun
 from wavelet import OBJECTIVES
 
 T = TypeVar("T")
