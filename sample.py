@@ -52,7 +52,7 @@ from drawing.settings import Settings, parse, settle, summary
 from drawing.stages import Stage, resized, stages_of
 from family import Family, check_widths, find, fingerprint, positioned, vae_for
 from files import check_path, launched, memory_error, printable, run_command
-from flow import draw_noise, euler, interpolate, velocity_with_cfg
+from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux
 from layers import blocks_of
 from mmdit import MMDiT
@@ -152,7 +152,7 @@ def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, 
             latent = interpolate(before, latent, start)
         began = time.perf_counter()
         if len(stage.sigmas) > 1:
-            latent = euler(velocity, latent, stage.sigmas, progress=True)  # fp32 around a bf16 model
+            latent = SOLVERS[settings.solver](velocity, latent, stage.sigmas, progress=True)  # fp32 around a bf16 model
         latent = latent.cpu()               # waits for the device
         seconds += time.perf_counter() - began
         image, failure = decode(latent, settings, vae_in)

@@ -150,6 +150,7 @@ def records_of(settings: Settings, source: Path, weights: dict[str, str], pictur
     about = {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed,
              "model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
              **weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
+             "solver": settings.solver if settings.solver != "euler" else None,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
              "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
              "trained_side": settings.trained_side, "dtype": settings.dtype,

@@ -19,7 +19,7 @@ from torch.cuda import get_device_name
 from checkpoint import DTYPES, Weights, check_device
 from family import Family, check_size, positioned, size_of
 from files import from_torchrun, need, printable
-from flow import SEEDS
+from flow import SEEDS, SOLVERS
 from layers import RULES, STOCK, Positions
 from reading.pictures import upright_size
 
@@ -42,6 +42,7 @@ class Settings:
     transformer: str | None   # instead of that folder's
     vae: str | None           # instead of that folder's
     steps: int | None
+    solver: str
     cfg: float | None
     guidance: float | None    # None after settle(): the model has no such input
     time_shift: float | None
@@ -164,6 +165,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         if value is not None:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             numbers.append(f"{name.replace('_', ' ')} {shown}" + (f" ({where})" if where else ""))
+    if settings.solver != "euler":
+        numbers.append(f"solver {settings.solver}")
     if settings.first != "none":
         where = "given" if given.first else "the trained size"
         numbers.append(f"in stages from {settings.first} px ({where}) at noise level {settings.start:g}")
@@ -198,7 +201,9 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--vae", metavar="PATH", help="use this VAE: a file, or a diffusers folder (default: the folder's; at "
         "factor 16 its vae_16.safetensors, if there is one)")
     add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
-    add("--steps", type=int, help="Euler steps (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
+    add("--steps", type=int, help="steps of the solver (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
+    add("--solver", choices=tuple(SOLVERS), default="euler", help="ab2 is of second order at the same price per step, "
+        "so fewer are needed (default: euler, as published)")
     add("--cfg", type=float, help="classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
     add("--guidance", type=float, help="the guidance input of Flux-dev (3.5); other models have no such input")
     add("--time-shift", type=float, help="time shift of the schedule; above 1 spends more steps on noise (the folder's "

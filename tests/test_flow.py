@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import seeded
 from golden import distance
 
 from flow import (
+    ab2,
     denoised,
     draw_noise,
     euler,
@@ -100,6 +102,21 @@ def test_euler_approaches_the_exact_flow_of_gaussian_data():
     errors = [distance(euler(velocity, noise, flux_sigmas(steps, 256)), 0.5 * noise) for steps in (50, 100, 200)]
     assert errors[2] < 0.01
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(2, rel=0.15)
+
+
+def test_ab2_is_of_second_order_on_uneven_steps_and_begins_with_euler():
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def velocity(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return z * sigma.view(-1, 1, 1, 1).cos()  # dz/dsigma: z(0) = exp(-sin 1)
+
+    def error(solver, steps: int) -> float:
+        return abs(solver(velocity, noise, sd3_sigmas(steps).double()).item() - math.exp(-math.sin(1)))
+    first, second = ([error(solver, steps) for steps in (40, 80, 160)] for solver in (euler, ab2))
+    assert all(1.7 < a / b < 2.3 for a, b in pairwise(first)) and all(3.4 < a / b < 4.6 for a, b in pairwise(second))
+    assert second[0] < first[2]
+    one = torch.tensor([1.0, 0.0])
+    assert torch.equal(ab2(velocity, noise, one), euler(velocity, noise, one))
 
 
 def test_euler_keeps_an_fp32_path_around_a_bf16_model():

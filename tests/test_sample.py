@@ -1056,3 +1056,11 @@ def test_compiled_blocks_draw_the_same_picture(draw, monkeypatch):
     [plain], [compiled] = draw("--prompt", "a hill"), draw("--prompt", "a hill", "--compile", out="compiled")
     with Image.open(plain) as first, Image.open(compiled) as second:
         assert np.abs(np.array(first, int) - np.array(second, int)).max() <= 1
+
+
+def test_ab2_draws_another_picture_and_is_recorded(draw, capsys):
+    [euler], [ab2] = draw("--prompt", "a hill"), draw("--prompt", "a hill", "--solver", "ab2", out="other")
+    assert "solver ab2" in capsys.readouterr().out
+    with Image.open(euler) as first, Image.open(ab2) as second:
+        assert "solver" not in first.text and second.text["solver"] == "ab2"
+        assert not np.array_equal(np.array(first), np.array(second))
