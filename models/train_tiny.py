@@ -54,8 +54,8 @@ RUNS = {
         Run("2", "1", f"{FLUX} --res 1024 --time-shift 5 --batch 8 --lr 7e-4 --warmup 10 --ema 0.99 --seed 1 "
             "--steps 300"),
         Run("3", "2", f"{FLUX} --res 1024 --time-shift 4 --batch 8 --lr 2e-4 --warmup 10 --ema 0.99 --seed 2 "
-            "--steps 200"))}
-DECODER = "--decoder-only --lr 3e-4 --steps 2000"
+            "--steps 140"))}
+DECODER = "--decoder-only --lr 3e-4 --steps 6000"
 
 
 def steps_of(out: Path, only: str | None, device: str) -> list[tuple[Path, list[str]]]:
@@ -101,7 +101,8 @@ def make(out: Path, only: str | None, device: str) -> None:
             raise ValueError(f"{command[0]} was stopped before {file}; the same command resumes there")
     for family in [only] if only else RUNS:
         last, folder = RUNS[family][-1].name, out / f"tiny-{family}"
-        shutil.copy(out / "runs" / f"{family}-base" / f"{family}.safetensors", folder / "base_256.safetensors")
+        if family == "sd3":  # of Flux, no base is kept
+            shutil.copy(out / "runs" / "sd3-base" / "sd3.safetensors", folder / "base_256.safetensors")
         shutil.copy(out / "runs" / f"{family}-{last}" / f"{family}.safetensors", folder)
         shutil.copy(out / "runs" / "decoder" / "vae_16.safetensors", folder)
 

@@ -58,7 +58,7 @@ def test_it_resumes_where_a_step_failed_and_fills_the_folders(tmp_path, monkeypa
     for family, last in (("sd3", "sd3-6"), ("flux", "flux-3")):
         folder = tmp_path / f"tiny-{family}"
         assert (folder / f"{family}.safetensors").read_text() == last
-        assert (folder / "base_256.safetensors").read_text() == f"{family}-base"
+        assert (folder / "base_256.safetensors").exists() == (family == "sd3")
         assert (folder / "vae_16.safetensors").read_text() == "decoder"
 
 
