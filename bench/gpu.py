@@ -204,6 +204,7 @@ def rows_of(device: str) -> list[Row]:
             "A100: 2.42 s per step, 50.4 GB; offloaded 3.16 s, 26.9 GB"),
         Row("table 10: SD3-2B, fp32 state", partial(gpu_rows.training, SD3_2B, ""), "2 A800: 0.59 images per s"),
         Row("table 10: SD3-2B, bf16 state", partial(gpu_rows.training, SD3_2B, "--state=bf16")),
+        Row("table 10: SD3-2B, compiled", partial(gpu_rows.training, SD3_2B, "--compile")),
         Row("table 10: SD3-2B, offloaded", partial(gpu_rows.training, SD3_2B, OFFLOADED)),
         Row("sample.py", partial(command, sample)),
         Row("data.py encode", partial(command, encode)),
