@@ -6,11 +6,13 @@ Shapes    B batch, H and W pixels, h = H/factor and w = W/factor, C feature chan
 Units     images lie in [-1, 1]; the encoder gives moments, and latent = (raw - shift_factor) * scale_factor
 Factor    16 uses the weights of 8: the encoder's first convolution takes every second pixel (stride 2, dilation 2), the
           decoder's last one runs on features enlarged twofold. 4096x4096 pixels become a 256x256 latent
+Memory    without gradients, layers on large maps run in bands of rows; not tiling: the numbers are those of the whole
 Check     python -m pytest tests/test_vae.py: names and outputs equal the official ones, to 1e-5
 """
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,7 @@ SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
+BANDED_VALUES, BAND_ROWS = 2**27, 64  # maps of more values per picture run in bands of so many rows
 KIND = f"autoencoder, such as {SD3_DOWNLOAD} or the vae/ folder of its -diffusers version has"  # for messages
 PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {FLUX_SHIFT}: record yours in the "
              "metadata, or in a config.json as scaling_factor and shift_factor")
@@ -138,7 +141,11 @@ class EnlargingConv(nn.Conv2d):
     """Nearest 2x upsampling fused with a 3x3 convolution: in every upsampling and, at factor 16, as the last layer."""
 
     def forward(self, x: Tensor, enlarge: bool = True, offset: int = 2) -> Tensor:
-        return enlarged_conv(x, self.weight, self.bias, offset) if enlarge else super().forward(x)
+        if not enlarge:
+            return super().forward(x)
+        if banded(x, times=4):
+            return in_bands(lambda band: enlarged_conv(band, self.weight, self.bias, offset), x)
+        return enlarged_conv(x, self.weight, self.bias, offset)
 
 
 def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2) -> Tensor:
@@ -176,6 +183,47 @@ def partitioned_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2, t
     return torch.cat([torch.cat([tile(i, j) for j in range(tiles)], dim=3) for i in range(tiles)], dim=2)
 
 
+# ---- large maps in bands of rows
+
+def banded(x: Tensor, times: int = 1) -> bool:
+    """Whether a layer that makes x so many times larger runs in bands; not with gradients, as backward reads all."""
+    return times * x[0].numel() > BANDED_VALUES and not torch.is_grad_enabled()
+
+
+def in_bands(conv: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+    """A convolution of the complete map, from bands that carry one row of each neighbour.
+
+    conv  maps (B, C, rows, w) to (B, O, k * rows, k * w), from rows at most one away. Its zero padding is right at the
+          map's border; elsewhere it reaches only the neighbours' rows, which are cut
+    out   where the result is written; may be x
+    """
+    height, above = x.shape[2], x[:, :, :0]
+    for top in range(0, height, BAND_ROWS):
+        bottom = min(top + BAND_ROWS, height)
+        band = torch.cat((above, x[:, :, top:bottom + 1]), dim=2)
+        above = x[:, :, bottom - 1:bottom].clone()  # the next band reads it, and out may be x
+        y = conv(band)
+        k, cut = y.shape[2] // band.shape[2], top > 0
+        if out is None:
+            out = y.new_empty(*y.shape[:2], k * height, y.shape[3])
+        out[:, :, k * top:k * bottom] = y[:, :, k * cut:k * (cut + bottom - top)]
+    return out
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`F.silu(norm(band))` for bands of x with the statistics of the complete x, in fp32 as group norm has them."""
+    # channels have as many pixels: a group's variance is the mean of its channels' and the variance of their means
+    mean = torch.stack([channel.float().mean((1, 2)) for channel in x.unbind(1)], dim=1)  # (B, C)
+    var = torch.stack([(channel.float() - m[:, None, None]).square_().mean((1, 2))  # torch.var_mean is slow on CPUs
+                       for channel, m in zip(x.unbind(1), mean.unbind(1), strict=True)], dim=1)
+    var, mean = (t.unflatten(1, (norm.num_groups, -1)) for t in (var, mean))
+    var, mean = var.mean(2, True) + mean.var(2, correction=0, keepdim=True), mean.mean(2, True)  # (B, groups, 1)
+    scale = norm.weight.float().view(norm.num_groups, -1) * (var + norm.eps).rsqrt()
+    shift = norm.bias.float().view(norm.num_groups, -1) - mean * scale
+    scale, shift = (t.flatten(1)[:, :, None, None] for t in (scale, shift))
+    return lambda band: F.silu(torch.addcmul(shift, band, scale).to(x.dtype), inplace=True)
+
+
 # ---- networks
 
 class ResnetBlock(nn.Module):
@@ -188,9 +236,21 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if banded(x):
+            return self.forward_in_bands(x)
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+    def forward_in_bands(self, x: Tensor) -> Tensor:
+        """`forward` with no complete map besides x and the result."""
+        norm_silu1 = norm_silu(self.norm1, x)
+        y = in_bands(lambda band: self.conv1(norm_silu1(band)), x)
+        norm_silu2 = norm_silu(self.norm2, y)
+        in_bands(lambda band: self.conv2(norm_silu2(band)), y, out=y)
+        for rows, band in zip(y.split(BAND_ROWS, dim=2), x.split(BAND_ROWS, dim=2), strict=True):
+            rows += band if self.nin_shortcut is None else self.nin_shortcut(band)
+        return y
 
 
 class AttnBlock(nn.Module):
@@ -224,11 +284,9 @@ class Level(nn.Module):
         elif step == "up":
             self.upsample = nn.Sequential(OrderedDict(conv=EnlargingConv(width, width, 3, padding=1)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        step = self.downsample or self.upsample
-        return step(x) if step is not None else x
+    def steps(self) -> list[nn.Module]:
+        """What runs, in order. The networks call these: a call of the level would hold its input until it returns."""
+        return [*self.block, *(step for step in (self.downsample, self.upsample) if step is not None)]
 
 
 class Encoder(nn.Module):
@@ -245,8 +303,8 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor, factor: int, dilation: int) -> Tensor:
         x = self.conv_in(image, factor, dilation)
-        for level in self.down:
-            x = level(x)
+        for step in (step for level in self.down for step in level.steps()):
+            x = step(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -268,8 +326,8 @@ class Decoder(nn.Module):
     def features(self, raw: Tensor) -> Tensor:
         """What the last convolution reads: (B, widths[0], 8h, 8w)."""
         x = self.mid(self.conv_in(raw))
-        for level in reversed(self.up):
-            x = level(x)
+        for step in (step for level in reversed(self.up) for step in level.steps()):
+            x = step(x)
         return F.silu(self.norm_out(x))
 
 

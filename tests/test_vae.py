@@ -232,6 +232,73 @@ def test_hook_on_any_convolution_fires_once_and_changes_the_picture(four_levels,
         assert len(calls) == 1 and not torch.equal(hooked, plain), name
 
 
+# ---- large maps in bands of rows
+
+OFFICIAL = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16, 32)
+EMBEDDED = VAEConfig((16, 24, 48, 64), (16, 24, 48, 64), 1, 2, 16, 1)
+
+
+def both_ways(vae: VAE, latent: torch.Tensor, image: torch.Tensor, factor: int, variant: int) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [vae.decode(latent, factor, variant), torch.cat(vae.moments(image, factor, variant), dim=1)]
+
+
+@pytest.mark.parametrize("config, shape", [(OFFICIAL, (1, 16, 3, 5)), (OFFICIAL, (1, 16, 4, 4)),
+                                           (EMBEDDED, (2, 16, 8, 8)), (EMBEDDED, (2, 16, 9, 4))])
+def test_bands_give_the_numbers_of_complete_maps(config, shape, monkeypatch):
+    vae, calls = new_vae(config, seed=0), []
+    for parameter in vae.parameters():  # gains and biases other than 1 and 0
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+    vae.decoder.up[0].block[0].conv2.register_forward_hook(lambda *_: calls.append(1))
+    latent, image = normal(*shape), normal(shape[0], 3, 16 * shape[2], 16 * shape[3], seed=1)
+    monkeypatch.setattr(vae_file, "BAND_ROWS", 7)  # the last band is smaller
+    for factor, variant in ((8, 2), (16, 1), (16, 2)):
+        monkeypatch.setattr(vae_file, "BANDED_VALUES", 2**27)
+        plain, before = both_ways(vae, latent, image, factor, variant), len(calls)
+        monkeypatch.setattr(vae_file, "BANDED_VALUES", 0)
+        bands = both_ways(vae, latent, image, factor, variant)
+        assert len(calls) - before == -(-8 * shape[2] // 7)
+        assert all(distance(a, b) < PARITY for a, b in zip(plain, bands, strict=True))
+
+
+def test_statistics_of_bands_are_in_float32():
+    """Of bfloat16 maps far from 0, whose variance a sum of squares would lose."""
+    norm, x = nn.GroupNorm(4, 8, vae_file.NORM_EPS).bfloat16(), (normal(2, 8, 16, 12) + 50).bfloat16()
+    exact = F.silu(F.group_norm(x.double(), 4, eps=vae_file.NORM_EPS))
+    with torch.no_grad():
+        assert distance(vae_file.norm_silu(norm, x)(x).double(), exact) < 0.02  # one rounding of values up to 4, twice
+
+
+@pytest.mark.parametrize("px, factor, expected", [(1024, 16, False), (1024, 8, True), (2048, 16, True)])
+def test_maps_of_large_pictures_run_in_bands_without_gradients(px, factor, expected):
+    side = 8 * px // factor  # of the first map at full resolution, the largest
+    x = torch.empty(1, 256, side, side, device="meta")
+    with torch.no_grad():
+        assert vae_file.banded(x) == expected
+    assert not vae_file.banded(x)
+
+
+def test_with_gradients_no_layer_runs_in_bands(f16, raw_vae, monkeypatch):
+    plain = raw_vae.decode(f16["in/latent"])
+    monkeypatch.setattr(vae_file, "BANDED_VALUES", 0)
+    monkeypatch.setattr(vae_file, "in_bands", None)
+    assert torch.equal(raw_vae.decode(f16["in/latent"]), plain)
+
+
+def test_hook_on_a_convolution_changes_every_band(four_levels, monkeypatch):
+    vae, latent = VAE.load(four_levels[0]).requires_grad_(False), normal(1, 16, 3, 2)
+    monkeypatch.setattr(vae_file, "BAND_ROWS", 5)
+    for name, convolution in vae.decoder.named_modules():
+        if isinstance(convolution, nn.Conv2d):
+            handle, pictures = convolution.register_forward_hook(lambda _, inputs, output: 1.5 * output), []
+            for values in (2**27, 0):
+                monkeypatch.setattr(vae_file, "BANDED_VALUES", values)
+                with torch.no_grad():
+                    pictures.append(vae.decode(latent))
+            handle.remove()
+            assert distance(*pictures) < PARITY, name
+
+
 # ---- samples, batches, sizes
 
 def test_sample_is_a_function_of_the_generator(f16, raw_vae):
