@@ -284,6 +284,11 @@ class Level(nn.Module):
         elif step == "up":
             self.upsample = nn.Sequential(OrderedDict(conv=EnlargingConv(width, width, 3, padding=1)))
 
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps():
+            x = step(x)
+        return x
+
     def steps(self) -> list[nn.Module]:
         """What runs, in order. The networks call these: a call of the level would hold its input until it returns."""
         return [*self.block, *(step for step in (self.downsample, self.upsample) if step is not None)]

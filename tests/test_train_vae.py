@@ -65,7 +65,8 @@ def refusal_of(monkeypatch, photos: Path, out: Path, **changed) -> str:
     """The one line that the script ends with."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     with pytest.raises(SystemExit) as end:
-        main([f"--{k.replace('_', '-')}={v}" for k, v in asdict(settings(photos, out, **changed)).items()])
+        main([f"--{k.replace('_', '-')}={v}" for k, v in asdict(settings(photos, out, **changed)).items()
+              if v is not None and v is not False])
     assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
     return str(end.value)
 
