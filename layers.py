@@ -201,10 +201,13 @@ class AffineNorm(torch.autograd.Function):
 
 def is_plain(*linears: nn.Module) -> bool:
     """Whether these linears have no hook, wrapper, own forward or quantised weight; else they must be called."""
-    return not _has_any_global_hook() and all(
-        type(m) is nn.Linear and "forward" not in vars(m) and not is_traceable_wrapper_subclass(m.weight)
-        and not any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
-        for m in linears)
+    return all(is_bare(m, nn.Linear) and not is_traceable_wrapper_subclass(m.weight) for m in linears)
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class, without hooks and a forward of its own."""
+    return type(module) is kind and "forward" not in vars(module) and not _has_any_global_hook() and not any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def gelu_mlp(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:

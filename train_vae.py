@@ -266,7 +266,7 @@ def train(settings: Settings) -> int:
 
     returns  the number of the signal that stopped it, 0 if none did
     """
-    check_out(settings.out, settings.data)
+    check_out(settings.out, settings.data, settings.weights)
     pictures, unseen = split_pictures(settings)
     out, decisive, widths = Path(settings.out), settings.decisive(), tuple(map(int, settings.widths.split(",")))
     writable(out, f"--out {out}")

@@ -12,7 +12,7 @@ Check     python -m pytest tests/test_vae.py: names and outputs equal the offici
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import names
 from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Weights, filled, open_weights
+from layers import is_bare
 
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
@@ -236,7 +237,7 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if banded(x):
+        if banded(x) and all(is_bare(norm, nn.GroupNorm) for norm in (self.norm1, self.norm2)):
             return self.forward_in_bands(x)
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
@@ -290,8 +291,14 @@ class Level(nn.Module):
         return x
 
     def steps(self) -> list[nn.Module]:
-        """What runs, in order. The networks call these: a call of the level would hold its input until it returns."""
         return [*self.block, *(step for step in (self.downsample, self.upsample) if step is not None)]
+
+
+def run_levels(levels: Iterable[Level], x: Tensor) -> Tensor:
+    """The levels in turn. Those without hooks by their steps, as a call would hold its input until it returns."""
+    for step in (step for level in levels for step in (level.steps() if is_bare(level, Level) else [level])):
+        x = step(x)
+    return x
 
 
 class Encoder(nn.Module):
@@ -307,9 +314,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, factor: int, dilation: int) -> Tensor:
-        x = self.conv_in(image, factor, dilation)
-        for step in (step for level in self.down for step in level.steps()):
-            x = step(x)
+        x = run_levels(self.down, self.conv_in(image, factor, dilation))
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -330,10 +335,7 @@ class Decoder(nn.Module):
 
     def features(self, raw: Tensor) -> Tensor:
         """What the last convolution reads: (B, widths[0], 8h, 8w)."""
-        x = self.mid(self.conv_in(raw))
-        for step in (step for level in reversed(self.up) for step in level.steps()):
-            x = step(x)
-        return F.silu(self.norm_out(x))
+        return F.silu(self.norm_out(run_levels(reversed(self.up), self.mid(self.conv_in(raw)))))
 
 
 class VAE(nn.Module):

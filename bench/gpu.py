@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch is imported
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,11 +33,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from golden import distance, write_weights  # noqa: E402
 
 from bench import gpu_rows  # noqa: E402
-from bench.gpu_rows import FLUX_12B, GB, SD3_2B, SMALL, Figures, Sizes, tf32  # noqa: E402
+from bench.gpu_rows import FLUX_12B, SD3_2B, SMALL, Figures, Sizes, tf32  # noqa: E402
 from files import run_command  # noqa: E402
 from flux import Flux  # noqa: E402
 from mmdit import MMDiT  # noqa: E402
 from text import CLIPText, T5Encoder  # noqa: E402
+from training.ranks import described  # noqa: E402
 from training.run import commit  # noqa: E402
 from vae import SD3_SCALE, SD3_SHIFT, VAE  # noqa: E402
 
@@ -46,7 +46,6 @@ SECONDS = 330
 PARITY = 1e-4  # fp32 without TF32 from the official outputs, which lie around 1
 TIMEOUT = 150  # seconds, of a command
 ERROR = 200    # characters of a message
-DRIVER = Path("/proc/driver/nvidia/version")
 OFFLOADED = "--shard=zero2 --offload"
 
 
@@ -58,15 +57,14 @@ class Row:
 
 
 def machine(sizes: Sizes) -> Figures:
-    row = {"torch": torch.__version__, "cores": os.cpu_count(), "commit": commit()[:10],
+    """The card and its driver, what torch makes of them, and the rate that shares are of."""
+    row = {"machine": described(torch.device(sizes.device)), "cores": os.cpu_count(), "commit": commit()[:10],
            "bf16_matmul_TFLOP/s": gpu_rows.rate(sizes.device) / 1e12}
-    if sizes.device == "cpu":
-        return {"card": "none"} | row
-    driver = re.search(r"\d+\.\d[\d.]*", DRIVER.read_text() if DRIVER.is_file() else "")
-    return {"card": torch.cuda.get_device_name(), "GB": torch.cuda.get_device_properties(0).total_memory / GB,
-            "driver": driver[0] if driver else "unknown", "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(), "tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
-            "tf32_in_matmuls": torch.backends.cuda.matmul.allow_tf32} | row
+    if sizes.device == "cuda":
+        row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+                "tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
+                "tf32_in_matmuls": torch.backends.cuda.matmul.allow_tf32}
+    return row
 
 
 # ---- parity with the official code, on the recorded outputs of tests/data

@@ -9,7 +9,6 @@ Check     python bench/gpu.py --small
 """
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ from text import T5Encoder  # noqa: E402
 from train import clip, shard  # noqa: E402
 from training.logs import matmul_rate  # noqa: E402
 from training.model import autocast, build, new_optimizer  # noqa: E402
-from training.plan import OFFICIAL_VAE, flop_of_image  # noqa: E402
+from training.plan import OFFICIAL_VAE, flop_of_image, host_memory  # noqa: E402
 from training.ranks import device_of, join  # noqa: E402
 from training.settings import Settings, parse, settle  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
@@ -234,6 +233,7 @@ def sampling(which: Published, sizes: Sizes) -> Figures:
 
 @torch.inference_mode()
 def euler_steps(which: Published, sizes: Sizes) -> tuple[Figures, Tensor]:
+    """Time and memory of a step, and a latent (1, 16, side, side)."""
     device, side = sizes.device, sizes.side
     model = transformer_of(which, sizes)
     velocity = velocity_with_cfg(model, *conditions(which, sizes, 2), which.cfg, which.guidance)
@@ -270,14 +270,10 @@ def t5(sizes: Sizes) -> Figures:
 
 def blocks_that_fit(config: FluxConfig) -> FluxConfig:
     """As many blocks, two single ones per double one, as the host's memory takes under --offload."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        host = min(host, int(text))
     with torch.device("meta"):
         one, two = (sum(p.numel() for p in Flux(replace(config, depth=n, depth_single=2 * n)).parameters())
                     for n in (1, 2))
-    most = 1 + (host - OFFLOADED_BYTES * one) // (OFFLOADED_BYTES * (two - one))
+    most = 1 + (host_memory() - OFFLOADED_BYTES * one) // (OFFLOADED_BYTES * (two - one))
     depth = max(1, min(config.depth, config.depth_single // 2, most))
     return replace(config, depth=depth, depth_single=2 * depth)
 
@@ -301,6 +297,7 @@ def training(which: Published, flags: str, sizes: Sizes) -> Figures:
 
 
 def timed_steps(settings: Settings, model: MMDiT | Flux, which: Published, sizes: Sizes) -> Figures:
+    """Encoding and a training step, each timed after one that allocates."""
     optimizer, vae = new_optimizer(settings, model), random_model(lambda: VAE(sizes.vae), sizes.device, FP32)
     context, pooled = conditions(which, sizes, 1, FP32)
     noise, sigma = torch.randn(1, 16, sizes.side, sizes.side, device=sizes.device), torch.rand(1, device=sizes.device)
@@ -353,6 +350,7 @@ def velocity_inputs(which: Published, sizes: Sizes) -> tuple[Tensor | None, ...]
 
 
 def diffusers_model(which: Published, config: MMDiTConfig | FluxConfig) -> nn.Module:
+    """The peer's transformer of the same sizes, with random weights."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel  # a package of requirements-dev.txt
 
     shared = dict(num_layers=config.depth, joint_attention_dim=config.context_dim,

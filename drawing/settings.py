@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.cuda import get_device_name
 
 from checkpoint import DTYPES, Weights, check_device
 from family import Family, check_size, positioned, size_of
@@ -175,7 +174,9 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         numbers.append(f"redrawn from {settings.redraw} ({size} px) at noise level {settings.start:g}")
     if settings.positions:
         numbers.append(f"positions {settings.positions} from {settings.trained_side} tokens")
-    device = settings.device if settings.device == "cpu" else f"{settings.device} {get_device_name(settings.device)}"
+    device = settings.device
+    if device != "cpu":
+        device += f" {torch.cuda.get_device_name(device)}"
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
     dtypes = settings.dtype + (f", VAE {settings.vae_dtype}" if settings.vae_dtype != settings.dtype else "")
     sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
@@ -183,6 +184,7 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The command line of sample.py; what the file and the family decide is still open."""
     parser = argparse.ArgumentParser(description="Draw pictures from prompts.", allow_abbrev=False)
     add = parser.add_argument_group("input and output").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")

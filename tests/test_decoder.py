@@ -110,6 +110,11 @@ def test_what_does_not_fit_post_training_is_refused(post_train, flags, says):
         post_train(*flags)
 
 
+def test_a_run_inside_the_folder_of_its_weights_is_refused(post_train, folders):
+    with pytest.raises(SystemExit, match="give a folder outside of"):
+        post_train("--out", folders / "tiny-sd3" / "run")
+
+
 @pytest.mark.parametrize("flags, says", [
     (("--factor", "8"), "--factor 8: give it with --decoder-only"),
     (("--decoder-only",), "--decoder-only alone: give --weights too")])
