@@ -51,7 +51,7 @@ class Settings:
     t5_length: int | None
     redraw: str | None        # the picture that is redrawn, in place of a first stage
     first: str | None         # side of the first stage, pixels; "none": drawn at once
-    start: float              # noise level at which a later stage begins
+    start: float              # noise level at which the first redrawing begins, its powers in the next ones
     positions: str | None
     trained_side: int | None  # tokens
     device: str | None
@@ -220,8 +220,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--first", metavar="PX", help="draw at this side first, then enlarge and redraw in doublings; none: at once "
         "(default: the trained size if the file records it, else none)")
     add("--from", dest="redraw", metavar="PICTURE", help="redraw this picture at --res, in place of a first stage")
-    add("--start", type=float, default=0.6, help="noise level at which a picture is redrawn; below 0.6 an enlarged "
-        "one stays blurred, 0 only encodes and decodes it (default: 0.6)")
+    add("--start", type=float, default=0.6, help="noise level at which a picture is redrawn, its square in the next "
+        "doubling; below 0.6 it stays blurred, 0 only encodes and decodes it (default: 0.6)")
     add("--positions", choices=RULES, help="rule for places beyond the trained side (default: recorded, else pi in "
         "stages, stock at once)")
     add("--trained-side", type=int, metavar="N", help="tokens per side that the model was trained with (default: "

@@ -1,7 +1,8 @@
 """Pictures larger than their model was trained with: drawn at the trained size, then enlarged and redrawn in doublings.
 
 Source    two-stage drawing as in CLEAR, I-Max and HiFlow; the paper draws at once, which is one stage here
-Stage     z = (1 - start)·encode(resized picture) + start·noise, then the levels of the schedule below `start`
+Stage     z = (1 - s)·encode(resized picture) + s·noise, then the levels of the schedule below s. s is `start` in the
+          first redrawing, start² in the second, …: each adds smaller details to a picture that holds more
 From      a given picture takes the place of the first stage
 Limits    start 1 is drawing at once, start 0 the autoencoder's round trip of the enlarged picture
 Check     python -m pytest tests/test_stages.py
@@ -44,8 +45,9 @@ def stages_of(size: tuple[int, int], first: float | None, start: float, step: in
     stages, sizes = [], sizes_of(size, first, step)
     for width, height in (sizes[1:] or sizes) if given else sizes:
         sigmas = schedule(width * height // step**2)
-        if stages or given:
-            sigmas = torch.cat((sigmas.new_tensor([start]), sigmas[sigmas < start]))
+        if redrawings := len(stages) + given:
+            level = start**redrawings
+            sigmas = torch.cat((sigmas.new_tensor([level]), sigmas[sigmas < level]))
         stages.append(Stage(width, height, sigmas))
     return stages
 

@@ -49,9 +49,17 @@ def test_later_stages_have_the_levels_below_start():
     assert two.sigmas[0].item() == pytest.approx(0.6) and torch.equal(two.sigmas[1:], one.sigmas[one.sigmas < 0.6])
 
 
-def test_start_1_is_drawing_at_once_bit_for_bit(draw):
-    at_once = draw("--res", 128, "--first", "none", "--positions", "pi", "--trained-side", 2)[0]
-    assert np.array_equal(draw("--res", 128, "--first", 64, "--start", 1)[0], at_once)
+def test_every_further_redrawing_begins_at_a_power_of_start():
+    stages = stages_of((4096, 4096), 1024, 0.6, 32, lambda tokens: sd3_sigmas(28))
+    assert [stage.sigmas[0].item() for stage in stages] == pytest.approx([1, 0.6, 0.36])
+    redrawn = stages_of((4096, 4096), 1024, 0.6, 32, lambda tokens: sd3_sigmas(28), given=True)
+    assert [stage.sigmas.tolist() for stage in redrawn] == [stage.sigmas.tolist() for stage in stages[1:]]
+
+
+@pytest.mark.parametrize("first", [64, 32])
+def test_start_1_is_drawing_at_once_bit_for_bit(draw, first):
+    at_once = draw("--res", 128, "--first", "none", "--positions", "pi", "--trained-side", first // 32)[0]
+    assert np.array_equal(draw("--res", 128, "--first", first, "--start", 1)[0], at_once)
 
 
 def test_start_0_is_the_round_trip_of_the_enlarged_picture(draw, folders):
