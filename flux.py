@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import layers
 from checkpoint import Device, Weights, filled, open_weights
-from layers import STOCK, Positions
+from layers import STOCK, Attend, Positions
 
 PATCH = 2
 THETA = 10_000
@@ -129,7 +129,7 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = SelfAttention(config), SelfAttention(config)
         self.img_mlp, self.txt_mlp = MLP(config), MLP(config)
 
-    def forward(self, context: Tensor, x: Tensor, cond: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, context: Tensor, x: Tensor, cond: Tensor, rope: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         length = context.shape[1]
         shift_c, scale_c, gate_c, *mlp_c = self.txt_mod(cond)
         shift_x, scale_x, gate_x, *mlp_x = self.img_mod(cond)
@@ -137,7 +137,7 @@ class DoubleBlock(nn.Module):
         of_image = self.img_attn.heads(layers.modulated_norm(x, shift_x, scale_x), rope[length:])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))  # (B, T, H, d)
         del of_context, of_image  # they are as large as q, k, v
-        out_c, out_x = layers.attend(q, k, v).split((length, x.shape[1]), dim=1)               # (B, L, D), (B, N, D)
+        out_c, out_x = attend(q, k, v).split((length, x.shape[1]), dim=1)                      # (B, L, D), (B, N, D)
         del q, k, v
         context = torch.addcmul(context, gate_c, self.txt_attn.proj(out_c))
         x = torch.addcmul(x, gate_x, self.img_attn.proj(out_x))
@@ -155,20 +155,20 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.parts = (3 * config.hidden_size, config.mlp_hidden), (config.hidden_size, config.mlp_hidden)
 
-    def forward(self, x: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         shift, scale, gate = self.modulation(cond)
         normed = layers.modulated_norm(x, shift, scale)                                        # (B, T, D)
         if layers.is_plain(self.linear1, self.linear2):
-            return torch.addcmul(x, gate, self.in_parts(normed, rope))
+            return torch.addcmul(x, gate, self.in_parts(normed, rope, attend))
         qkv, mlp = self.linear1(normed).split(self.parts[0], dim=-1)
-        both = torch.cat((layers.attend(*self.norm(qkv, rope)), F.gelu(mlp, approximate="tanh")), dim=-1)
+        both = torch.cat((attend(*self.norm(qkv, rope)), F.gelu(mlp, approximate="tanh")), dim=-1)
         return torch.addcmul(x, gate, self.linear2(both))
 
-    def in_parts(self, normed: Tensor, rope: Tensor) -> Tensor:
+    def in_parts(self, normed: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         """linear2(cat(attention, gelu(mlp))) by parts of the weights: no activation of width 7D or 5D is stored."""
         (qkv, mlp), (qkv_bias, mlp_bias) = (t.split(self.parts[0]) for t in (self.linear1.weight, self.linear1.bias))
         of_attention, of_mlp = self.linear2.weight.split(self.parts[1], dim=1)
-        attention = layers.attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope))
+        attention = attend(*self.norm(F.linear(normed, qkv, qkv_bias), rope))
         out = F.linear(attention, of_attention, self.linear2.bias)
         del attention
         return out + layers.gelu_linear(F.linear(normed, mlp, mlp_bias), of_mlp, None)
@@ -226,11 +226,11 @@ class Flux(nn.Module):
             cond = cond + self.guidance_in(layers.timestep_embedding(1000 * guidance.float()).to(dtype))
         cond = F.silu(cond)                                                                    # (B, D)
         for block in self.double_blocks:
-            context, x = block(context, x, cond, rope)
+            context, x = block(context, x, cond, rope, layers.attend)
         x = torch.cat((context, x), dim=1)                                                     # (B, T, D)
         del context
         for block in self.single_blocks:
-            x = block(x, cond, rope)
+            x = block(x, cond, rope, layers.attend)
         x = self.final_layer(x[:, length:], cond)                                              # (B, N, 4·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (c p q) -> B c (h p) (w q)", h=h, w=w, p=PATCH, q=PATCH).to(latent.dtype)

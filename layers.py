@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from checkpoint import Weights
 
 M = TypeVar("M", bound=nn.Module)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, tokens, H, head_dim) -> (B, tokens, H·head_dim)
 FREQUENCIES = 256    # width of the timestep embedding before its MLP
 NORM_EPS = 1e-6      # of every norm in both transformers
 MOST_SIDE = 1 << 16  # tokens of a trained side

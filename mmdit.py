@@ -17,6 +17,7 @@ import os
 import re
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import layers
 from checkpoint import Device, Weights, filled, open_weights
-from layers import STOCK, Positions
+from layers import STOCK, Attend, Positions
 
 THETA = 10_000   # of the position table
 KEYS = -0.75     # of the cubic kernel, as in torch and OpenCV
@@ -135,7 +136,7 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(config, read_only=self.read_only)
         self.x_block = StreamBlock(config, dual=self.dual)
 
-    def forward(self, context: Tensor, x: Tensor, cond: Tensor, sharper: float) -> tuple[Tensor | None, Tensor]:
+    def forward(self, context: Tensor, x: Tensor, cond: Tensor, attend: Attend) -> tuple[Tensor | None, Tensor]:
         """Context (None from the last block) and x, after joint attention, dual attention among image tokens, MLPs."""
         mod_c, mod_x = self.context_block.chunks_of(cond), self.x_block.chunks_of(cond)
         of_context = self.context_block.attn.heads(layers.modulated_norm(context, mod_c.shift, mod_c.scale))
@@ -143,13 +144,13 @@ class JointBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))
         del of_context, of_image  # they are as large as q, k, v
         lengths = context.shape[1], x.shape[1]
-        out_c, out_x = layers.attend(q, k, v, sharper).split(lengths, dim=1)               # (B, L, D), (B, N, D)
+        out_c, out_x = attend(q, k, v).split(lengths, dim=1)                               # (B, L, D), (B, N, D)
         del q, k, v
         attended = torch.addcmul(x, mod_x.gate, self.x_block.attn.proj(out_x))             # (B, N, D)
         if self.dual:
             attn2 = self.x_block.attn2
             qkv = attn2.heads(layers.modulated_norm(x, mod_x.shift_2, mod_x.scale_2))
-            attended = torch.addcmul(attended, mod_x.gate_2, attn2.proj(layers.attend(*qkv, sharper)))
+            attended = torch.addcmul(attended, mod_x.gate_2, attn2.proj(attend(*qkv)))
             del qkv
         x = layers.add_mlp(attended, self.x_block.mlp, mod_x.shift_mlp, mod_x.scale_mlp, mod_x.gate_mlp)
         if self.read_only:
@@ -194,8 +195,9 @@ class MMDiT(nn.Module):
         time = self.t_embedder(layers.timestep_embedding(1000 * sigma.float()).to(dtype))  # (B, D)
         cond = F.silu(time + self.y_embedder(pooled.to(dtype)))                            # (B, D)
         sharper = layers.sharpening(self.config.positions, x.shape[1], context.shape[1])
+        attend = partial(layers.attend, sharper=sharper)
         for block in self.joint_blocks:
-            context, x = block(context, x, cond, sharper)
+            context, x = block(context, x, cond, attend)
         x = self.final_layer(x, cond)                                                      # (B, N, p²·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=h, w=w, p=p, q=p).to(latent.dtype)
