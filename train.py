@@ -17,7 +17,6 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it; fewer holes in GPU memory
 
 import json
-import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,25 +32,25 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Weights, check_device, model_folder, open_weights
+from checkpoint import DTYPES, Weights, model_folder, open_weights
 from data import Item, Pictures, read_folder, sizes_of
 from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of, reach
+from machine.memory import check_device
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
-from training.batches import Part, batches, read_batch, uneven
+from training.batches import batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
-from training.logs import SampleSettings, Tally
+from training.logs import Tally, what_diverged
 from training.model import EMA, autocast, build, encode, new_optimizer, return_freed_memory
 from training.plan import check_memory, plan_of, this_machine
 from training.ranks import (
     SharedError,
     described,
     device_of,
-    gathered,
     join,
     leave,
     on_all,
@@ -61,13 +60,13 @@ from training.ranks import (
 )
 from training.resume import digest_of, identity_of
 from training.run import Run, check_out, export_newest, only_run
+from training.samples import SHOWN, sample_settings_of
 from training.settings import Settings, check, parse, settle
 from vae import VAE
 from wavelet import objective
 
 BUCKET_BYTES = 25 << 20
 ALIGNMENT = 64             # elements: gradients begin at multiples of it in their bucket
-SHOWN = 4                  # captions that sample pictures are drawn from
 
 
 # ---- gradients averaged over the ranks: by hand (DDP), or by FSDP2 where the model is sharded
@@ -280,14 +279,6 @@ def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings,
     return texts, latents
 
 
-def sample_settings_of(job: Job, channels: int) -> SampleSettings:
-    """How sample pictures are drawn: as sample.py would, at --res."""
-    settings, sampling = job.settings, job.family.sampling(job.transformer)
-    shape = channels, settings.res // settings.factor, settings.res // settings.factor
-    sigmas = job.family.sigmas(sampling.steps, sampling.time_shift or job.family.by_tokens(settings.tokens))
-    return SampleSettings(sigmas, shape, sampling.cfg, settings.guidance, settings.factor, settings.seed)
-
-
 def train(settings: Settings) -> int:
     """The complete run, from checks to the exported file; resumes from OUT/checkpoints.
 
@@ -311,7 +302,8 @@ def train(settings: Settings) -> int:
         shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]  # the empty prompt is for cfg
         empty, _ = texts.read([""])
         run.begin(start, device, settings.res // settings.factor, empty.shape[1])
-        tally, how = Tally(device), sample_settings_of(job, vae.config.latent_channels)
+        how = sample_settings_of(settings, job.family, job.transformer, vae.config.latent_channels)
+        tally = Tally(device)
 
         read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
                        resized=job.pictures.resized, channels=vae.config.latent_channels, texts=texts, latents=latents)
@@ -345,7 +337,8 @@ def train(settings: Settings) -> int:
 
                 norm = clip(model, settings.clip)
                 if not norm.isfinite():                    # the same on all ranks; the step waits for the device here
-                    raise SharedError(what_diverged(step, norm, parts, losses, job))
+                    names = [item.path.name for item in job.items]
+                    raise SharedError(what_diverged(step, norm, parts, losses, names, settings.out))
                 lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -368,17 +361,6 @@ def clip(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradients down to a norm of `limit`; returns their norm before that, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequence[Tensor], job: Job) -> str:
-    """Error text for a non-finite gradient: the samples whose loss is non-finite, or else the complete batch."""
-    mine = [(job.items[picture].path.name, sigma, loss) for part, of_part in zip(parts, losses, strict=True)
-            for picture, sigma, loss in zip(part.pictures, part.sigma.tolist(), of_part.tolist(), strict=True)]
-    batch = sum(gathered(mine), [])
-    bad = [row for row in batch if not math.isfinite(row[2])] or batch
-    return (f"step {step}: gradient norm {norm.item()}, velocity loss {sum(row[2] for row in batch) / len(batch):.4g}; "
-            f"picture, sigma, loss: {', '.join(f'{name} {sigma:.3f} {loss:.3g}' for name, sigma, loss in bad[:8])}; "
-            f"the last good checkpoint is in {job.settings.out}/checkpoints; try a smaller --lr")
 
 
 def command(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed, grids of sample pictures.
+"""Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed.
 
 Units     loss; v_ll … v_by_sigma, the velocity's mean square error by band and by sigma: averages since the last line
           images/s over all ranks, without the time of saving and sampling; peak GiB of the first rank; eta_s in seconds
@@ -9,22 +9,19 @@ Check     python -m pytest tests/test_logs.py
 
 import importlib
 import json
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from files import entry, parse_json, read_text, replacing
-from flow import SEEDS, draw_noise, euler, velocity_with_cfg
-from flux import Flux
-from mmdit import MMDiT
-from training.ranks import world
-from vae import VAE, to_pixels
+from training.batches import Part
+from training.ranks import gathered, world
 from wavelet import BANDS, band_losses
 
 SIGMA_BINS = 8
@@ -128,42 +125,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How sample pictures are drawn during training."""
+def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequence[Tensor], names: Sequence[str],
+                  out: str) -> str:
+    """Error text for a non-finite gradient: the samples whose loss is non-finite, or else the complete batch.
 
-    sigmas: Tensor             # the schedule, (steps + 1,)
-    shape: tuple[int, int, int]  # of a latent, (16, h, w)
-    cfg: float
-    guidance: float | None     # for Flux-dev
-    factor: int
-    seed: int                  # picture k is drawn from seed + k
-
-
-@torch.no_grad()
-def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor, how: SampleSettings) -> list[Tensor]:
-    """One picture per prompt from the model under training.
-
-    context, pooled  (P + 1, L, C) and (P + 1, D): of the empty prompt, then of P prompts
-    returns          P images, (3, H, W) in [-1, 1], on the CPU
+    losses  of each part's samples
+    names   of all pictures
     """
-    images = []
-    for k in range(1, len(context)):
-        velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], how.cfg, how.guidance)
-        noise = draw_noise([(how.seed + k - 1) % SEEDS], how.shape).to(context.device)
-        latent = euler(velocity, noise, how.sigmas)
-        images.append(vae.decode(latent.to(next(vae.parameters()).dtype), how.factor)[0].float().cpu())
-    return images
-
-
-def write_grid(path: Path, images: list[Tensor]) -> None:
-    """Images of one size side by side, in two rows from four on."""
-    rows = 2 if len(images) >= 4 else 1
-    columns = -(-len(images) // rows)
-    height, width = images[0].shape[1:]
-    grid = Image.new("RGB", (columns * width, rows * height))
-    for k, image in enumerate(images):
-        grid.paste(Image.fromarray(to_pixels(image)), (k % columns * width, k // columns * height))
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as temporary:
-        grid.save(temporary)
+    mine = [(names[picture], sigma, loss) for part, of_part in zip(parts, losses, strict=True)
+            for picture, sigma, loss in zip(part.pictures, part.sigma.tolist(), of_part.tolist(), strict=True)]
+    batch = sum(gathered(mine), [])
+    bad = [row for row in batch if not math.isfinite(row[2])] or batch
+    return (f"step {step}: gradient norm {norm.item()}, velocity loss {sum(row[2] for row in batch) / len(batch):.4g}; "
+            f"picture, sigma, loss: {', '.join(f'{name} {sigma:.3f} {loss:.3g}' for name, sigma, loss in bad[:8])}; "
+            f"the last good checkpoint is in {out}/checkpoints; try a smaller --lr")

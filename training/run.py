@@ -21,11 +21,12 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, Weights, model_folder, peak_memory_gib, save
+from checkpoint import DTYPES, Weights, model_folder, save
 from family import SAMPLING, Family, find
 from files import entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
-from training.logs import Log, SampleSettings, Tally, draw_samples, matmul_rate, write_grid
+from machine.memory import peak_memory_gib
+from training.logs import Log, Tally, matmul_rate
 from training.plan import flop_of_image
 from training.ranks import on_all, on_first, rank, world
 from training.resume import (
@@ -39,6 +40,7 @@ from training.resume import (
     tensors_of,
     weights_of,
 )
+from training.samples import SampleSettings, draw_samples, write_grid
 from training.settings import SOURCE, Settings
 from vae import VAE
 
