@@ -7,10 +7,8 @@ Safety    only safetensors are opened; a pickle is refused before any of its byt
 Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 """
 
-import gc
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -333,34 +331,6 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
                 os.fsync(f.fileno())
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None
-
-
-# ---- the machine
-
-def check_device(name: str | None) -> str:
-    """The name of a --device, None being cuda where there is one; ValueError lists what this machine has instead."""
-    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    name = (cuda or ["cpu"])[0] if name is None else name
-    if name not in (here := ["cpu", *cuda]):
-        raise ValueError(f"--device {name}: this machine has {', '.join(here)}; "
-                         "cuda needs an NVIDIA GPU and a torch built for it")
-    return name
-
-
-def peak_memory_gib(device: Device) -> float:
-    """Peak memory of this process, GiB: torch's allocations on a CUDA device, else the resident set; 0 on Windows."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-
-
-def free_memory() -> None:
-    """Return what deleted modules held: reference cycles keep some alive, and CUDA keeps freed blocks in a cache."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 # ---- model folders

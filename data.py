@@ -300,10 +300,11 @@ def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
 def encode(folder: str, model: str, weights: str | None, t5_length: int | None, batch: int, device: str | None,
            latents: bool, res: int, aspect: bool, small: str, factor: int, dilation: int, cache: str | None) -> None:
     """Write this rank's share of the embeddings and latents that the caches lack; every file is written by one rank."""
-    from checkpoint import check_device, model_folder
+    from checkpoint import model_folder
     from family import find
     from files import launched
     from layers import reach
+    from machine.memory import check_device
     from text import check_t5_length
     from training.cache import Embeddings, Latents
     from training.ranks import device_of

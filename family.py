@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flux
 import mmdit
-from checkpoint import OFFICIAL_PREFIXES, Weights, locate, open_weights
+from checkpoint import OFFICIAL_PREFIXES, LazyTensor, Weights, locate, model_folder, open_weights
 from files import entry, need, read_json
 from flow import FLUX_MU, even_sigmas, flux_time_shift, sd3_sigmas
 from flux import Flux, FluxConfig
@@ -30,7 +30,7 @@ from layers import STOCK, Positions, check_positions, reach
 from mmdit import MMDiT, MMDiTConfig
 from names import ADAPTERS, recognised
 from text import T5_MOST, FluxText, SD3Text
-from vae import VAEConfig
+from vae import VAEConfig, read_config
 
 # what a transformer's metadata may record
 SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
@@ -183,6 +183,15 @@ FLUX_UNDISTILLED = replace(
     FLUX_DEV, name="Flux-dev without distillation", cfg=3.5, guidance=None,
     without_guidance="it is guided by a second pass, --cfg",
     same_tensors="by its name or scheduler; Flux-schnell has the same tensors and takes --steps 4 --cfg 1 --mu 0")
+
+
+OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
+PUBLISHED = {  # --model NAME without its folder: family and configuration
+    "sd3": (SD3, MMDiTConfig()),
+    "sd3.5-medium": (SD3, MMDiTConfig(table_side=384, qk_norm=True, dual_attention=tuple(range(13)))),
+    "sd3.5-large": (SD3, MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True)),
+    "flux": (FLUX_DEV, FluxConfig()),
+    "flux-schnell": (FLUX_SCHNELL, FluxConfig(guidance=False))}
 
 
 def positioned(config: MMDiTConfig | FluxConfig, rule: str | None, side: int | None) -> MMDiTConfig | FluxConfig:
@@ -349,3 +358,26 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
     if Path(transformer).name == "transformer" and beside.exists():
         scheduler = beside
     return variant(family, weights, scheduler if scheduler is beside or family is own else None), weights, vae
+
+
+def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[
+        Family, MMDiTConfig | FluxConfig, VAEConfig]:
+    """Family and configurations of --model or --weights.
+
+    weights  a folder, or a manifest: {"tensors": {name: shape}} as JSON
+    model    a folder of models/, or one of PUBLISHED
+    """
+    if weights and weights.endswith(".json"):
+        shapes = read_json(Path(weights)).get("tensors")
+        if not isinstance(shapes, dict):
+            raise ValueError(f'{weights}: no manifest, which has "tensors": {{name: shape}}; '
+                             "give the folder or file of the weights")
+        tensors = {name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}
+        manifest = Weights(tensors, {}, weights)
+        family = family_of(manifest)
+        return family, family.config(manifest.part("model.diffusion_model.")), OFFICIAL_VAE
+    if not weights and model in PUBLISHED and not model_folder(model).is_dir():
+        return *PUBLISHED[model], OFFICIAL_VAE
+    family, source, vae_path = find(model_folder(model, weights), transformer)
+    return (family, family.config(source.part("model.diffusion_model.")),
+            read_config(open_weights(vae_path).part("first_stage_model.")))

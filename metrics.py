@@ -218,7 +218,7 @@ def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
 
 def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, as_json: bool) -> None:
     """How close a picture is to its reference."""
-    from checkpoint import check_device
+    from machine.memory import check_device
     from scores.sets import load_lpips
 
     device, notes, errors = check_device(device), [], []
@@ -236,8 +236,9 @@ def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, 
 def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weights: Path, device: str | None,
             as_json: bool) -> None:
     """Table 2 of the paper: what an autoencoder loses of photographs."""
-    from checkpoint import check_device, model_folder
+    from checkpoint import model_folder
     from family import find, vae_for
+    from machine.memory import check_device
     from scores import sets
     from vae import VAE
 
@@ -286,7 +287,7 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
 def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: int, cache: Path, workers: int,
             weights: Path, device: str | None, as_json: bool) -> None:
     """Tables 1, 3 and 4 of the paper: the scores of a folder of generated pictures."""
-    from checkpoint import check_device
+    from machine.memory import check_device
     from scores import sets
 
     device, results, notes, errors, scores = check_device(device), Results(cache, read_pixels), [], [], {}

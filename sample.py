@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, free_memory, model_folder, open_weights, peak_memory_gib, save
+from checkpoint import DTYPES, model_folder, open_weights, save
 from drawing.pictures import (
     Picture,
     check_records,
@@ -55,6 +55,7 @@ from files import check_path, launched, memory_error, printable, run_command
 from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux
 from layers import blocks_of
+from machine.memory import free_memory, peak_memory_gib
 from mmdit import MMDiT
 from reading.pictures import read_picture, upright_size
 from vae import VAE, to_image

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_device, open_weights, save
+from checkpoint import open_weights, save
 from data import Pictures, read_folder
 from files import need, parse_json, run_command, writable
 from flow import SEEDS
+from machine.memory import check_device
 from scores.official import find_weights
 from scores.perceptual import LPIPS
 from training.adamw import MOMENTS

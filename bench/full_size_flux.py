@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import fill, open_weights, peak_memory_gib  # noqa: E402
+from checkpoint import fill, open_weights  # noqa: E402
 from files import replacing  # noqa: E402
 from flux import Flux, read_config  # noqa: E402
+from machine.memory import peak_memory_gib  # noqa: E402
 
 MANIFESTS = ROOT / "tests" / "data" / "manifests.json.gz"  # names and shapes of the published files
 GIB = 2**30

@@ -31,16 +31,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from golden import distance, lazy_tensors  # noqa: E402
 
 from checkpoint import LazyTensor, Weights, filled  # noqa: E402
-from family import FLUX_DEV, SD3, Family  # noqa: E402
+from family import FLUX_DEV, OFFICIAL_VAE, SD3, Family  # noqa: E402
 from flow import euler, even_sigmas, interpolate, loss_weight, velocity_with_cfg  # noqa: E402
 from flux import Flux, FluxConfig  # noqa: E402
 from layers import blocks_of  # noqa: E402
+from machine.memory import host_memory  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from text import T5Encoder  # noqa: E402
 from train import clip, shard  # noqa: E402
 from training.logs import matmul_rate  # noqa: E402
 from training.model import autocast, build, new_optimizer  # noqa: E402
-from training.plan import OFFICIAL_VAE, flop_of_image, host_memory  # noqa: E402
+from training.plan import flop_of_image  # noqa: E402
 from training.ranks import device_of, join  # noqa: E402
 from training.settings import Settings, parse, settle  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402

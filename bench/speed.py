@@ -37,8 +37,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import DTYPES, peak_memory_gib, save  # noqa: E402
+from checkpoint import DTYPES, save  # noqa: E402
 from flux import Flux  # noqa: E402
+from machine.memory import peak_memory_gib  # noqa: E402
 from mmdit import MMDiT  # noqa: E402
 from reading.pictures import read_picture  # noqa: E402
 from scores.glcm import LEVELS, PATCH, RADII, glcm_score, gray_levels  # noqa: E402

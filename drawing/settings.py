@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, Weights, check_device
+from checkpoint import DTYPES, Weights
 from family import Family, check_size, positioned, size_of
 from files import from_torchrun, need, printable
 from flow import SEEDS, SOLVERS
 from layers import RULES, STOCK, Positions
+from machine.memory import check_device
 from reading.pictures import upright_size
 
 MOST_PICTURES = 100_000

@@ -1,7 +1,6 @@
 """The memory plan: equal to a real step's memory, published models, the proposal where a run does not fit, FLOPs."""
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import train
 from checkpoint import open_weights
-from family import find
+from family import describe, find
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
+from machine.memory import GIB
 from mmdit import MMDiT, MMDiTConfig
 from training import plan
 from training.model import autocast, build
-from training.plan import describe, flop_of_image, host_memory, memory, total, verdict
+from training.plan import flop_of_image, memory, total, verdict
 from training.resume import tensors_of
-from training.settings import GIB, Machine, Settings, settle
+from training.settings import Machine, Settings, settle
 
 
 def allocated(prof: profile, folder: Path) -> list[int]:
@@ -153,18 +153,6 @@ def test_sample_pictures_and_text_encoders_are_counted_while_they_live(planned):
     assert drawn["sample decoding"] > usual["VAE encoding"] and "sample decoding" not in usual
     first = sum(usual[row] for row in ("parameters", "VAE weights", "text encoders", "reserve"))
     assert first < usual["on one card"] < sum(usual[row] for row in usual if row != "on one card")
-
-
-def test_host_memory_is_the_smallest_limit_of_the_cgroups(monkeypatch, tmp_path):
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < host_memory() <= physical
-    (tmp_path / "groups").write_text("0::/job/task\n3:cpuset:/\n")
-    for folder, limit in (("sys/job", "1000000\n"), ("sys/job/task", "max\n")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "memory.max").write_text(limit)
-    places = {"/proc/self/cgroup": tmp_path / "groups", "/sys/fs/cgroup": tmp_path / "sys"}
-    monkeypatch.setattr(plan, "Path", lambda first, *rest: Path(places.get(first, first), *rest))
-    assert host_memory() == 1_000_000
 
 
 def test_sharding_divides_parameters_and_accumulation_shrinks_activations(settings, folders):

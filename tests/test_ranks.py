@@ -21,9 +21,10 @@ from torch import nn
 
 import train
 from checkpoint import open_weights, save
+from family import describe
 from flux import FluxConfig, new_flux
 from mmdit import MMDiTConfig, new_mmdit
-from training.plan import describe, memory
+from training.plan import memory
 from training.ranks import stop_on_signals
 from training.resume import newest, step_of
 from training.settings import Machine, settle

@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import free_memory, save
+from checkpoint import save
 from family import SD3, Family
 from files import in_utf8, printable, regular, writable
+from machine.memory import free_memory
 from vae import VAE, to_image
 
 T = TypeVar("T")

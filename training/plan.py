@@ -13,31 +13,25 @@ Units      bytes inside, GiB printed; a card of 80 GB is taken as 80 GiB less RE
 Check      python -m pytest tests/test_plan.py
 """
 
-import os
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import DTYPES, LazyTensor, Weights, model_folder, open_weights
-from family import FLUX_DEV, FLUX_SCHNELL, SD3, Family, family_of, find
-from files import from_torchrun, read_json
+from checkpoint import DTYPES
+from family import FLUX_DEV, SD3, Family, describe
+from files import from_torchrun
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of
+from machine.memory import GIB, UNKNOWN, host_memory, peak_bytes
 from mmdit import MMDiT, MMDiTConfig
 from training.model import make
 from training.resume import FILE_BYTES
-from training.settings import GIB, UNKNOWN, Machine, Settings, check, settle
-from vae import VAE, VAEConfig, read_config
+from training.settings import Machine, Settings, check, settle
+from vae import VAE, VAEConfig
 from wavelet import objective
 
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
@@ -47,68 +41,6 @@ AT_FIRST = "parameters", "averaged weights", "buffers", "VAE weights", "text enc
 TEXT_WIDTH = 4096       # of the published T5; other text encoders are small
 TEXT_PARAMETERS = {SD3.text: 5_581_000_000, FLUX_DEV.text: 4_885_000_000}  # T5-XXL and the family's CLIPs
 SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
-OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
-PUBLISHED = {  # --model NAME without its folder: family and configuration
-    "sd3": (SD3, MMDiTConfig()),
-    "sd3.5-medium": (SD3, MMDiTConfig(table_side=384, qk_norm=True, dual_attention=tuple(range(13)))),
-    "sd3.5-large": (SD3, MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True)),
-    "flux": (FLUX_DEV, FluxConfig()),
-    "flux-schnell": (FLUX_SCHNELL, FluxConfig(guidance=False))}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live storages other than parameters and gradients; `peak` is the most at one time."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes: dict[int, int] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.add(tensor.untyped_storage(), 0)
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self.forget)
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        if operator is torch.ops.aten.convolution.default:
-            self.peak = max(self.peak, self.now + args[0].nbytes + 2 * result.nbytes)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        return result
-
-    def add(self, storage: torch.UntypedStorage, size: int) -> None:
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.gone, storage._cdata)
-
-    def gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-    def forget(self, parameter: nn.Parameter) -> None:
-        key = parameter.grad.untyped_storage()._cdata
-        self.now -= self.sizes[key]
-        self.sizes[key] = 0
-
-
-def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object],
-               dtype: torch.dtype = torch.float32) -> int:
-    """Most live bytes, beside parameters and gradients, while run(build()) works on tensors without storage.
-
-    dtype   of the parameters
-    """
-    before = torch.get_default_dtype()
-    with FakeTensorMode():
-        try:
-            torch.set_default_dtype(dtype)
-            model = build()
-        finally:
-            torch.set_default_dtype(before)
-        with LiveBytes(model) as live:
-            run(model)
-    return live.peak
 
 
 def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | FluxConfig, side: int,
@@ -133,44 +65,6 @@ def this_machine(device: torch.device, ranks: int) -> Machine:
     host, per_host = host_memory(), from_torchrun("LOCAL_WORLD_SIZE", 1)
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host // per_host
     return Machine(ranks, card, host, per_host)
-
-
-def host_memory() -> int:
-    """Bytes that processes of this host may use: its memory, or less if a container or Slurm limits their cgroup."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return UNKNOWN
-    limits, groups = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, kind, path = line.split(":", 2)
-        if kind in ("", "memory"):  # cgroups of version 2 and 1
-            root, name = ("", "memory.max") if not kind else ("memory", "memory.limit_in_bytes")
-            inner = Path("/sys/fs/cgroup", root, path.lstrip("/"))
-            files = [folder / name for folder in (inner, *inner.parents) if (folder / name).is_file()]
-            limits += [int(text) for text in (file.read_text().strip() for file in files) if text.isdigit()]
-    return min(limits)
-
-
-def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[
-        Family, MMDiTConfig | FluxConfig, VAEConfig]:
-    """Family and configurations of --model or --weights.
-
-    weights  a folder, or a manifest: {"tensors": {name: shape}} as JSON
-    model    a folder of models/, or one of PUBLISHED
-    """
-    if weights and weights.endswith(".json"):
-        shapes = read_json(Path(weights)).get("tensors")
-        if not isinstance(shapes, dict):
-            raise ValueError(f'{weights}: no manifest, which has "tensors": {{name: shape}}; '
-                             "give the folder or file of the weights")
-        tensors = {name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}
-        manifest = Weights(tensors, {}, weights)
-        family = family_of(manifest)
-        return family, family.config(manifest.part("model.diffusion_model.")), OFFICIAL_VAE
-    if not weights and model in PUBLISHED and not model_folder(model).is_dir():
-        return *PUBLISHED[model], OFFICIAL_VAE
-    family, source, vae_path = find(model_folder(model, weights), transformer)
-    return (family, family.config(source.part("model.diffusion_model.")),
-            read_config(open_weights(vae_path).part("first_stage_model.")))
 
 
 # ---- the sum

@@ -21,12 +21,11 @@ from family import Family
 from files import from_torchrun, need
 from flow import DENSITIES, SCHEMES, SEEDS, flux_mu
 from layers import RULES
+from machine.memory import GIB, UNKNOWN
 from text import check_t5_length
 from wavelet import OBJECTIVES
 
 T = TypeVar("T")
-GIB = 1 << 30
-UNKNOWN = 1 << 60  # bytes of a machine that does not tell
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 MOST = {"batch": 2**16, "threads": 1024}
 RECIPES = {  # settings in which paper and release differ; None = family default

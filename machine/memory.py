@@ -1,0 +1,126 @@
+"""What this machine has, and how much memory a computation takes.
+
+Devices    --device, and the peak of what was held on it
+Counted    peak_bytes runs code on tensors without storage (torch's FakeTensorMode) while live bytes are counted: so
+           the plans of train.py and sample.py know activations before there is a weight or a GPU
+Units      bytes, GiB where the name says so
+Check      python -m pytest tests/test_memory.py
+"""
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from checkpoint import Device
+
+GIB = 1 << 30
+UNKNOWN = 1 << 60  # bytes of a machine that does not tell
+
+
+# ---- devices and their memory
+
+def check_device(name: str | None) -> str:
+    """The name of a --device, None being cuda where there is one; ValueError lists what this machine has instead."""
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    name = (cuda or ["cpu"])[0] if name is None else name
+    if name not in (here := ["cpu", *cuda]):
+        raise ValueError(f"--device {name}: this machine has {', '.join(here)}; "
+                         "cuda needs an NVIDIA GPU and a torch built for it")
+    return name
+
+
+def peak_memory_gib(device: Device) -> float:
+    """Peak memory of this process, GiB: torch's allocations on a CUDA device, else the resident set; 0 on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def free_memory() -> None:
+    """Return what deleted modules held: reference cycles keep some alive, and CUDA keeps freed blocks in a cache."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def host_memory() -> int:
+    """Bytes that processes of this host may use: its memory, or less if a container or Slurm limits their cgroup."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return UNKNOWN
+    limits, groups = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kind, path = line.split(":", 2)
+        if kind in ("", "memory"):  # cgroups of version 2 and 1
+            root, name = ("", "memory.max") if not kind else ("memory", "memory.limit_in_bytes")
+            inner = Path("/sys/fs/cgroup", root, path.lstrip("/"))
+            files = [folder / name for folder in (inner, *inner.parents) if (folder / name).is_file()]
+            limits += [int(text) for text in (file.read_text().strip() for file in files) if text.isdigit()]
+    return min(limits)
+
+
+# ---- counting without memory
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live storages other than parameters and gradients; `peak` is the most at one time."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.add(tensor.untyped_storage(), 0)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.forget)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.convolution.default:
+            self.peak = max(self.peak, self.now + args[0].nbytes + 2 * result.nbytes)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return result
+
+    def add(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def forget(self, parameter: nn.Parameter) -> None:
+        key = parameter.grad.untyped_storage()._cdata
+        self.now -= self.sizes[key]
+        self.sizes[key] = 0
+
+
+def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object],
+               dtype: torch.dtype = torch.float32) -> int:
+    """Most live bytes, beside parameters and gradients, while run(build()) works on tensors without storage.
+
+    dtype   of the parameters
+    """
+    before = torch.get_default_dtype()
+    with FakeTensorMode():
+        try:
+            torch.set_default_dtype(dtype)
+            model = build()
+        finally:
+            torch.set_default_dtype(before)
+        with LiveBytes(model) as live:
+            run(model)
+    return live.peak
