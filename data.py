@@ -18,15 +18,11 @@ if __name__ == "__main__":  # Ctrl-C during an import ends in one line
     files.end_on_interrupt()
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
-import unicodedata
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -34,128 +30,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import entry, in_utf8, need, parse_json, printable, read_text, run_command
+from collecting.listings import LISTINGS, Item, read_folder
+from files import need, printable, run_command
 from reading.pictures import MOST_PIXELS, read_picture, upright_size
 
-LISTINGS = ("metadata.jsonl", "metadata.csv")
-ALMOST = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".xlsx")  # what else captions come in
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height
 NOTES = {"converted": "converted to sRGB from other colours", "broken": "with a broken colour profile, read as sRGB",
          "frames": "animations, of which the first frame is read",
          "unscored": "too small or too large for metrics.py, which takes sides of 64 to 65,500 px"}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture and its captions: `captions[0]` is "text", the others are "alt"."""
-
-    path: Path
-    captions: tuple[str, ...]
-
-
-def read_folder(folder: str | os.PathLike) -> list[Item]:
-    """Read and check the listing of a data folder; pictures are not opened.
-
-    folder   see Layout above
-    returns  one Item per row, in the listing's order
-    raises   FileNotFoundError without a listing; ValueError that names the line: broken JSON or CSV, a file_name, text
-             or "alt" that is missing, empty or no text, a path outside the folder, a picture missing or listed twice
-    """
-    folder = Path(folder)
-    in_utf8(folder)
-    listing = next((folder / name for name in LISTINGS if (folder / name).exists()), None)
-    if not listing:
-        raise FileNotFoundError(_no_listing(folder))
-    items: dict[Path, Item] = {}
-    for where, row in rows_of(listing):
-        path, alt = _find(folder, text_of(row, "file_name", where), where), row.get("alt")
-        alt = [] if alt is None or alt != alt else alt  # null; the NaN of pandas
-        if not isinstance(alt, list):
-            raise ValueError(f'{where}: "alt" is {alt!r}, expected a list of captions')
-        if path in items:
-            raise ValueError(f"{where}: {row['file_name']!r} is listed twice")
-        others = (text_of({"alt": caption}, "alt", where) for caption in alt)
-        items[path] = Item(path, (text_of(row, "text", where), *others))
-    if not items:
-        raise ValueError(f"{listing}: empty")
-    return list(items.values())
-
-
-def rows_of(listing: Path) -> Iterator[tuple[str, dict]]:
-    """("FILE:LINE", row) of every row of a .jsonl or .csv listing; ValueError that names the first line in error."""
-    text = read_text(listing)
-    if listing.suffix.lower() == ".csv":
-        yield from _csv_rows(listing, text)
-        return
-    if text.lstrip().startswith("["):
-        raise ValueError(f'{listing}: a list; each line is one JSON object with "file_name" and "text", as pandas '
-                         'writes it with to_json(FILE, orient="records", lines=True)')
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut captions at U+2028 and the like
-        if line.strip():
-            row = parse_json(line, f"{listing}:{number}")
-            if not isinstance(row, dict):
-                raise ValueError(f'{listing}:{number}: each line is a JSON object with "file_name" and "text"')
-            yield f"{listing}:{number}", row
-
-
-def _csv_rows(listing: Path, text: str) -> Iterator[tuple[str, dict]]:
-    first = text.lstrip().partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise ValueError(f"{listing}:1: two columns have one name")
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{listing}:{reader.line_num}: more fields than the first line has names")
-            yield f"{listing}:{reader.line_num}", {name: value or None for name, value in row.items()}
-    except csv.Error as error:
-        raise ValueError(f"{listing}:{reader.line_num}: not CSV ({error})") from None
-
-
-def text_of(row: dict, key: str, where: str) -> str:
-    """row[key] if it is a text that can be written and is not empty; ValueError that begins with `where`."""
-    if key not in row:
-        raise ValueError(f'{where}: no "{key}"; the row has {", ".join(map(str, row)) or "nothing"}')
-    text = entry(row, key, str, where)
-    if all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text):
-        raise ValueError(f"{where}: {key} is empty" + (" but for invisible letters" if text.strip() else ""))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"{where}: {key} holds {half}, half of a character; write the character itself") from None
-    return text
-
-
-def _find(folder: Path, name: str, where: str) -> Path:
-    """The picture of this name; where there is none, of its spelling with / or in another Unicode form."""
-    plain = name.replace("\\", "/")
-    if Path(plain).is_absolute() or ".." in Path(plain).parts:
-        raise ValueError(f"{where}: {name!r} leads out of the folder")
-    for spelling in (name, plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)):
-        if os.path.isfile(folder / spelling):
-            return folder / spelling
-    beside = (folder / plain).parent
-    near = [file for file in (os.listdir(beside) if os.path.isdir(beside) else ())
-            if file.strip().casefold() == Path(plain).name.strip().casefold()]
-    shown = name if len(name) <= 255 else name[:255] + "…"
-    raise ValueError(f"{where}: no picture {shown!r} in {folder}" + (f"; there is {near[0]!r}" if near else ""))
-
-
-def _no_listing(folder: Path) -> str:
-    """Why a folder is no data folder and what to give instead."""
-    if folder.is_file():
-        return f"{folder}: a file; give the folder, {folder.parent}"
-    start = f"{folder / LISTINGS[0]}: not found; "
-    if below := sorted({str(file.parent) for name in LISTINGS for file in folder.glob(f"**/{name}")}):
-        return f"{start}give one of the folders below that have one: {', '.join(below[:6])}"
-    if tables := sorted(folder.glob("*.parquet")):
-        return f'{start}write it from {tables[0].name} with pandas, to_json(FILE, orient="records", lines=True)'
-    if near := sorted(file.name for file in folder.glob("*") if file.suffix.lower() in ALMOST):
-        start += f"{near[0]!r} is not read; "
-    return f"{start}a data folder holds pictures and a {LISTINGS[0]} or {LISTINGS[1]} with file_name and text"
 
 
 # ---- pictures

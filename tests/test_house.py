@@ -14,7 +14,7 @@ METHOD = {"wavelet", "flow", "vae", "mmdit", "flux", "layers", "text", "tokenize
           "files"}
 COMMANDS = {"sample", "train", "train_vae", "metrics", "data"}
 BELOW = {"reading", "machine"}   # rooms below the others
-ROOMS = BELOW | {"drawing", "training", "scores"}
+ROOMS = BELOW | {"drawing", "training", "scores", "collecting"}
 SCRIPTS = {"bench", "models"}  # folders of commands
 FILES = sorted(path for folder in (".", *ROOMS, *SCRIPTS) for path in (ROOT / folder).glob("*.py"))
 
