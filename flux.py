@@ -102,17 +102,6 @@ class SelfAttention(nn.Module):
         return self.norm(self.qkv(x), rope)
 
 
-class Modulation(nn.Module):
-    def __init__(self, hidden_size: int, chunks: int):
-        super().__init__()
-        self.chunks = chunks
-        self.lin = nn.Linear(hidden_size, chunks * hidden_size)
-
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale, gate, and again for the MLP of a double block: (B, 1, D) each; cond after its SiLU."""
-        return self.lin(cond)[:, None].chunk(self.chunks, dim=-1)
-
-
 class MLP(nn.Sequential):
     def __init__(self, config: FluxConfig):
         super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.Identity(),
@@ -125,7 +114,7 @@ class MLP(nn.Sequential):
 class DoubleBlock(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
-        self.img_mod, self.txt_mod = Modulation(config.hidden_size, 6), Modulation(config.hidden_size, 6)
+        self.img_mod, self.txt_mod = (layers.Modulation(config.hidden_size, 6, "lin") for _ in range(2))
         self.img_attn, self.txt_attn = SelfAttention(config), SelfAttention(config)
         self.img_mlp, self.txt_mlp = MLP(config), MLP(config)
 
@@ -149,7 +138,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        self.modulation = Modulation(config.hidden_size, 3)
+        self.modulation = layers.Modulation(config.hidden_size, 3, "lin")
         self.linear1 = nn.Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
         self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
@@ -209,9 +198,6 @@ class Flux(nn.Module):
         guidance  (B,), where the model is distilled on it (dev); None where it is not (schnell)
         raises    ValueError if guidance is missing or superfluous, or a side is odd
         """
-        if (guidance is None) == self.config.guidance:
-            raise ValueError("this Flux is distilled on its guidance: give a number per image, about 3.5"
-                             if guidance is None else "this Flux has no guidance_in (schnell): leave guidance None")
         dtype, length = layers.dtype_of(self), context.shape[1]
         position = self.position(*latent.shape[-2:], latent.device)                            # (h/2, w/2, d/2, 2)
         rope = torch.cat((position[0, :1].expand(length, -1, -1), position.flatten(0, 1)))     # (T, d/2, 2), text at 0
@@ -220,11 +206,7 @@ class Flux(nn.Module):
             rope = rope * sharper**0.5                                                         # of q and of k
         x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))
         context = self.txt_in(context.to(dtype))                                               # (B, L, D)
-        cond = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
-        cond = cond + self.vector_in(pooled.to(dtype))
-        if guidance is not None:
-            cond = cond + self.guidance_in(layers.timestep_embedding(1000 * guidance.float()).to(dtype))
-        cond = F.silu(cond)                                                                    # (B, D)
+        cond = self.condition(sigma, pooled, guidance)                                         # (B, D)
         for block in self.double_blocks:
             context, x = block(context, x, cond, rope, layers.attend)
         x = torch.cat((context, x), dim=1)                                                     # (B, T, D)
@@ -234,6 +216,18 @@ class Flux(nn.Module):
         x = self.final_layer(x[:, length:], cond)                                              # (B, N, 4·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (c p q) -> B c (h p) (w q)", h=h, w=w, p=PATCH, q=PATCH).to(latent.dtype)
+
+    def condition(self, sigma: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """What the modulations read, (B, D); ValueError if guidance is missing or superfluous."""
+        if (guidance is None) == self.config.guidance:
+            raise ValueError("this Flux is distilled on its guidance: give a number per image, about 3.5"
+                             if guidance is None else "this Flux has no guidance_in (schnell): leave guidance None")
+        dtype = layers.dtype_of(self)
+        cond = self.time_in(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
+        cond = cond + self.vector_in(pooled.to(dtype))
+        if guidance is not None:
+            cond = cond + self.guidance_in(layers.timestep_embedding(1000 * guidance.float()).to(dtype))
+        return F.silu(cond)
 
     def position(self, height: int, width: int, device: Device | None = None) -> Tensor:
         """Rotations of the patches of a latent, (height/2, width/2, d/2, 2); the text axis stays at 0."""

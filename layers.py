@@ -246,9 +246,20 @@ class GELULinear(torch.autograd.Function):
         return for_hidden, for_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
-def modulation(hidden_size: int, chunks: int) -> nn.Sequential:
-    """adaLN's linear layer; SiLU(cond) is computed once outside, and Identity keeps the checkpoint's index 1."""
-    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, chunks * hidden_size))
+class Modulation(nn.Module):
+    """adaLN's linear layer: shifts, scales and gates of a stream of tokens, from cond (B, D) after its SiLU.
+
+    name  of the linear layer in the checkpoint
+    """
+
+    def __init__(self, hidden_size: int, chunks: int, name: str):
+        super().__init__()
+        self.chunks, self.name = chunks, name
+        self.add_module(name, nn.Linear(hidden_size, chunks * hidden_size))
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """`chunks` tensors (B, 1, D)."""
+        return getattr(self, self.name)(cond)[:, None].chunk(self.chunks, dim=-1)
 
 
 def add_mlp(x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -259,11 +270,10 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, outputs: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, outputs)
-        self.adaLN_modulation = modulation(hidden_size, 2)
+        self.adaLN_modulation = Modulation(hidden_size, 2, "1")
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated_norm(x, shift, scale))
+        return self.linear(modulated_norm(x, *self.adaLN_modulation(cond)))
 
 
 def initialised(make: Callable[[], M], zeros: str, ones: str, normal: str, generator: torch.Generator) -> M:
@@ -287,5 +297,6 @@ def initialised(make: Callable[[], M], zeros: str, ones: str, normal: str, gener
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order."""
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+    """The blocks of a transformer or of T5, in order."""
+    return [block for child in model.children()
+            for block in (child if isinstance(child, nn.ModuleList) else blocks_of(child))]

@@ -117,16 +117,12 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, dual: bool = False, read_only: bool = False):
         super().__init__()
-        self.chunks = 9 if dual else 2 if read_only else 6
-        self.adaLN_modulation = layers.modulation(config.hidden_size, self.chunks)
+        self.adaLN_modulation = layers.Modulation(config.hidden_size, 9 if dual else 2 if read_only else 6, "1")
         self.attn = Attention(config, proj=not read_only)
         if dual:
             self.attn2 = Attention(config)
         if not read_only:
             self.mlp = MLP(config)
-
-    def chunks_of(self, cond: Tensor) -> Chunks:
-        return Chunks(*self.adaLN_modulation(cond)[:, None].chunk(self.chunks, dim=-1))
 
 
 class JointBlock(nn.Module):
@@ -138,7 +134,7 @@ class JointBlock(nn.Module):
 
     def forward(self, context: Tensor, x: Tensor, cond: Tensor, attend: Attend) -> tuple[Tensor | None, Tensor]:
         """Context (None from the last block) and x, after joint attention, dual attention among image tokens, MLPs."""
-        mod_c, mod_x = self.context_block.chunks_of(cond), self.x_block.chunks_of(cond)
+        mod_c, mod_x = (Chunks(*stream.adaLN_modulation(cond)) for stream in (self.context_block, self.x_block))
         of_context = self.context_block.attn.heads(layers.modulated_norm(context, mod_c.shift, mod_c.scale))
         of_image = self.x_block.attn.heads(layers.modulated_norm(x, mod_x.shift, mod_x.scale))  # (B, N, H, 64) q, k, v
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_context, of_image, strict=True))
@@ -185,15 +181,12 @@ class MMDiT(nn.Module):
         guidance  None: SD3 is guided by a second pass (cfg); only Flux takes the number
         raises    ValueError if guidance is given, the patch does not divide a side, or the latent exceeds the table
         """
-        if guidance is not None:
-            raise ValueError("guidance is an input of Flux-dev; SD3 has none: use cfg (two passes), no guidance")
         dtype, p = layers.dtype_of(self), self.config.patch_size
         position = self.position(*latent.shape[-2:])                                       # (h/p, w/p, D)
         x = self.x_embedder.proj(latent.to(dtype)).movedim(1, -1)                          # (B, h/p, w/p, D)
         x = (x + position.to(dtype)).flatten(1, 2)                                         # (B, N, D)
         context = self.context_embedder(context.to(dtype))                                 # (B, L, D)
-        time = self.t_embedder(layers.timestep_embedding(1000 * sigma.float()).to(dtype))  # (B, D)
-        cond = F.silu(time + self.y_embedder(pooled.to(dtype)))                            # (B, D)
+        cond = self.condition(sigma, pooled, guidance)                                     # (B, D)
         sharper = layers.sharpening(self.config.positions, x.shape[1], context.shape[1])
         attend = partial(layers.attend, sharper=sharper)
         for block in self.joint_blocks:
@@ -201,6 +194,14 @@ class MMDiT(nn.Module):
         x = self.final_layer(x, cond)                                                      # (B, N, p²·16)
         h, w = position.shape[:2]
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=h, w=w, p=p, q=p).to(latent.dtype)
+
+    def condition(self, sigma: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """What the modulations read, (B, D); ValueError if guidance is given."""
+        if guidance is not None:
+            raise ValueError("guidance is an input of Flux-dev; SD3 has none: use cfg (two passes), no guidance")
+        dtype = layers.dtype_of(self)
+        time = self.t_embedder(layers.timestep_embedding(1000 * sigma.float()).to(dtype))
+        return F.silu(time + self.y_embedder(pooled.to(dtype)))
 
     def position(self, height: int, width: int) -> Tensor:
         """The centre of the position table, (height/p, width/p, D): a view, or by config.positions a table anew."""
