@@ -31,7 +31,7 @@ from urllib.parse import urlsplit, urlunsplit
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
-from files import parse_json, printable
+from files import need, parse_json, printable
 
 try:
     import fcntl
@@ -72,15 +72,30 @@ class _Again(Exception):
     """Why a request failed that may succeed later, and after how many seconds."""
 
 
+def add_flags(add: Callable) -> None:
+    """Flags of a command that asks an endpoint; add: the add_argument of its parser."""
+    add("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, such as https://api.openai.com/v1")
+    add("--model", default="gpt-4o", metavar="NAME", help="as the endpoint calls it (default: %(default)s)")
+    add("--key-variable", default="OPENAI_API_KEY", metavar="NAME",
+        help="environment variable that holds the key; if it is not set, none is sent (default: %(default)s)")
+    add("--side", type=int, default=2048, metavar="PX", help="long side of what is uploaded (default: %(default)s)")
+    add("--per-minute", type=float, default=60.0, metavar="N", help="requests, at most (default: %(default)g)")
+    add("--at-once", type=int, default=4, metavar="N", help="requests under way (default: %(default)s)")
+    add("--timeout", type=float, default=120.0, metavar="S",
+        help="seconds without a byte after which a request has failed (default: %(default)g)")
+    add("--price", nargs=2, type=float, metavar=("IN", "OUT"),
+        help="dollars per million tokens of input and output, to print the cost before anything is asked")
+    add("--dry-run", action="store_true", help="print how many requests, tokens and dollars, and ask nothing")
+
+
 def open_endpoint(url: str, model: str, key_variable: str = "OPENAI_API_KEY", per_minute: float = 60.0,
                   timeout_s: float = 120.0) -> Endpoint:
-    """The endpoint at an address such as https://api.openai.com/v1; no request is sent.
+    """The endpoint of `add_flags`; no request is sent.
 
-    key_variable  environment variable that holds the key; if it is not set, none is sent
-    per_minute    requests, at most
-    timeout_s     seconds without a byte after which a request has failed
-    raises        ValueError that names the flag --endpoint or the variable
+    raises  ValueError that names the flag or the variable
     """
+    need(per_minute > 0, "per-minute", per_minute, "a number above 0")
+    need(timeout_s > 0, "timeout", timeout_s, "seconds above 0")
     parts = urlsplit(url)
     accepted = "give one such as https://api.openai.com/v1 or http://localhost:8000/v1"
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or " " in url:
@@ -130,7 +145,7 @@ def tokens_of(text: str, sizes: Sequence[tuple[int, int]], side: int) -> int:
     return tokens
 
 
-def estimate(requests: int, tokens_in: int, tokens_out: int, price: tuple[float, float] | None = None) -> str:
+def estimate(requests: int, tokens_in: int, tokens_out: int, price: Sequence[float] | None = None) -> str:
     """One line to print before anything is asked.
 
     price  US dollars per million tokens of input and of output
