@@ -10,7 +10,7 @@ Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from files import printable, read_json, replacing
 
 M = TypeVar("M", bound=nn.Module)
 Device = str | torch.device
+Filled = Callable[[Callable[[], M], "Weights", Device, torch.dtype | None], M]  # `filled`, or another way
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.")
 MOST_SIZE, MOST_BLOCKS = 1 << 24, 512  # of a tensor, of a model: far above the published ones
@@ -51,7 +52,8 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     cut: Callable[[int, int], Tensor] | None = None  # reads rows [first, last) of a tensor assembled from several
-    again: Callable[[], Tensor] | None = None        # reads through a second memory map, which is freed with the tensor
+    place: tuple[Path, str] | None = None            # of a tensor stored as it is: its file and its name there
+    scaled: tuple["LazyTensor", "LazyTensor"] | None = None  # fp8 and its scale, of which read() gives the product
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the first axis; no other bytes of a mapped tensor are touched."""
@@ -214,8 +216,7 @@ def _open_file(file: Path) -> Weights:
         why = f"{file.stat().st_size} bytes{kind}; {printable(str(error))[:120]}"
         raise ValueError(f"{file}: not a complete safetensors file ({why}): {advice}") from None
     names.check(file, {name: part.get_dtype() for name, part in slices.items()})
-    tensors = {name: LazyTensor(tuple(part.get_shape()), partial(handle.get_tensor, name),
-                                again=lambda name=name: safe_open(file, framework="pt").get_tensor(name))
+    tensors = {name: LazyTensor(tuple(part.get_shape()), partial(handle.get_tensor, name), place=(file, name))
                for name, part in slices.items()}
     return Weights(tensors, handle.metadata() or {}, str(file))
 
@@ -237,13 +238,20 @@ def _scaled(tensors: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor
             raise ValueError(f"{source}: {name} {scale.shape} is neither one scale of {weight} nor one per row, or is "
                              f"its second; {names.FULL}")
         cut = partial(_times_scale, scaled[weight], scale)
-        scaled[weight] = LazyTensor(scaled[weight].shape, partial(cut, 0, rows), cut)
+        scaled[weight] = LazyTensor(scaled[weight].shape, partial(cut, 0, rows), cut, scaled=(scaled[weight], scale))
     return scaled
 
 
 def _times_scale(weight: LazyTensor, scale: LazyTensor, first: int, last: int) -> Tensor:
     factor = scale.read().float().flatten().expand(weight.shape[0])[first:last]
     return weight.rows(first, last).float() * factor.view(-1, *[1] * (len(weight.shape) - 1))
+
+
+def read_anew(tensors: Iterable[LazyTensor]) -> list[Tensor]:
+    """Tensors through new memory maps, which are freed with them; those that are assembled from several by read()."""
+    tensors = list(tensors)
+    maps = {file: safe_open(file, framework="pt") for file in {tensor.place[0] for tensor in tensors if tensor.place}}
+    return [maps[tensor.place[0]].get_tensor(tensor.place[1]) if tensor.place else tensor.read() for tensor in tensors]
 
 
 # ---- filling a module
@@ -265,6 +273,13 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
     dtype    compute dtype, converted to on the device; None is float32
     raises   ValueError that lists the names or shapes that differ, or names the first tensor with NaN or Inf
     """
+    check_names(module, weights)
+    assign(module, weights, module.state_dict(), device, dtype)
+    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a tensor stayed on meta"
+
+
+def check_names(module: nn.Module, weights: Weights) -> None:
+    """ValueError that lists the names or shapes in which weights differ from a module."""
     state = module.state_dict()
     sides = ("missing", state.keys() - weights.keys()), ("unknown", weights.keys() - state.keys())
     if lists := [f"{len(some)} {what}: {', '.join(sorted(some)[:4])}" for what, some in sides if some]:
@@ -272,8 +287,13 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
     if differ := [f"{name}: file {tuple(weights[name].shape)}, model {tuple(t.shape)}" for name, t in state.items()
                   if tuple(weights[name].shape) != tuple(t.shape)]:
         raise ValueError(f"{weights.source}: {len(differ)} shapes differ: " + "; ".join(differ[:4]))
-    blank = []
-    for name in state:
+
+
+def assign(module: nn.Module, weights: Weights, which: Iterable[str], device: Device,
+           dtype: torch.dtype | None) -> None:
+    """`fill` for the tensors `which` alone."""
+    state, blank = module.state_dict(), []
+    for name in which:
         prefix, _, leaf = name.rpartition(".")
         owner = module.get_submodule(prefix)
         shard = state[name].to_local() if hasattr(state[name], "to_local") else None
@@ -283,8 +303,7 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
                              f"{names.FULL}")
         tensor = stored.to(device).to(dtype or torch.float32)
         # checked through a second map: rows that are never read, most of SD3's position table, then take no memory
-        again = weights[name].again if tensor is stored and shard is None else None
-        low, high = _range(again() if again else tensor)
+        low, high = _range(read_anew([weights[name]])[0] if tensor is stored and shard is None else tensor)
         if low == high == 0 and tensor.ndim > 1 and shard is None:
             blank.append(name)
         if not math.isfinite(high - low):
@@ -300,8 +319,7 @@ def fill(module: nn.Module, weights: Weights, device: Device = "cpu", dtype: tor
             owner.register_buffer(leaf, tensor)
     if blank:
         warnings.warn(f"{weights.source}: {len(blank)} matrices hold zeros alone, such as {blank[0]}: not trained, or "
-                      "its download did not end", stacklevel=2)
-    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a tensor stayed on meta"
+                      "its download did not end", stacklevel=3)
 
 
 def _own_rows(tensor: Tensor) -> tuple[int, int]:

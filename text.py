@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, LazyTensor, Weights, filled, open_weights
+from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Filled, LazyTensor, Weights, filled, open_weights
 from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
 EOS = 49407            # last id of CLIP's vocabulary
@@ -102,8 +102,7 @@ class CLIPText(nn.Module):
         for name in CLIP_UNUSED:
             weights.pop(name, None)
         if any(name.startswith("vision_model.") for name in weights):
-            raise ValueError(f"{weights.source}: holds CLIP's image encoder; give the text encoder alone, as "
-                             "CLIPTextModelWithProjection.save_pretrained writes it")
+            raise ValueError(f"{weights.source}: holds CLIP's image encoder; give the text encoder alone")
         _expect(weights, "model_type", "clip_text_model", "clip")
         end = "text_projection.weight"
         if (matrix := weights.get("text_projection")) and end not in weights:  # OpenCLIP's, from width to projection
@@ -206,10 +205,11 @@ class T5Encoder(nn.Module):
                                       "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike | Weights, device: Device = "cpu",
-             dtype: torch.dtype | None = None) -> "T5Encoder":
+    def load(cls, path: str | os.PathLike | Weights, device: Device = "cpu", dtype: torch.dtype | None = None,
+             filled: Filled = filled) -> "T5Encoder":
         """Read the encoder of a T5 v1.1: t5xxl_*.safetensors, a transformers folder, or opened Weights of one.
 
+        filled  how the module gets its weights
         raises  ValueError if names or shapes are not those of T5, or dtype is float16, in which it overflows
         """
         if dtype is torch.float16:
@@ -221,16 +221,14 @@ class T5Encoder(nn.Module):
         if shared := weights.pop("shared.weight", None):  # files hold the embedding under one name, the other, or both
             embedding = weights.setdefault("encoder.embed_tokens.weight", shared)
             if shared.shape != embedding.shape:
-                raise ValueError(f"{weights.source}: shared.weight {shared.shape} is not encoder.embed_tokens.weight "
-                                 f"{embedding.shape}")
+                raise ValueError(f"{weights.source}: shared.weight {shared.shape}, embed_tokens {embedding.shape}")
         first = "encoder.block.0.layer."
         vocabulary, _ = weights.shape_of("encoder.embed_tokens.weight", 2, kind)
         width, = weights.shape_of("encoder.final_layer_norm.weight", 1, kind)
         inner, _ = weights.shape_of(first + "0.SelfAttention.q.weight", 2, kind)
         mlp_width, _ = weights.shape_of(first + "1.DenseReluDense.wi_0.weight", 2, kind)
         table = weights.shape_of(first + "0.SelfAttention.relative_attention_bias.weight", 2, kind)
-        if inner % table[1]:
-            raise ValueError(f"{weights.source}: the {table[1]} heads of {first}0 do not divide its {inner} rows of q")
+        weights.need(inner % table[1] == 0, f"{first}0.SelfAttention.q.weight", inner, f"a multiple of {table[1]} rows")
         weights.need(4 <= table[0] < 4 * T5_MAX_DISTANCE, f"{first}0.SelfAttention.relative_attention_bias.weight",
                      table[0], f"4 to {4 * T5_MAX_DISTANCE - 1} buckets")
         length = weights.number("length", integer=True)
@@ -240,10 +238,10 @@ class T5Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L), of any L -> hidden (B, L, W) after the final norm. Padding is attended like any token."""
-        x, bias = self.encoder.embed_tokens(tokens), self.position_bias(tokens.shape[1])
-        for block in self.encoder.block:
-            x = block(x, bias)
-        return self.encoder.final_layer_norm(x)
+        rows, bias = self.encoder.embed_tokens(tokens).split(1), self.position_bias(tokens.shape[1])
+        for block in self.encoder.block:  # its weights may be read just now; batched, a row's rounding would change
+            rows = [block(x, bias) for x in rows]
+        return self.encoder.final_layer_norm(torch.cat(rows))
 
     def position_bias(self, length: int) -> Tensor:
         """Relative position bias of the attention logits of every block: (1, heads, L queries, L keys)."""
@@ -268,7 +266,7 @@ def _expect(weights: Weights, key: str, *accepted: str) -> None:
         raise ValueError(f"{weights.source}: records {key} {value!r:.40}, expected {' or '.join(accepted)}")
 
 
-# ---- what SD3 and Flux share
+# ---- SD3 and Flux
 
 def _load(encoder: type[CLIPText] | type[T5Encoder], source: Path | Weights, tokenizer: CLIPTokenizer | T5Tokenizer,
           **more: object) -> CLIPText | T5Encoder:
@@ -279,14 +277,17 @@ def _load(encoder: type[CLIPText] | type[T5Encoder], source: Path | Weights, tok
     return model
 
 
+def each(clip: CLIPText, tokens: Tensor) -> Iterable[Tensor]:
+    """clip(tokens), one row at a time: batched, the rounding of a row would depend on the others."""
+    return (torch.cat(parts) for parts in zip(*map(clip, tokens.split(1)), strict=True))
+
+
 def check_t5_length(t5_length: int | None, source: str = "") -> None:
     """ValueError if a T5 length, from the command line or a file's metadata, is not 1 to 512 tokens; None passes."""
     if t5_length is not None and not 1 <= t5_length <= T5_MOST:
-        official = f"SD3 {T5_LENGTH}, Flux-dev {T5_MOST}, Flux-schnell 256"
-        raise ValueError(f"{source}T5 length {t5_length}: give 1 to {T5_MOST} tokens ({official})")
+        raise ValueError(f"{source}T5 length {t5_length}: give 1 to {T5_MOST} tokens (SD3 {T5_LENGTH}, Flux-dev "
+                         f"{T5_MOST}, Flux-schnell 256)")
 
-
-# ---- SD3
 
 def sd3_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     """Join the tokens of the three encoders: channels of L and G, zero-padded to T5's width, then T5's tokens.
@@ -311,12 +312,13 @@ class SD3Text:
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
-             t5_length: int | None = None) -> "SD3Text":
+             t5_length: int | None = None, filled: Filled = filled) -> "SD3Text":
         """Read the encoders of a model folder.
 
         folder     text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or text_encoder/, text_encoder_2/, text_encoder_3/;
                    and tokenizer/, tokenizer_2/, tokenizer_3/
         t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 77
+        filled     how T5 gets its weights
         raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
         """
         check_t5_length(t5_length)
@@ -329,7 +331,7 @@ class SD3Text:
         clip_l, clip_g = (_load(CLIPText, source, to, eos=to.eos, device=device, dtype=dtype)
                           for source, to in zip(sources[:2], (to_l, to_g), strict=True))
         _check_clips(clip_l, clip_g, folder)
-        t5 = _load(T5Encoder, sources[2], to_t5, device=device, dtype=dtype)
+        t5 = _load(T5Encoder, sources[2], to_t5, device=device, dtype=dtype, filled=filled)
         return cls(clip_l, clip_g, t5, device, t5_length or t5.length or T5_LENGTH, (to_l, to_g, to_t5))
 
     @torch.no_grad()
@@ -338,9 +340,9 @@ class SD3Text:
         prompts = check_prompts(prompts)
         to_l, to_g, to_t5 = self.tokenizers
         tokens_l = to_l(prompts, self.clip_l.length).to(self.device)
-        last, context_l, _ = self.clip_l(tokens_l)
+        last, context_l, _ = each(self.clip_l, tokens_l)
         pooled_l = self.clip_l.at_eos(last, tokens_l)  # SD3 takes it unprojected, even if the file has a projection
-        _, context_g, pooled_g = self.clip_g(to_g(prompts, self.clip_g.length).to(self.device))
+        _, context_g, pooled_g = each(self.clip_g, to_g(prompts, self.clip_g.length).to(self.device))
         context_t5 = self.t5(to_t5(prompts, self.t5_length).to(self.device))
         return sd3_context(context_l, context_g, context_t5), torch.cat((pooled_l, pooled_g), dim=-1)
 
@@ -354,8 +356,7 @@ def _check_clips(clip_l: CLIPText, clip_g: CLIPText, folder: Path) -> None:
         raise ValueError(f"{folder}: its clip_l takes {clip_l.length} tokens, its clip_g {clip_g.length}: SD3 joins "
                          "the two token by token, LongCLIP (248) is no part of it")
     if clip_g.text_projection is None:
-        raise ValueError(f"{folder}: its clip_g has no text_projection.weight, which SD3 needs; {SD3_DOWNLOAD} has it "
-                         "in text_encoders/clip_g.safetensors")
+        raise ValueError(f"{folder}: its clip_g has no text_projection.weight; {SD3_DOWNLOAD} has it in text_encoders/")
 
 
 def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
@@ -383,8 +384,6 @@ def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
     return paths
 
 
-# ---- Flux
-
 class FluxText:
     """CLIP-L for the pooled vector, T5 for the tokens; created by `load`."""
 
@@ -395,10 +394,10 @@ class FluxText:
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
-             t5_length: int | None = None) -> "FluxText":
+             t5_length: int | None = None, filled: Filled = filled) -> "FluxText":
         """Read text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/ and tokenizer_2/ of a folder.
 
-        t5_length, errors as in SD3Text.load; its default is 512 (dev), while schnell has 256
+        t5_length, filled, errors as in SD3Text.load; its default is 512 (dev), while schnell has 256
         """
         folder = Path(folder)
         check_t5_length(t5_length)
@@ -407,7 +406,7 @@ class FluxText:
             raise FileNotFoundError(f"{missing[0]}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
         to_clip, to_t5 = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
         clip = _load(CLIPText, sources[0], to_clip, eos=to_clip.eos, device=device, dtype=dtype)
-        t5 = _load(T5Encoder, sources[1], to_t5, device=device, dtype=dtype)
+        t5 = _load(T5Encoder, sources[1], to_t5, device=device, dtype=dtype, filled=filled)
         return cls(clip, t5, device, t5_length or t5.length or T5_MOST, (to_clip, to_t5))
 
     @torch.no_grad()
@@ -416,5 +415,5 @@ class FluxText:
         prompts = check_prompts(prompts)
         to_clip, to_t5 = self.tokenizers
         tokens = to_clip(prompts, self.clip.length).to(self.device)
-        last, _, _ = self.clip(tokens)
+        last, *_ = each(self.clip, tokens)
         return self.t5(to_t5(prompts, self.t5_length).to(self.device)), self.clip.at_eos(last, tokens)

@@ -1,0 +1,219 @@
+"""Models that never hold all of their weights: modulations computed before the loop, blocks read while others compute.
+
+Modulation  depends on the noise level, the pooled text and the guidance alone. `hoist` computes it for all levels of a
+            picture, so that its weights, 27 % of Flux's, are not there while the blocks run
+Streamed    the blocks after the first `resident` ones: each is read from its file into one of two buffers while the
+            block before it computes, by a thread; on a GPU through pinned memory, on a stream of its own
+fp8         matrices of blocks as float8_e4m3fn, one scale per row; cast in the same buffers just before use. A file of
+            scaled fp8 is kept as it comes. Embedders, norms, biases and the final layer keep the compute dtype
+Equal       a streamed block has the same numbers as a resident one, bit for bit
+Check       python -m pytest tests/test_streaming.py
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Device, LazyTensor, Weights, assign, check_names, read_anew
+from flux import Flux
+from layers import Modulation, blocks_of
+from mmdit import MMDiT
+
+M = TypeVar("M", bound=nn.Module)
+FP8, LARGEST = torch.float8_e4m3fn, 448.0
+ALIGNED = 256  # bytes
+
+
+class InFP8(NamedTuple):
+    weight: Tensor  # (rows, columns) float8_e4m3fn
+    scale: Tensor   # (rows, 1) or less, fp32
+
+
+def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: torch.dtype | None,
+             resident: int | None = None, fp8: bool = False) -> M:
+    """The module that `make` builds, as checkpoint.filled makes it, but with modulations and blocks read when needed.
+
+    resident  blocks that keep their weights; None: all
+    fp8       keep the matrices of these in fp8
+    """
+    with torch.device("meta"):
+        module = make()
+    check_names(module, weights)
+    dtype, device = dtype or torch.float32, torch.device(device)
+    for name, modulation in list(module.named_modules()):
+        if isinstance(modulation, Modulation):
+            module.set_submodule(name, Hoisted(partial(_rows, modulation, weights.part(f"{name}."), device, dtype)))
+    blocks, paths = blocks_of(module), {block: name for name, block in module.named_modules()}
+    parts = [Weights({name: weights[f"{paths[block]}.{name}"] for name in block.state_dict()}, {}, weights.source)
+             for block in blocks]
+    resident = len(blocks) if resident is None else resident
+    first = 0 if fp8 else resident  # the first block that is not there as it is computed with
+    away = tuple(f"{paths[block]}." for block in blocks[first:])
+    assign(module, weights, [name for name in module.state_dict() if not name.startswith(away)], device, dtype)
+    if blocks[first:]:
+        kept = [{name: _stored(tensor, device, fp8) for name, tensor in part.items()} for part in parts[first:resident]]
+        Buffers(blocks[first:], parts[first:], kept, device, dtype, fp8)
+    return module.eval()
+
+
+# ---- modulations before the loop
+
+class Hoisted(nn.Module):
+    """Stands for a Modulation: gives the rows that `hoist` computed, for row numbers (B,) instead of cond (B, D)."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.compute, self.rows = compute, None
+
+    def forward(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        return self.rows.index_select(0, numbers).unbind(1)
+
+
+def _rows(modulation: Modulation, weights: Weights, device: torch.device, dtype: torch.dtype, cond: Tensor) -> Tensor:
+    """(rows, chunks, 1, D); the weights are read for this, and let go."""
+    assign(modulation, weights, list(weights), device, dtype)
+    rows = torch.stack(modulation(cond), dim=1)
+    modulation.to("meta")
+    return rows
+
+
+@torch.inference_mode()
+def hoist(model: MMDiT | Flux, sigmas: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+    """Compute what the modulations of a streamed model give at these noise levels, and only at these.
+
+    sigmas    (S,), the levels at which the model will be called
+    pooled    (B, P), guidance (B,) or None: of the pictures it will be called for
+    returns   (B, 1): their numbers, which the model then takes in the place of pooled
+    """
+    count, sigmas = len(pooled), sigmas.to(pooled.device)
+    numbers = None if guidance is None else guidance.repeat(len(sigmas))
+    cond = type(model).condition(model, sigmas.repeat_interleave(count), pooled.repeat(len(sigmas), 1), numbers)
+    for module in model.modules():
+        if isinstance(module, Hoisted):
+            module.rows = module.compute(cond)
+
+    def condition(sigma: Tensor, numbers: Tensor, guidance: Tensor | None) -> Tensor:
+        level = (sigmas[:, None] - sigma).abs().argmin(0)  # no wait for the device
+        return level * count + numbers[:, 0]
+
+    model.condition = condition
+    return torch.arange(count, device=pooled.device)[:, None]
+
+
+# ---- blocks while others compute
+
+def in_fp8(weight: Tensor) -> InFP8:
+    """A matrix in fp8, its largest value in each row at the end of the range."""
+    weight = weight.float()
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    return InFP8((weight / scale).clamp(-LARGEST, LARGEST).to(FP8), scale)
+
+
+def _stored(tensor: LazyTensor, device: torch.device, fp8: bool, values: Tensor | None = None) -> Tensor | InFP8:
+    """A tensor on the device, in fp8 if it is a matrix. values: it, already read."""
+    if fp8 and tensor.scaled:
+        weight, scale = (part.read().to(device) for part in tensor.scaled)
+        return InFP8(weight, scale.float().view(-1, 1))
+    values = (tensor.read() if values is None else values).to(device, non_blocking=True)
+    if not fp8 or values.ndim != 2:
+        return values
+    return InFP8(values, torch.ones(1, 1, device=device)) if values.dtype == FP8 else in_fp8(values)
+
+
+def _views(buffer: Tensor, shapes: dict[str, tuple[torch.Size, torch.dtype]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor of that shape and dtype) in a buffer of bytes, one after the other."""
+    start = 0
+    for name, (shape, dtype) in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        yield name, buffer[start:start + size].view(dtype).view(shape)
+        start += -(-size // ALIGNED) * ALIGNED
+
+
+def _bytes(shapes: dict[str, tuple[torch.Size, torch.dtype]]) -> int:
+    return sum(-(-torch.Size(shape).numel() * dtype.itemsize // ALIGNED) * ALIGNED for shape, dtype in shapes.values())
+
+
+class Buffers:
+    """Two buffers in turn: one holds the block that computes, the other receives the next one.
+
+    blocks, parts  in the order in which they run, again and again; a block may run several times in a row
+    kept           those of the first blocks that are on the device, in fp8; the others are read from the file
+    """
+
+    def __init__(self, blocks: list[nn.Module], parts: list[Weights], kept: list[dict[str, Tensor | InFP8]],
+                 device: torch.device, dtype: torch.dtype, fp8: bool):
+        self.blocks, self.parts, self.kept, self.device, self.dtype, self.fp8 = blocks, parts, kept, device, dtype, fp8
+        self.shapes = [{name: (tensor.shape, dtype) for name, tensor in part.items()} for part in parts]
+        self.buffers = [torch.empty(max(map(_bytes, self.shapes)), dtype=torch.uint8, device=device) for _ in range(2)]
+        self.now, self.turn, self.coming = -1, 0, (-1, None)  # the block that computes, its buffer, (block, its future)
+        self.thread = ThreadPoolExecutor(1)
+        self.pinned = self.stream = None
+        if device.type == "cuda":
+            self.stream, self.sent = torch.cuda.Stream(device), torch.cuda.Event()
+            self.free = [torch.cuda.Event(), torch.cuda.Event()]  # of each buffer: the block that read it has ended
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self.begin, number))
+
+    def begin(self, number: int, block: nn.Module, inputs: object) -> None:
+        """Before a block: its weights are taken, and the next one's are sent for."""
+        if number == self.now:
+            return
+        if self.now >= 0:
+            self.blocks[self.now].to("meta")
+            if self.stream:
+                self.free[self.turn].record()
+        coming, future = self.coming
+        self.turn = 1 - self.turn
+        if coming != number:  # the first one; or the run began anew
+            if future:
+                future.result()
+            future = self.send(number, self.turn)
+        tensors, ready = future.result()
+        if ready:
+            torch.cuda.current_stream(self.device).wait_event(ready)
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        self.now, following = number, (number + 1) % len(self.blocks)
+        self.coming = (-1, None) if following == number else (following, self.send(following, 1 - self.turn))
+
+    def send(self, number: int, turn: int) -> Future:
+        return self.thread.submit(self.read, number, turn)
+
+    @torch.inference_mode()
+    def read(self, number: int, turn: int) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The weights of a block in one of the buffers, and the event after which they are there."""
+        ready = None
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            if self.stream:
+                self.stream.wait_event(self.free[turn])
+            tensors = dict(_views(self.buffers[turn], self.shapes[number]))
+            for name, stored in self.kept[number].items() if number < len(self.kept) else self.from_file(number):
+                if isinstance(stored, InFP8):
+                    stored = stored.weight.float() * stored.scale
+                tensors[name].copy_(stored, non_blocking=True)
+            if self.stream:
+                ready = torch.cuda.Event()
+                ready.record()
+        return tensors, ready
+
+    def from_file(self, number: int) -> Iterator[tuple[str, Tensor | InFP8]]:
+        """(name, tensor) on the device, as it is stored."""
+        part = self.parts[number]
+        stored = dict(zip(part, read_anew(part.values()), strict=True))
+        if self.stream:
+            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+            self.sent.synchronize()  # the pinned buffer is free again
+            if self.pinned is None or self.pinned.numel() < _bytes(shapes):
+                self.pinned = torch.empty(_bytes(shapes), dtype=torch.uint8, pin_memory=True)
+            for name, view in _views(self.pinned, shapes):
+                stored[name] = view.copy_(stored[name])
+        for name, values in stored.items():
+            yield name, _stored(part[name], self.device, self.fp8, values)
+        if self.stream:
+            self.sent.record()
