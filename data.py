@@ -1,8 +1,7 @@
 """Aesthetic-4K folders: pictures with captions, checked, read and cropped. Imports no model and no torch.
 
 Paper     Diffusion-4K section 9 "Training Details": short side resized, then cropped
-Layout    DIR/metadata.jsonl   one JSON object per line: "file_name", "text" and, optionally, "alt": [more captions]
-          DIR/metadata.csv     where there is no metadata.jsonl: columns file_name and text
+Layout    DIR/metadata.jsonl or metadata.csv    file names and captions: collecting/listings.py
           DIR/<file_name>      jpg, png, webp …; turned upright, converted to 8-bit sRGB: docs/formats.md
 Crop      a picture is scaled until it covers the crop (Lanczos); training/batches.py draws the place and mirrors
 Aspect    the pictures of a batch share one size: res x res, or the nearest of ASPECTS with about res x res pixels
@@ -10,6 +9,7 @@ Caches    DIR/.embeddings of captions, DIR/.latents of central crops, or below -
 Run       python data.py check DIR                     stops at a broken line, then lists every broken picture
           python data.py encode DIR --model tiny-sd3   text embeddings of all captions; --latents: latents too
           torchrun --nproc-per-node 8 data.py encode DIR --weights flux    each rank its share; run it again to resume
+          python data.py unpack, caption, stats, select    make and examine data folders: docs/data.md
 Check     python -m pytest tests/test_data.py tests/test_colours.py
 """
 
@@ -22,7 +22,9 @@ import math
 import os
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
@@ -31,7 +33,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from collecting.listings import LISTINGS, Item, read_folder
-from files import need, printable, run_command
+from collecting.selection import DISTANCE, LEAST, MOST, SMALLEST, measure, verdicts, write_selection
+from collecting.shards import unpack as unpack_shards
+from collecting.statistics import plot, report, statistics
+from files import check_path, need, printable, replacing, run_command, writable
 from reading.pictures import MOST_PIXELS, read_picture, upright_size
 
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
@@ -220,16 +225,110 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Check and encode folders of captioned pictures.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = "open every picture and line, list what is wrong"
-    add = commands.add_parser("check", help=about, description=about, allow_abbrev=False).add_argument
+def unpack(shards: list[str], out: str, text: str) -> int:
+    """Write pictures and captions of Parquet shards into a data folder; returns 1 if a row has no picture, else 0."""
+    check_path("out", out)
+    errors: list[str] = []
+    print(f"{unpack_shards(list(map(Path, shards)), Path(out), text, errors)} pictures in {out}")
+    return _named(errors)
+
+
+def stats(folders: list[str], plot_file: str | None) -> int:
+    """Print table 9 of the paper for these folders; returns 1 if a picture cannot be read, else 0."""
+    if plot_file:
+        check_path("plot", plot_file)
+        need(find_spec("matplotlib") is not None, "plot", plot_file, "it where matplotlib is installed")
+    errors: list[str] = []
+    listed = [(folder, read_folder(folder, complete=False)) for folder in folders]
+    found = [statistics(folder, items, errors) for folder, items in listed]
+    print(report(found))
+    if plot_file:
+        plot(found, Path(plot_file))
+    return _named(errors)
+
+
+def select(folder: str, out: str, cache: str | None, workers: int, distance: int, **limits: float) -> int:
+    """Write a folder of links to the pictures that keep the limits; returns 1 if a picture cannot be read, else 0."""
+    from collecting.page import page
+    from scores.glcm import glcm_score
+    from scores.results import Results, each
+
+    need(workers >= 1, "workers", workers, "1 or more")
+    need(0 <= distance <= 64, "distance", distance, "0 to 64 bits")
+    need(limits["short"] >= SMALLEST, "short", limits["short"], f"{SMALLEST} or more pixels")
+    check_path("out", out)
+    target, numbers, errors = Path(out), Path(cache) if cache else Path.home() / ".cache" / "diffusion-4k", []
+    need(not target.resolve().is_relative_to(Path(folder).resolve()), "out", out, f"a folder outside {folder}")
+    need(not target.exists() or target.is_dir() and (not os.listdir(target) or (target / "select.jsonl").exists()),
+         "out", out, "a new folder, or one that select wrote")
+    items = {item.path.relative_to(folder).as_posix(): item for item in read_folder(folder, complete=False)}
+    writable(target, "--out")
+    writable(numbers, "--cache")
+    processes = min(workers, max(1, len(items) // 8))  # a process takes a second to start
+    glcm = partial(glcm_score, definition="entropy", threads=workers if processes == 1 else 1)
+    measured = partial(_measured, results=Results(numbers, _pixels), glcm=glcm)
+    found = each(measured, [item.path for item in items.values()], "pictures", errors, processes)
+    rows = verdicts({name: found[item.path] | {"captioned": bool(item.captions)} for name, item in items.items()
+                     if item.path in found}, limits, distance)
+    kept = write_selection(target, items, rows)
+    with replacing(target / "dropped.html") as temporary:
+        temporary.write_text(page(f"Selection from {folder}", rows, errors, limits | {"duplicate": distance}), "utf-8")
+    print(f"{kept} of {len(items)} pictures are kept, by links in {target}; the others: {target / 'dropped.html'}")
+    return _named(errors)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.array(read_picture(path))
+
+
+def _measured(path: Path, results: object, glcm: Callable) -> dict:
+    return results.of_picture(("select", 1), path, partial(measure, glcm=glcm))
+
+
+def caption(folder: str, out: str | None, every: bool, side: int, price: list[float] | None, at_once: int,
+            dry_run: bool, **endpoint: object) -> int:
+    """Ask an endpoint for the captions that a folder lacks; returns 1 if one is still missing, else 0."""
+    from collecting.captions import captions, to_ask
+    from reading.endpoint import open_endpoint
+
+    need(side >= 64, "side", side, "64 or more pixels")
+    need(at_once >= 1, "at-once", at_once, "1 or more")
+    need(endpoint["per_minute"] > 0, "per-minute", endpoint["per_minute"], "a number above 0")
+    need(endpoint["timeout_s"] > 0, "timeout", endpoint["timeout_s"], "seconds above 0")
+    opened = open_endpoint(**endpoint)
+    file, errors = Path(out or Path(folder) / "captions.jsonl"), []
+    items = read_folder(folder, complete=False)
+    pictures = {item.path.relative_to(folder).as_posix(): item.path for item in items if every or not item.captions}
+    asked, line = to_ask(pictures, file, side, price, errors)
+    print(f"{len(pictures) - len(asked) - len(errors)} of {len(pictures)} captions are in {file}; to ask: {line}")
+    if asked and not dry_run:
+        answered = captions(asked, opened, file, side, at_once, errors)
+        print(f"{len(answered)} captions asked for; {file} has lines of a metadata.jsonl")
+    return _named(errors)
+
+
+def _named(errors: Sequence[str]) -> int:
+    """Print the errors; the exit code."""
+    for error in errors:
+        print(printable(f"error: {error}"))
+    return 1 if errors else 0
+
+
+def new_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make, examine and encode folders of captioned pictures.",
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[..., int | None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    add = command(check, "open every picture and line, list what is wrong").add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
     add("--res", type=int, help="list the pictures that are too small for training at it, pixels")
     add("--aspect", action="store_true", help="as in training, with --res")
-    about = "compute the text embeddings of all captions once"
-    encodes = commands.add_parser("encode", help=about, description=about, allow_abbrev=False)
+    encodes = command(encode, "compute the text embeddings of all captions once")
     add = encodes.add_argument
     add("folder", metavar="DIR", help="pictures and metadata.jsonl")
     add("--model", default="tiny-sd3", help="name of a folder in models/ (default: %(default)s)")
@@ -247,12 +346,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--factor", type=int, default=16, choices=(8, 16), help="pixels per latent position (default: %(default)s)")
     add("--dilation", type=int, default=2, choices=(1, 2),
         help="of the VAE's first convolution at factor 16; 1: as released (default: %(default)s)")
+    add = command(unpack, "write the pictures and captions of Parquet shards into a data folder").add_argument
+    add("shards", nargs="+", metavar="FILE", help="Parquet files, as of Hugging Face data sets")
+    add("--out", metavar="DIR", required=True, help="the data folder; what is there is not written again")
+    add("--text", metavar="NAME", default="text", help="column of the captions (default: %(default)s)")
+    add = command(stats, "sizes of pictures, lengths and words of captions: table 9 of the paper").add_argument
+    add("folders", nargs="+", metavar="DIR", help="pictures, with or without metadata.jsonl")
+    add("--plot", metavar="FILE", dest="plot_file", help="draw histograms, where matplotlib is installed")
+    _caption_flags(command(caption, "ask an OpenAI-compatible endpoint for the captions that are missing").add_argument)
+    _select_flags(command(select, "leave out small, blurred, flat and repeated pictures; none is changed").add_argument)
+    return parser
+
+
+def _caption_flags(add: Callable) -> None:
+    add("folder", metavar="DIR", help="pictures, with or without metadata.jsonl")
+    add("--endpoint", metavar="URL", dest="url", required=True, help="such as https://api.openai.com/v1")
+    add("--model", metavar="NAME", required=True, help="as the endpoint calls it")
+    add("--out", metavar="FILE", help="lines of JSON; the same command resumes (default: DIR/captions.jsonl)")
+    add("--all", action="store_true", dest="every", help="ask about pictures with a caption too")
+    add("--dry-run", action="store_true", help="print how many would be asked, and what that costs")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens, for the cost")
+    add("--side", type=int, default=1024, help="of the pictures that are sent, pixels at most (default: %(default)s)")
+    add("--key-variable", metavar="NAME", default="OPENAI_API_KEY",
+        help="environment variable with the key (default: %(default)s)")
+    add("--per-minute", type=float, default=60.0, help="requests, at most (default: %(default)g)")
+    add("--timeout", type=float, default=120.0, dest="timeout_s", help="seconds without a byte (default: %(default)g)")
+    add("--at-once", type=int, default=4, help="requests on their way (default: %(default)s)")
+
+
+def _select_flags(add: Callable) -> None:
+    add("folder", metavar="DIR", help="pictures, with or without metadata.jsonl")
+    add("--out", metavar="NEW", required=True, help="folder of links, metadata.jsonl, select.jsonl, dropped.html")
+    for name, about in (("short", "pixels of the short side"), ("entropy", "bits of the histogram of gray levels"),
+                        ("sharpness", "variance of the Laplacian in the sharpest patch"),
+                        ("glcm", "bits of the co-occurrence matrices"), ("flat", "share of flat patches")):
+        word, default = ("least", LEAST[name]) if name in LEAST else ("most", MOST[name])
+        add(f"--{name}", type=float, default=default, help=f"{about}, at {word} (default: %(default)g)")
+    add("--distance", type=int, default=DISTANCE,
+        help="bits of 64 in which hashes of near-duplicates differ, at most (default: %(default)s)")
+    add("--cache", metavar="DIR", help="where numbers are stored; the same command resumes "
+                                       "(default: ~/.cache/diffusion-4k)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser()
     options = vars(parser.parse_args(argv))
     if "" in options.values():
         parser.error("an empty folder or name, as of a shell variable that is not set")
-    if options.pop("command") == "check":
-        run_command(lambda: sys.exit(check(**options)))
-    run_command(lambda: encode(**options))
+    run = options.pop("run")
+    run_command(lambda: run(**options) and sys.exit(1))
 
 
 if __name__ == "__main__":
