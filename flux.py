@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class FluxConfig:
     theta: float = THETA
     positions: Positions = STOCK
     table_side: ClassVar[float] = math.inf  # positions are computed
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_dim
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -172,6 +177,7 @@ class Flux(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
+        self.sequence: dist.ProcessGroup | None = None  # ranks that share the tokens of each sample
         self.img_in = nn.Linear(PATCH**2 * config.in_channels, config.hidden_size)
         self.txt_in = nn.Linear(config.context_dim, config.hidden_size)
         self.time_in = embedder(layers.FREQUENCIES, config.hidden_size)
@@ -203,21 +209,26 @@ class Flux(nn.Module):
         """
         dtype, length = layers.dtype_of(self), context.shape[1]
         position = self.position(*latent.shape[-2:], latent.device)                            # (h/2, w/2, d/2, 2)
-        rope = torch.cat((position[0, :1].expand(length, -1, -1), position.flatten(0, 1)))     # (T, d/2, 2), text at 0
-        sharper = layers.sharpening(self.config.positions, len(rope) - length, length)
+        of_text, of_image = position[0, :1].expand(length, -1, -1), position.flatten(0, 1)     # text at 0
+        rope = torch.cat([layers.own_part(part, self.sequence, 0) for part in (of_text, of_image)])  # (T, d/2, 2)
+        attend = layers.attention(self.sequence, length, len(of_image))
+        sharper = layers.sharpening(self.config.positions, len(of_image), length)
         if sharper != 1:
             rope = rope * sharper**0.5                                                         # of q and of k
-        x = self.img_in(rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH))
-        context = self.txt_in(context.to(dtype))                                               # (B, L, D)
+        x = rearrange(latent.to(dtype), "B c (h p) (w q) -> B (h w) (c p q)", p=PATCH, q=PATCH)
+        x = self.img_in(layers.own_part(x, self.sequence))                                     # (B, N, D)
+        context = self.txt_in(layers.own_part(context.to(dtype), self.sequence))               # (B, L, D)
         cond = self.condition(sigma, pooled, guidance)                                         # (B, D)
         for block in self.double_blocks:
-            context, x = block(context, x, cond, rope, layers.attend)
+            context, x = block(context, x, cond, rope, attend)
+        length = context.shape[1]                                                              # of this rank
         x = torch.cat((context, x), dim=1)                                                     # (B, T, D)
         del context
         for block in self.single_blocks:
-            x = block(x, cond, rope, layers.attend)
+            x = block(x, cond, rope, attend)
         x = self.final_layer(x[:, length:], cond)                                              # (B, N, 4·16)
         h, w = position.shape[:2]
+        x = layers.all_parts(x, self.sequence, h * w)
         return rearrange(x, "B (h w) (c p q) -> B c (h p) (w q)", h=h, w=w, p=PATCH, q=PATCH).to(latent.dtype)
 
     def condition(self, sigma: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:

@@ -9,11 +9,13 @@ Check     python -m pytest tests/test_layers.py
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -56,6 +58,81 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sharper: float = 1.0) -> Tensor:
     scale = None if sharper == 1 else sharper / q.shape[-1]**0.5
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+# ---- sequence parallel: ranks of a group hold parts of the tokens, and attend over all of them in parts of the heads
+
+def shares(count: int, ranks: int) -> list[int]:
+    """`count` tokens or heads divided among ranks; the first ones have one more where it does not divide."""
+    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+
+
+def check_ranks(ranks: int, heads: int, context: int, tokens: int) -> None:
+    """ValueError if a rank would be without a head, or a token of text (context) or image (tokens)."""
+    if ranks > (most := min(heads, context, tokens)):
+        raise ValueError(f"{ranks} ranks for one picture: at most {most} can share {heads} heads, {context} tokens of "
+                         f"text and {tokens} of the picture")
+
+
+class Exchange(torch.autograd.Function):
+    """Rank k gets part k of one axis from every rank and joins these parts along another; backward does the reverse.
+
+    group  of ranks
+    axis   divided among the ranks, `parts` long
+    other  joined: `lengths` long on the ranks, so that x.shape[other] is this rank's length
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, axis: int, parts: list[int], other: int, lengths: list[int],
+                ) -> Tensor:
+        ctx.back = group, other, lengths, axis, parts
+        sent, shape = [part.flatten() for part in x.split(parts, axis)], list(x.shape)
+        shape[axis], shape[other] = parts[group.rank()], 1
+        sizes = [math.prod(shape) * length for length in lengths]
+        received, shape[other] = x.new_empty(sum(sizes)), -1
+        dist.all_to_all_single(received, torch.cat(sent), sizes, [len(part) for part in sent], group)
+        return torch.cat([part.view(shape) for part in received.split(sizes)], other)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return Exchange.apply(grad, *ctx.back), *[None] * 5
+
+
+def own_part(x: Tensor, group: dist.ProcessGroup | None, axis: int = 1) -> Tensor:
+    """This rank's part of the tokens; all of them without a group."""
+    return x.split(shares(x.shape[axis], group.size()), axis)[group.rank()] if group else x
+
+
+def all_parts(x: Tensor, group: dist.ProcessGroup | None, count: int) -> Tensor:
+    """All `count` tokens from each rank's part of them, (B, own, D) -> (B, count, D). Backward sums over the ranks."""
+    if not group:
+        return x
+    ranks = group.size()
+    return Exchange.apply(x.expand(ranks, *x.shape), group, 0, [1] * ranks, 2, shares(count, ranks))[0]
+
+
+def attention(group: dist.ProcessGroup | None, context: int, tokens: int, sharper: float = 1.0) -> Attend:
+    """The attention of a forward pass, with a group for ranks that hold parts of text and image.
+
+    context, tokens  of the text and of the image, over all ranks
+    """
+    if not group:
+        return partial(attend, sharper=sharper)
+    of_text, of_image = shares(context, group.size()), shares(tokens, group.size())
+    of_both = [sum(pair) for pair in zip(of_text, of_image, strict=True)]
+    return partial(attend_in_group, group=group, lengths=(of_both, of_image), sharper=sharper)
+
+
+def attend_in_group(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, lengths: Sequence[list[int]],
+                    sharper: float) -> Tensor:
+    """`attend` where q, k, v are of this rank's tokens: it gets all tokens of a part of the heads, and gives them back.
+
+    lengths  tokens on each rank, of text and image and of the image alone; q decides
+    """
+    heads, tokens = shares(q.shape[2], group.size()), next(n for n in lengths if n[group.rank()] == q.shape[1])
+    q, k, v = (Exchange.apply(x, group, 2, heads, 1, tokens) for x in (q, k, v))            # (B, all tokens, h, d)
+    out = attend(q, k, v, sharper).unflatten(2, (-1, q.shape[3]))
+    return Exchange.apply(out, group, 1, tokens, 2, heads).flatten(2)                       # (B, own tokens, H·d)
 
 
 # ---- positions beyond the side that a model was trained with

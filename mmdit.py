@@ -17,9 +17,9 @@ import os
 import re
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class MMDiTConfig:
     qk_norm: bool = False
     dual_attention: tuple[int, ...] = ()  # blocks with a second attention, among image tokens only
     positions: Positions = STOCK
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // HEAD_DIM
 
 
 def sincos_table(hidden_size: int, side: int, base: float | None = None, offset: float = 0.0) -> Tensor:
@@ -159,6 +163,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config
+        self.sequence: dist.ProcessGroup | None = None  # ranks that share the tokens of each sample
         self.register_buffer("pos_embed", torch.zeros(1, config.table_side**2, config.hidden_size))
         conv = PatchConv(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": conv})
@@ -190,15 +195,17 @@ class MMDiT(nn.Module):
         dtype, p = layers.dtype_of(self), self.config.patch_size
         position = self.position(*latent.shape[-2:])                                       # (h/p, w/p, D)
         x = self.x_embedder.proj(latent.to(dtype)).movedim(1, -1)                          # (B, h/p, w/p, D)
-        x = (x + position.to(dtype)).flatten(1, 2)                                         # (B, N, D)
-        context = self.context_embedder(context.to(dtype))                                 # (B, L, D)
+        x, length = (x + position.to(dtype)).flatten(1, 2), context.shape[1]               # (B, N, D)
+        sharper = layers.sharpening(self.config.positions, x.shape[1], length)
+        attend = layers.attention(self.sequence, length, x.shape[1], sharper)
+        x = layers.own_part(x, self.sequence)
+        context = self.context_embedder(layers.own_part(context.to(dtype), self.sequence)) # (B, L, D)
         cond = self.condition(sigma, pooled, guidance)                                     # (B, D)
-        sharper = layers.sharpening(self.config.positions, x.shape[1], context.shape[1])
-        attend = partial(layers.attend, sharper=sharper)
         for block in self.joint_blocks:
             context, x = block(context, x, cond, attend)
         x = self.final_layer(x, cond)                                                      # (B, N, p²·16)
         h, w = position.shape[:2]
+        x = layers.all_parts(x, self.sequence, h * w)
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=h, w=w, p=p, q=p).to(latent.dtype)
 
     def condition(self, sigma: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import DTYPES, model_folder, open_weights, save
@@ -56,6 +57,7 @@ from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux
 from layers import blocks_of
 from machine.memory import free_memory, peak_memory_gib
+from machine.ranks import first_failure, join, leave
 from mmdit import MMDiT
 from reading.pictures import read_picture, upright_size
 from vae import VAE, to_image
@@ -81,13 +83,16 @@ def run(given: Settings) -> None:
     rank, ranks = launched()
     if rank == 0:
         print(summary(given, settings, family, transformer, vae_path), flush=True)
-    if not (pictures := pictures[rank::ranks]):
+    if settings.together:
+        join(torch.device(settings.device), sharded=False)
+    elif not (pictures := pictures[rank::ranks]):
         return
 
     encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
     free_memory()  # of the text encoders
     model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
     model.config = positioned(model.config, settings.positions, settings.trained_side)
+    model.sequence = dist.group.WORLD  # None without --together
     if settings.compile:
         for block in blocks_of(model):
             block.compile()
@@ -97,11 +102,14 @@ def run(given: Settings) -> None:
     stages, failures = plan_stages(settings, family), []
     for picture in pictures:
         latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages, redrawn)
+        if settings.together and rank:  # the first rank writes
+            continue
         if failure := failure or in_the_way(picture.path, about(picture)):  # another run may have drawn there since
             failures.append(failed(picture, latent, failure, about(picture), settings))
             continue
         write_picture(picture.path, image, about(picture))
         print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak_memory_gib(settings.device):.1f} GiB")
+    leave()
     for failure in failures[:-1]:
         print(f"error: {printable(failure)}", file=sys.stderr)
     if failures:
@@ -153,10 +161,12 @@ def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, 
             latent = interpolate(before, latent, start)
         began = time.perf_counter()
         if len(stage.sigmas) > 1:
-            latent = SOLVERS[settings.solver](velocity, latent, stage.sigmas, progress=True)  # fp32 around a bf16 model
+            # fp32 around a bf16 model
+            latent = SOLVERS[settings.solver](velocity, latent, stage.sigmas, progress=not launched()[0])
         latent = latent.cpu()               # waits for the device
         seconds += time.perf_counter() - began
         image, failure = decode(latent, settings, vae_in)
+        failure = first_failure(failure)
         if failure:
             break
     return latent, image, failure, seconds / max(1, sum(len(stage.sigmas) - 1 for stage in stages))

@@ -38,8 +38,9 @@ from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
-from layers import blocks_of, reach
+from layers import blocks_of, check_ranks, reach
 from machine.memory import check_device
+from machine.ranks import join, leave
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
 from training.batches import batches, read_batch, uneven
@@ -51,8 +52,6 @@ from training.ranks import (
     SharedError,
     described,
     device_of,
-    join,
-    leave,
     on_all,
     rank,
     stop_on_signals,
@@ -234,6 +233,7 @@ def open_job(settings: Settings) -> Job:
     items, step = read_folder(settings.data), 2 * settings.factor
     config = family.config(transformer.part("model.diffusion_model."))
     config = positioned(config, settings.positions, settings.trained_side)
+    check_ranks(settings.sequence, config.num_heads, family.text_tokens(settings.t5_length), settings.tokens)
     most = reach(config.table_side, config.positions) * step
     sizes = sizes_of(items, settings.res, step, most, settings.aspect, settings.small)
     items, sizes = zip(*(pair for pair in zip(items, sizes, strict=True) if pair[1]), strict=True)
@@ -255,6 +255,9 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     mesh = init_device_mesh(job.device.type, (world(),)) if settings.sharded else None  # all ranks meet here
     split = partial(shard, settings=settings, mesh=mesh)
     model = on_all(lambda: build(settings, job.family, job.config, weights, job.device, split))
+    if settings.sequence > 1:
+        groups = init_device_mesh(job.device.type, (world() // settings.sequence, settings.sequence))
+        model.sequence = groups.get_group(1)
     vae = on_all(lambda: VAE.load(job.vae_path, job.device, DTYPES[settings.vae_dtype],
                                   fallback=job.family.latent_scale).requires_grad_(False))
     if not settings.latent_shift:
@@ -338,7 +341,7 @@ def train(settings: Settings) -> int:
                 norm = clip(model, settings.clip)
                 if not norm.isfinite():                    # the same on all ranks; the step waits for the device here
                     names = [item.path.name for item in job.items]
-                    raise SharedError(what_diverged(step, norm, parts, losses, names, settings.out))
+                    raise SharedError(what_diverged(step, norm, parts, losses, names, settings))
                 lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = lr

@@ -17,9 +17,9 @@ import torch
 
 from checkpoint import DTYPES, Weights
 from family import Family, check_size, positioned, size_of
-from files import from_torchrun, need, printable
+from files import from_torchrun, launched, need, printable
 from flow import SEEDS, SOLVERS
-from layers import RULES, STOCK, Positions
+from layers import RULES, STOCK, Positions, check_ranks
 from machine.memory import check_device
 from reading.pictures import upright_size
 
@@ -59,6 +59,7 @@ class Settings:
     dtype: str | None
     vae_dtype: str | None
     compile: bool
+    together: bool            # all ranks of torchrun draw each picture, not each its own
 
     @property
     def size(self) -> tuple[int, int]:
@@ -94,6 +95,9 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
         flag = f"--mu {mu:g}"
     else:
         flag = f"--time-shift {settings.time_shift:g}" + (recorded if shift is None else "")
+    first = tokens if settings.first == "none" else (int(settings.first) // (2 * settings.factor))**2
+    if given.together:
+        check_ranks(launched()[1], config.num_heads, family.text_tokens(settings.t5_length), first)
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
         print(note, file=sys.stderr)
     return settings
@@ -178,6 +182,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
     device = settings.device
     if device != "cpu":
         device += f" {torch.cuda.get_device_name(device)}"
+    if settings.together:
+        device += f", {launched()[1]} ranks together"
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
     dtypes = settings.dtype + (f", VAE {settings.vae_dtype}" if settings.vae_dtype != settings.dtype else "")
     sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
@@ -234,4 +240,6 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         "(default: that of --dtype)")
     add("--compile", action="store_true", help="compile the transformer's blocks; the first step then takes "
         "minutes; the gain on a GPU has not been measured")
+    add("--together", action="store_true", help="under torchrun: all ranks draw each picture, each a part of its "
+        "tokens (default: each rank draws its own pictures)")
     return Settings(**vars(parser.parse_args(argv)))

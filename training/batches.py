@@ -106,7 +106,8 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
     latents   the cache of --cache-latents
     """
     chosen = batch_of_step(sizes, settings.batch, settings.seed, step)
-    share, parts = settings.batch // (world() * settings.accumulate), []
+    group, groups = rank() // settings.sequence, world() // settings.sequence  # of ranks that share samples
+    share, parts = settings.batch // (groups * settings.accumulate), []
     height, width = sizes[chosen[0]]
 
     def sample(place: int) -> tuple[str, Tensor | tuple[Tensor, Tensor], Tensor, Tensor, torch.Generator]:
@@ -123,7 +124,7 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
 
     with ThreadPoolExecutor(max(1, settings.threads // THREADS_PER_READER)) as readers:
         for k in range(settings.accumulate):
-            first = (k * world() + rank()) * share
+            first = (k * groups + group) * share
             samples = readers.map(sample, range(first, first + share))
             drawn, pictures, noises, sigmas, generators = zip(*samples, strict=True)
             images, moments = (None, list(pictures)) if latents else (list(pictures), None)

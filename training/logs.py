@@ -22,6 +22,7 @@ from torch import Tensor
 from files import entry, parse_json, read_text, replacing
 from training.batches import Part
 from training.ranks import gathered, world
+from training.settings import Settings
 from wavelet import BANDS, band_losses
 
 SIGMA_BINS = 8
@@ -126,7 +127,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequence[Tensor], names: Sequence[str],
-                  out: str) -> str:
+                  settings: Settings) -> str:
     """Error text for a non-finite gradient: the samples whose loss is non-finite, or else the complete batch.
 
     losses  of each part's samples
@@ -134,8 +135,8 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
     """
     mine = [(names[picture], sigma, loss) for part, of_part in zip(parts, losses, strict=True)
             for picture, sigma, loss in zip(part.pictures, part.sigma.tolist(), of_part.tolist(), strict=True)]
-    batch = sum(gathered(mine), [])
+    batch = sum(gathered(mine)[::settings.sequence], [])
     bad = [row for row in batch if not math.isfinite(row[2])] or batch
     return (f"step {step}: gradient norm {norm.item()}, velocity loss {sum(row[2] for row in batch) / len(batch):.4g}; "
             f"picture, sigma, loss: {', '.join(f'{name} {sigma:.3f} {loss:.3g}' for name, sigma, loss in bad[:8])}; "
-            f"the last good checkpoint is in {out}/checkpoints; try a smaller --lr")
+            f"the last good checkpoint is in {settings.out}/checkpoints; try a smaller --lr")

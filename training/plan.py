@@ -82,10 +82,11 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     own = sum(shares)
     size = s.state_dtype.itemsize
     compute = 2 if s.dtype == "bf16" else size
-    batch = s.batch // (ranks * s.accumulate)
+    batch = s.batch * s.sequence // (ranks * s.accumulate)
     stored_in_bf16 = s.dtype == "bf16" and (s.sharded or s.state == "bf16")
     width = batch * config.hidden_size * (2 if stored_in_bf16 else 4)
-    inputs = [tokens * width for tokens in (s.tokens, family.text_tokens(s.t5_length))] * len(blocks)  # image and text
+    tokens = s.tokens, family.text_tokens(s.t5_length)                 # of image and text, shared with --sequence
+    inputs = [-(-n // s.sequence) * width for n in tokens] * len(blocks)
     gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
     reduced = max(blocks) * (compute + 8)                              # a block's gradients, two of them in fp32
     vae_dtype = DTYPES[s.vae_dtype]
@@ -115,7 +116,7 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     crop = 3 * s.res**2  # bytes
     host |= {"activations": pinned(inputs) if s.activations == "host" else 0,
              "a checkpoint being written": 2 * min(FILE_BYTES, own * size),
-             "pictures": PICTURES + (0 if s.cache_latents else 2 * crop * s.batch // ranks),  # this step, the next one
+             "pictures": PICTURES + (0 if s.cache_latents else 2 * crop * batch * s.accumulate),  # of two steps
              "processes": PROCESS, "the ranks' work, as above": total(card) if s.device == "cpu" else 0}
     return card, {name: local * value for name, value in host.items()}
 
@@ -134,11 +135,13 @@ def total(card: dict[str, int]) -> int:
 
 def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, ranks: int) -> int:
     """Peak activation bytes of one forward and backward pass on one rank, measured on fake tensors."""
-    batch, side, tokens = s.batch // (ranks * s.accumulate), s.res // s.factor, family.text_tokens(s.t5_length)
+    batch, side = s.batch * s.sequence // (ranks * s.accumulate), s.res // s.factor
     loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
     stored = torch.bfloat16 if s.sharded and in_bf16 else s.state_dtype
     autocast = in_bf16 and not s.sharded and s.state == "fp32"
-    return _rehearse(family, config, batch, side, tokens, s.guidance, loss, s.activations, stored, autocast)
+    of_group = _rehearse(family, config, batch, side, family.text_tokens(s.t5_length), s.guidance, loss, s.activations,
+                         stored, autocast)
+    return of_group // s.sequence
 
 
 @cache  # most changes that smallest_change() tries leave the activations as they are
@@ -191,8 +194,9 @@ def changes(s: Settings, ranks: int) -> list[tuple[str, dict[str, object]]]:
         options.append(("--activations recompute", {"activations": "recompute"}))
     if s.ema and not s.ema_on_host:
         options.append(("--ema-on-host", {"ema_on_host": True}))
-    for accumulate in range(s.accumulate + 1, s.batch // ranks + 1):
-        if s.batch % (ranks * accumulate) == 0:
+    groups = ranks // s.sequence
+    for accumulate in range(s.accumulate + 1, s.batch // groups + 1):
+        if s.batch % (groups * accumulate) == 0:
             options.append((f"--accumulate {accumulate}", {"accumulate": accumulate}))
     if ranks > 1 and not s.sharded:
         options.append(("--shard zero2", {"shard": "zero2"}))

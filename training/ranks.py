@@ -1,9 +1,8 @@
-"""The processes of one run: joining those that torchrun started, failing together, stopping on signals.
+"""The processes of one training run: their numbers and devices, failing together, stopping on signals.
 
 Check     python -m pytest tests/test_ranks.py
 """
 
-import gc
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from files import INTERRUPTED, from_torchrun, launched
+from files import INTERRUPTED, from_torchrun
 
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
 Result = TypeVar("Result")
@@ -56,42 +55,6 @@ def described(device: torch.device) -> str:
     driver = re.search(r"\d+\.[\d.]+", about.read_text()) if about.exists() else None
     return (f"{device}: {card.name}, {card.total_memory / 1e9:.0f} GB; driver {driver[0] if driver else 'unknown'}; "
             f"torch {torch.__version__}")
-
-
-def join(device: torch.device, sharded: bool) -> None:
-    """Initialise the process group under torchrun; without it, a group of one if FSDP is used."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    launched()  # refuses half of torchrun's environment
-    if "RANK" in os.environ:
-        try:
-            store, number, size = next(dist.rendezvous("env://"))
-            # torchrun restarts all ranks on the same store: those of an earlier attempt must not be taken for them
-            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
-            raise ValueError(f"ranks meet at {address}: {why}; give torchrun --standalone, or another "
-                             "--master-port") from None
-    elif sharded:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def leave() -> None:
-    """Destroy the process group while Python still runs: the last line of whatever joined one.
-
-    A thread of gloo may hold the last reference to a tensor of a finished collective. If it drops it while the
-    interpreter ends, the process aborts, or waits for ever for a lock that nobody holds. The barrier lets all ranks
-    finish before one closes its connections; destroy_process_group then joins the threads, once no model in a cycle
-    of references (FSDP has them) keeps a group alive.
-    """
-    if dist.is_initialized():
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
-        gc.collect()
 
 
 def gathered(value: Result) -> list[Result]:

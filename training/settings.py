@@ -142,6 +142,8 @@ class Settings:
     shard: str = flag("none", "split weights, gradients, moments over ranks; gathered weights stay until backward in "
                       "zero2 and are gathered again in zero3", choices=("none", "zero2", "zero3"))
     offload: bool = flag(False, "with --shard on GPUs: weights, gradients, moments and AdamW on the host")
+    sequence: int = flag(1, "ranks that share the tokens of each picture, so that each has 1/N of the activations",
+                         metavar="N")
     accumulate: int = flag(1, "backward passes per step, each of batch / N / ranks pictures", metavar="N")
     activations: str | None = flag(
         None, "of the blocks: kept; recomputed in backward; or recomputed, with their inputs in host memory (default: "
@@ -204,7 +206,8 @@ def settle(settings: Settings, family: Family) -> Settings:
 def check(s: Settings, ranks: int) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
     check_t5_length(s.t5_length)
-    step, share = 2 * s.factor, ranks * s.accumulate
+    need(s.sequence > 0 and ranks % s.sequence == 0, "sequence", s.sequence, f"a divisor of {ranks}, the ranks")
+    step, groups = 2 * s.factor, ranks // s.sequence
     need(0 < s.res <= 2**16 and s.res % step == 0, "res", s.res,
          f"a multiple of {step} at --factor {s.factor}, at most {2**16:,}")
     for flag in ("steps", "batch", "accumulate", "save-every", "log-every", "keep", "threads"):
@@ -214,8 +217,8 @@ def check(s: Settings, ranks: int) -> None:
         value = getattr(s, flag.replace("-", "_"))
         need(0 <= value < math.inf, flag, value, "0 or more")
     need(s.drop_caption is None or 0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
-    need(s.batch % share == 0, "batch", s.batch,
-         f"a multiple of {share}, {ranks} ranks times --accumulate {s.accumulate}")
+    need(s.batch % (groups * s.accumulate) == 0, "batch", s.batch, f"a multiple of {groups * s.accumulate}, {groups} "
+         f"{'ranks' if s.sequence == 1 else 'groups of ranks'} times --accumulate {s.accumulate}")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
     need(s.time_shift in (None, "tokens") or 0 < s.time_shift < math.inf, "time-shift", s.time_shift,
          'a number above 0, or "tokens"')

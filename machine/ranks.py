@@ -1,0 +1,57 @@
+"""The processes that torchrun started for one run: joining and leaving.
+
+Check     python -m pytest tests/test_ranks.py
+"""
+
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+
+from files import launched
+
+
+def join(device: torch.device, sharded: bool) -> None:
+    """Initialise the process group under torchrun; without it, a group of one if FSDP is used."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    launched()  # refuses half of torchrun's environment
+    if "RANK" in os.environ:
+        try:
+            store, number, size = next(dist.rendezvous("env://"))
+            # torchrun restarts all ranks on the same store: those of an earlier attempt must not be taken for them
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
+            raise ValueError(f"ranks meet at {address}: {why}; give torchrun --standalone, or another "
+                             "--master-port") from None
+    elif sharded:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def first_failure(failure: str) -> str:
+    """The failure of the first rank that has one, "" without any: all ranks then go the same way."""
+    if not dist.is_initialized():
+        return failure
+    failures = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return next(filter(None, failures), "")
+
+
+def leave() -> None:
+    """Destroy the process group while Python still runs: the last line of whatever joined one.
+
+    A thread of gloo may hold the last reference to a tensor of a finished collective. If it drops it while the
+    interpreter ends, the process aborts, or waits for ever for a lock that nobody holds. The barrier lets all ranks
+    finish before one closes its connections; destroy_process_group then joins the threads, once no model in a cycle
+    of references (FSDP has them) keeps a group alive.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
