@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-DENSITIES = ("uniform", "logit_normal", "mode")
+DENSITIES = ("uniform", "logit_normal", "mode", "beta")
 SCHEMES = ("none", "sigma_sqrt", "cosmap")
 MODE_SCALE = 1.29  # SD3 section 3.1, the best "mode" run; also the default of diffusers
+SNR_HUBER = (0.2, 1.0, 0.5, 5.0, 0.5)  # c_min, c_max as UltraFlux published them; a, g, b it did not: these are ours
 Line = tuple[tuple[float, float], tuple[float, float]]
 FLUX_MU: Line = ((256, 0.5), (4096, 1.15))  # (tokens, mu): flux sampling.py, a line through both points
 SEEDS = 2**32  # what torch's generator on the CPU distinguishes
@@ -55,15 +56,18 @@ def time_shift(sigma: Tensor, shift: float) -> Tensor:
 # ---- training: how σ is drawn, how its loss is weighed
 
 def sample_sigma(batch: int, density: str = "uniform", shift: float = 1.0, mean: float = 0.0, std: float = 1.0,
-                 generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, device: torch.device | str | None = None,
+                 beta: tuple[int, int] = (2, 4), within: tuple[float, float] | None = None) -> Tensor:
     """Draw one noise level σ per image for training.
 
     density    uniform       the release's for Flux
                logit_normal  sigmoid(mean + std·normal), the release's for SD3 (shift 3)
                mode          1 - u - 1.29·(cos²(πu/2) - 1 + u), u uniform
+               beta          Beta(beta); (2, 4) is UltraHR-100K's towards the latent, 20·sigma·(1 - sigma)³
     shift      time shift applied after the draw
     mean, std  of the logit. mean > 0 draws noisier levels (SD3's convention; the sign in diffusers is opposite)
     generator  it draws on its own device: a CPU generator gives the same levels on every device
+    within     lowest and highest sigma: others are drawn again, after the shift
     returns    (B,) fp32 in (0, 1], continuous (the release rounds to 1000 levels)
     """
     if batch < 1:
@@ -78,10 +82,15 @@ def sample_sigma(batch: int, density: str = "uniform", shift: float = 1.0, mean:
     elif density == "mode":
         u = torch.rand(batch, generator=generator, device=draw_device)
         sigma = 1 - u - MODE_SCALE * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    elif density == "beta":  # the first parameter's place in the order of so many uniform numbers
+        sigma = torch.rand(batch, sum(beta) - 1, generator=generator, device=draw_device).kthvalue(beta[0]).values
     else:
         raise ValueError(f"unknown density {density!r}, choose one of {', '.join(DENSITIES)}")
     sigma = sigma.clamp(torch.finfo(sigma.dtype).eps, 1)  # rounding must not leave the interval
-    return time_shift(sigma, shift).clamp(max=1).to(device)
+    sigma = time_shift(sigma, shift).clamp(max=1)
+    while within and (outside := (sigma < within[0]) | (sigma > within[1])).any():
+        sigma[outside] = sample_sigma(int(outside.sum()), density, shift, mean, std, generator, draw_device, beta)
+    return sigma.to(device)
 
 
 def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
@@ -100,6 +109,20 @@ def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
     if scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     raise ValueError(f"unknown loss weight {scheme!r}, choose one of {', '.join(SCHEMES)}")
+
+
+def snr_huber(sigma: Tensor, c_min: float, c_max: float, a: float, g: float, b: float) -> tuple[Tensor, Tensor]:
+    """Width c and weight u of UltraFlux's loss, for `wavelet.objective`.
+
+    sigma    (B,) in (0, 1]. SNR = ((1 - sigma) / sigma)², m = min(SNR, g)
+    returns  c = c_min + (c_max - c_min)·(m / g)^a, (B,), in units of the latent
+             u = sigma / (1 - sigma)·m^b, (B,); beyond sigma 0.999 as there, since it grows without bound for b < 1/2
+    """
+    def m(sigma: Tensor) -> Tensor:
+        return ((1 - sigma) / sigma).square().clamp(max=g)
+
+    below_one = sigma.clamp(max=1 - 1 / 1000)
+    return c_min + (c_max - c_min) * (m(sigma) / g)**a, below_one / (1 - below_one) * m(below_one)**b
 
 
 # ---- schedules

@@ -25,11 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from checkpoint import DTYPES, Weights, model_folder, open_weights
@@ -38,13 +34,15 @@ from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
-from layers import blocks_of, check_ranks, reach
+from layers import check_ranks, reach
 from machine.memory import check_device
 from machine.ranks import join, leave
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
 from training.batches import batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
+from training.gradients import Sync, clip, shard
+from training.heldout import HeldOut, default_interval
 from training.logs import Tally, what_diverged
 from training.model import EMA, autocast, build, encode, new_optimizer, return_freed_memory
 from training.plan import check_memory, plan_of, this_machine
@@ -62,130 +60,8 @@ from training.run import Run, check_out, export_newest, only_run
 from training.samples import SHOWN, sample_settings_of
 from training.settings import Settings, check, parse, settle
 from vae import VAE
-from wavelet import objective
+from wavelet import detail_mask, objective
 
-BUCKET_BYTES = 25 << 20
-ALIGNMENT = 64             # elements: gradients begin at multiples of it in their bucket
-
-
-# ---- gradients averaged over the ranks: by hand (DDP), or by FSDP2 where the model is sharded
-
-@dataclass
-class Bucket:
-    gradients: Tensor             # flat; every p.grad is a view of it
-    used: Tensor                  # its last len(parameters) entries; > 0 after all-reduce if any rank had a gradient
-    parameters: list[nn.Parameter]
-    arrived: set[int]             # parameters with a gradient on this rank
-    waiting: int = 0              # parameters still without one in the last backward
-
-
-class DDP:
-    """Gradients averaged over the ranks while backward is still running.
-
-    Buckets  parameters in reverse order, as backward reaches them, about BUCKET_BYTES each
-    Launch   a bucket is reduced once its last gradient is ready, in bucket order: all ranks issue the same sequence
-    Unused   a parameter without a gradient on this rank counts as 0; one unused on every rank keeps grad None, as on
-             one process. The usage flags travel at the end of each bucket
-    """
-
-    def __init__(self, model: nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
-        self.last_backward, self.buckets, self.launched, self.works = True, [], 0, []
-        group: list[nn.Parameter] = []
-        for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
-            if group and sum(p.nbytes for p in group) + parameter.nbytes > BUCKET_BYTES:
-                self.buckets.append(self.bucket(group))
-                group = []
-            group.append(parameter)
-        self.buckets.append(self.bucket(group))
-
-    def bucket(self, parameters: list[nn.Parameter]) -> Bucket:
-        length = sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters)
-        flat = parameters[0].new_zeros(length + len(parameters))
-        bucket = Bucket(flat, flat[length:], parameters, set())
-        for k, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self.arrive, bucket, k))
-        return bucket
-
-    def zero(self) -> None:
-        """Before the first backward of a step."""
-        self.launched = 0
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
-            bucket.arrived.clear()
-            bucket.waiting, start = len(bucket.parameters), 0
-            for parameter in bucket.parameters:
-                parameter.grad = bucket.gradients[start:start + parameter.numel()].view_as(parameter)
-                start += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-
-    def arrive(self, bucket: Bucket, k: int, parameter: nn.Parameter) -> None:
-        bucket.arrived.add(k)
-        if self.last_backward:  # of a step with --accumulate
-            bucket.waiting -= 1
-            self.launch()
-
-    def launch(self, incomplete: bool = False) -> None:
-        """Send off the buckets that are next in order and ready; with `incomplete`, all that are left."""
-        while self.launched < len(self.buckets) and (incomplete or not self.buckets[self.launched].waiting):
-            bucket = self.buckets[self.launched]
-            if len(bucket.arrived) == len(bucket.parameters):
-                bucket.used.fill_(1)
-            else:
-                bucket.used[list(bucket.arrived)] = 1
-            self.works.append(dist.all_reduce(bucket.gradients.div_(world()), async_op=True))
-            self.launched += 1
-
-    def wait(self) -> None:
-        """After the last backward of a step: from here on every p.grad is the average."""
-        self.launch(incomplete=True)
-        while self.works:
-            self.works.pop(0).wait()
-        for bucket in self.buckets:
-            if len(bucket.arrived) < len(bucket.parameters):
-                for parameter, used in zip(bucket.parameters, bucket.used.tolist(), strict=True):
-                    if not used:
-                        parameter.grad = None
-
-
-class Sync:
-    """One interface to DDP, to FSDP, which averages by its own hooks, and to a single process."""
-
-    def __init__(self, model: nn.Module, sharded: bool):
-        self.model = model
-        self.ddp = DDP(model) if dist.is_initialized() and not sharded else None
-
-    def zero(self) -> None:
-        """Before the first backward of a step."""
-        if self.ddp:
-            self.ddp.zero()
-        else:
-            self.model.zero_grad(set_to_none=True)
-
-    def set_last(self, last: bool) -> None:
-        """Before each backward: DDP sends gradients with the last one of a step only."""
-        if self.ddp:
-            self.ddp.last_backward = last
-
-    def wait(self) -> None:
-        """After the last backward: from here on every p.grad is the average over the ranks."""
-        if self.ddp:
-            self.ddp.wait()
-
-
-def shard(model: nn.Module, settings: Settings, mesh: DeviceMesh) -> None:
-    """Split every block, then the rest, into rows, one part per rank: FSDP2. Gradients are reduced in fp32."""
-    compute = torch.bfloat16 if settings.state == "bf16" else DTYPES[settings.dtype]
-    policy = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if settings.offload else OffloadPolicy()}
-    for block in blocks_of(model):
-        fully_shard(block, reshard_after_forward=settings.shard == "zero3", **policy)
-    fully_shard(model, reshard_after_forward=False, **policy)
-
-
-# ---- the run
 
 @dataclass(frozen=True)
 class Job:
@@ -198,9 +74,10 @@ class Job:
     config: MMDiTConfig | FluxConfig
     folder: Path                    # of the text encoders
     vae_path: Path
-    items: list[Item]
+    items: Sequence[Item]
     pictures: Pictures              # of the items
-    sizes: list[tuple[int, int]]    # (height, width) of each item's crop, pixels
+    sizes: Sequence[tuple[int, int]]    # (height, width) of each item's crop, pixels
+    held_out: tuple[Sequence[Item], Pictures, Sequence[tuple[int, int]]] | None   # the same three of --validate
 
     def identity(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be resumed."""
@@ -225,18 +102,21 @@ def open_job(settings: Settings) -> Job:
     family, transformer, vae_path = find(folder, settings.transformer)
     if settings.offload and device.type == "cpu" and not rank():
         print("--offload: without a GPU everything is in host memory already; nothing is moved", flush=True)
-    check_out(settings.out, folder, settings.transformer, settings.data)
+    check_out(settings.out, folder, settings.transformer, settings.data, settings.validate)
     settings = settle(settings, family)
     if not settings.t5_length:  # a run that this one begins from may have recorded it
         settings = replace(settings, t5_length=transformer.number("t5_length", integer=True))
         check_t5_length(settings.t5_length)
-    items, step = read_folder(settings.data), 2 * settings.factor
     config = family.config(transformer.part("model.diffusion_model."))
     config = positioned(config, settings.positions, settings.trained_side)
     check_ranks(settings.sequence, config.num_heads, family.text_tokens(settings.t5_length), settings.tokens)
-    most = reach(config.table_side, config.positions) * step
-    sizes = sizes_of(items, settings.res, step, most, settings.aspect, settings.small)
-    items, sizes = zip(*(pair for pair in zip(items, sizes, strict=True) if pair[1]), strict=True)
+    most = 2 * settings.factor * reach(config.table_side, config.positions)
+    items, pictures, sizes = open_folder(settings.data, settings, most)
+    held_out = open_folder(settings.validate, settings, most) if settings.validate else None
+    if held_out and {item.path.resolve() for item in items} & {item.path.resolve() for item in held_out[0]}:
+        raise ValueError(f"--validate {settings.validate}: some of its pictures are in --data; move them out of one")
+    if held_out and not settings.validate_every:
+        settings = replace(settings, validate_every=default_interval(len(held_out[0]), settings.batch))
     if not rank():
         check_memory(settings, this_machine(device, world()))
         if repeated := uneven(sizes, settings.batch):
@@ -245,8 +125,16 @@ def open_job(settings: Settings) -> Job:
         writable(Path(settings.out), f"--out {settings.out}")
         if settings.cache:
             writable(Path(settings.cache), f"--cache {settings.cache}")
-    pictures = Pictures([item.path for item in items], settings.resize)
-    return Job(settings, device, family, transformer, config, folder, vae_path, items, pictures, sizes)
+    return Job(settings, device, family, transformer, config, folder, vae_path, items, pictures, sizes, held_out)
+
+
+def open_folder(folder: str, settings: Settings, most: int) -> tuple[
+        Sequence[Item], Pictures, Sequence[tuple[int, int]]]:
+    """Items, their pictures, and (height, width) of their crops; most: the longest side that the model allows."""
+    items = read_folder(folder)
+    sizes = sizes_of(items, settings.res, 2**settings.levels * settings.factor, most, settings.aspect, settings.small)
+    items, sizes = zip(*(pair for pair in zip(items, sizes, strict=True) if pair[1]), strict=True)
+    return items, Pictures([item.path for item in items], settings.resize), sizes
 
 
 def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
@@ -267,19 +155,26 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
     return model, vae
 
 
-def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings, Latents | None]:
-    """Text embeddings, and latents with --cache-latents; each rank encodes its share, then frees the text encoders."""
+def prepare_caches(job: Job, model: MMDiT | Flux, vae: VAE) -> tuple[Embeddings, Latents | None, HeldOut | None]:
+    """Text embeddings, latents with --cache-latents, all of --validate; each rank encodes its share."""
     settings, cache = job.settings, Path(job.settings.cache or job.settings.data)
+    items, pictures, sizes = job.held_out or ((), None, ())
     texts = Embeddings(cache / ".embeddings", job.folder, job.device, job.family, settings.t5_length)
-    captions = ["", *(caption for item in job.items for caption in item.captions)]
-    on_all(lambda: texts.fill(captions, rank=rank(), world=world()))
+    captions = ["", *(caption for item in job.items for caption in item.captions), *(i.captions[0] for i in items)]
+    on_all(lambda: texts.fill(captions, rank=rank(), world=world()))  # frees the text encoders
     check_widths(model.config, *texts.read([""]), vae.config)
-    if not settings.cache_latents:
-        return texts, None
-    latents = Latents(job.pictures.paths, job.pictures.central_crop, vae, settings.factor, settings.dilation,
-                      cache / ".latents", job.pictures.resample)
-    on_all(lambda: latents.fill(job.sizes, rank(), world()))
-    return texts, latents
+
+    def latents_of(pictures: Pictures, sizes: Sequence[tuple[int, int]], folder: str) -> Latents:
+        latents = Latents(pictures.paths, pictures.central_crop, vae, settings.factor, settings.dilation,
+                          Path(settings.cache or folder) / ".latents", pictures.resample)
+        on_all(lambda: latents.fill(sizes, rank(), world()))
+        return latents
+
+    latents = latents_of(job.pictures, job.sizes, settings.data) if settings.cache_latents else None
+    if not items:
+        return texts, latents, None
+    names, shown = [item.path.name for item in items], [item.captions[0] for item in items]
+    return texts, latents, HeldOut(names, shown, sizes, texts, latents_of(pictures, sizes, settings.validate), vae)
 
 
 def train(settings: Settings) -> int:
@@ -301,12 +196,14 @@ def train(settings: Settings) -> int:
         ema = EMA(model, settings.ema, settings.ema_on_host)
         run = Run(settings, job.identity(), model, ema.copies, optimizer)
         start = done = run.resume()                        # complete steps
-        texts, latents = prepare_caches(job, model, vae)   # the text encoders are freed here
+        texts, latents, held_out = prepare_caches(job, model, vae)  # the text encoders are freed here
         shown = ["", *(item.captions[0] for item in job.items[:SHOWN])]  # the empty prompt is for cfg
         empty, _ = texts.read([""])
         run.begin(start, device, settings.res // settings.factor, empty.shape[1])
         how = sample_settings_of(settings, job.family, job.transformer, vae.config.latent_channels)
         tally = Tally(device)
+        if held_out and not start:
+            run.validate(0, held_out)
 
         read = partial(read_batch, settings=settings, captions=[item.captions for item in job.items], sizes=job.sizes,
                        resized=job.pictures.resized, channels=vae.config.latent_channels, texts=texts, latents=latents)
@@ -325,17 +222,17 @@ def train(settings: Settings) -> int:
                     noise, sigma = part.noise.to(device), part.sigma.to(device)     # (B, 16, h, w), (B,)
                     z = interpolate(latent, noise, sigma)                           # (1 - sigma)·latent + sigma·noise
                     # predict
-                    guidance = None if settings.guidance is None else torch.full_like(sigma, settings.guidance)
+                    guidance = None if part.guidance is None else part.guidance.to(device)      # (B,)
                     with autocast(settings):                                        # --dtype bf16 of fp32 weights
                         velocity = model(z, sigma, context, pooled, guidance)       # (B, 16, h, w)
-                    # loss: equation 4, or another --objective
-                    weight = loss_weight(sigma, settings.weighting)
+                    # loss: equation 4, or another --objective; where --mask keeps it
+                    weight, mask = loss_weight(sigma, settings.weighting), detail_mask(settings.mask, latent, z, sigma)
                     loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
-                                     settings.huber)
+                                     settings.huber, settings.levels, settings.huber_snr, mask)
                     # backward; DDP reduces in the last pass only, FSDP in every one
                     sync.set_last(k + 1 == len(parts))
                     (loss / len(parts)).backward()
-                    losses.append(tally.add(loss, velocity, noise - latent, sigma))  # stays on the device
+                    losses.append(tally.add(loss, velocity, noise - latent, sigma, mask))  # stays on the device
                 sync.wait()                                # from here every p.grad is the average over the ranks
 
                 norm = clip(model, settings.clip)
@@ -353,17 +250,13 @@ def train(settings: Settings) -> int:
                     bar.set_postfix_str(run.log(done, tally, norm, lr))
                 if run.due(settings.save_every, done):     # before sampling: a crash while sampling loses nothing
                     run.save(done)
+                if held_out and run.due(settings.validate_every, done):
+                    run.validate(done, held_out)
                 if run.due(settings.sample_every, done):
                     with autocast(settings):
                         run.draw(done, vae, *texts.read(shown), how)
             run.finish(done, job.family, job.transformer, job.vae_path)  # exports, or saves the stopped run
     return stop.number
-
-
-def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to a norm of `limit`; returns their norm before that, over all ranks."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def command(settings: Settings) -> None:

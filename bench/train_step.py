@@ -31,7 +31,9 @@ from bench.speed import Case, Step  # noqa: E402
 from flow import interpolate  # noqa: E402
 from machine.ranks import leave  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig, new_mmdit  # noqa: E402
-from train import DDP, objective, return_freed_memory  # noqa: E402
+from training.gradients import DDP  # noqa: E402
+from training.model import return_freed_memory  # noqa: E402
+from wavelet import objective  # noqa: E402
 
 CASES = {"tiny": Case(width=256, heads=4, context_tokens=72, context_width=192, pooled_width=192, table_side=128),
          "wide": Case()}  # 4 blocks, 1,024 image tokens

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from machine.ranks import join, leave  # noqa: E402
+from training import gradients  # noqa: E402
 from training.ranks import SharedError, gathered  # noqa: E402
 from training.settings import parse  # noqa: E402
 
@@ -68,7 +69,7 @@ class TorchDDP:
 def unused() -> None:
     """Rank k multiplies by k + 1; the middle parameter is used by the first rank only."""
     model = nn.ParameterList([torch.ones(()) for _ in range(3)])
-    ddp = train.DDP(model)
+    ddp = gradients.DDP(model)
     ddp.zero()
     everywhere, first, _ = model
     ((dist.get_rank() + 1) * everywhere + (0 if dist.get_rank() else first)).backward()
@@ -110,7 +111,7 @@ def pinned(flags: list[str]) -> None:
 
 def main() -> None:
     join(torch.device("cpu"), sharded=False)
-    ddp, formula = train.DDP, train.objective
+    ddp, formula = gradients.DDP, train.objective
     for case in json.loads(Path(sys.argv[1]).read_text()):
         if "unused" in case:
             unused()
@@ -132,9 +133,9 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return loss
 
-        train.objective, train.DDP = watched, ddp
+        train.objective, gradients.DDP = watched, ddp
         if case.get("ddp") == "torch":
-            train.DDP = partial(TorchDDP, passes=settings.accumulate)
+            gradients.DDP = partial(TorchDDP, passes=settings.accumulate)
         error = ""
         try:
             train.train(settings)

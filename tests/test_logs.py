@@ -1,4 +1,4 @@
-"""Run logging: sums on the device, lines dropped on resume, TensorBoard and plots where installed."""
+"""Run logging: sums on the device, lines dropped on resume, TensorBoard where installed."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from conftest import log_of, seeded
 
 from training import logs
 from training.logs import Log, Tally, matmul_rate
+from training.plots import write_figure
 
 
 def test_lines_after_the_checkpoint_and_a_truncated_line_are_dropped_on_resume(tmp_path):
@@ -27,7 +28,7 @@ def test_without_the_optional_packages_only_the_log_file_is_written(tmp_path, mo
         monkeypatch.setitem(sys.modules, name, None)
     log = Log(tmp_path, 0)
     log.write({"step": 1, "loss": 2.0})
-    log.plot()
+    write_figure(tmp_path / "loss.png", log.rows, [])
     assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
 
 
@@ -48,34 +49,6 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypat
     Log(tmp_path, 4).write({"step": 5, "loss": 2.0, "v_by_sigma": [None, 1.5]})
     assert calls == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 2.0, 5), ("v_by_sigma/1", 1.5, 5),
                      "flush"]
-
-
-def test_loss_is_plotted_where_matplotlib_is_installed(tmp_path, monkeypatch):
-    drawn = []
-
-    class Axes:
-        def plot(self, x, y):
-            drawn.append((x, y))
-
-        set_xlabel = set_ylabel = lambda self, text: None
-
-    class Figure:
-        def __init__(self, **_):
-            pass
-
-        def add_subplot(self):
-            return Axes()
-
-        def savefig(self, path):
-            path.touch()
-
-    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
-    log = Log(tmp_path, 0)
-    for step in (1, 2):
-        log.write({"step": step, "loss": 3.0 / step})
-    log.plot()
-    assert drawn == [([1, 2], [3.0, 1.5])] and (tmp_path / "loss.png").exists()
 
 
 def test_row_of_the_tally_holds_means_of_loss_bands_and_sigma_bins_and_clears_the_sums():

@@ -12,7 +12,7 @@ from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, parse, s
 # compared by what they lead to: --small by the sizes of all pictures, positions in the model's configuration
 MAY_CHANGE = {"data", "out", "cache", "small", "positions", "trained_side", "recipe", "steps", "shard", "offload",
               "accumulate", "activations", "ema_on_host", "compile", "device", "save_dtype", "save_every", "keep",
-              "log_every", "sample_every", "threads", "export", "plan", "dry_run"}
+              "log_every", "sample_every", "validate", "validate_every", "threads", "export", "plan", "dry_run"}
 # how the released trainers prepare pictures and captions, and the cell of docs/differences.md that says so
 RELEASE = {
     "mirrored crops": ("flip", True, "with probability 1/2"),

@@ -2,8 +2,8 @@
 
 Paper     Diffusion-4K section 9 "Training Details": short side resized, random crop, values in [-1, 1]
 Order     every epoch shuffles the pictures of each size, cuts them into batches and shuffles these
-Sample k  of step s has its own generator for caption, crop, noise, sigma and posterior, in this order: every split of
-          the batch over ranks and --accumulate draws the same numbers
+Sample k  of step s has its own generator for caption, crop, noise, sigma, guidance (of a range) and posterior, in this
+          order: every split of the batch over ranks and --accumulate draws the same numbers
 Shapes    B samples of one backward pass on one rank, H and W pixels, h and w latent sides
 Check     python -m pytest tests/test_batches.py
 """
@@ -40,6 +40,7 @@ class Part:
     size: tuple[int, int]                # H, W
     noise: Tensor                        # (B, 16, h, w)
     sigma: Tensor                        # (B,)
+    guidance: Tensor | None              # (B,), for Flux-dev
     generators: list[torch.Generator]    # of each sample, for the draw from the posterior
 
 
@@ -56,6 +57,14 @@ def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_capti
     caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
     empty, _ = torch.rand(2, generator=generator).tolist()  # the second number keeps the draws of earlier runs
     return "" if empty < drop_caption else caption
+
+
+def draw_guidance(guidance: float | tuple[float, float] | None, generator: torch.Generator) -> float | None:
+    """A number of the range, evenly; any other setting as it is."""
+    if not isinstance(guidance, tuple):
+        return guidance
+    low, high = guidance
+    return low + (high - low) * torch.rand(1, generator=generator).item()
 
 
 def batch_of_step(sizes: Sequence[object], batch: int, seed: int, step: int) -> list[int]:
@@ -110,7 +119,7 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
     share, parts = settings.batch // (groups * settings.accumulate), []
     height, width = sizes[chosen[0]]
 
-    def sample(place: int) -> tuple[str, Tensor | tuple[Tensor, Tensor], Tensor, Tensor, torch.Generator]:
+    def sample(place: int) -> tuple[str, Tensor | tuple[Tensor, Tensor], Tensor, Tensor, float | None, torch.Generator]:
         generator = torch.Generator().manual_seed(seed_of(settings.seed, step * settings.batch + place, SAMPLES))
         caption = draw_caption(captions[chosen[place]], generator, settings.drop_caption)
         if latents:
@@ -119,17 +128,19 @@ def read_batch(step: int, settings: Settings, captions: Sequence[Sequence[str]],
             pixels = resized(chosen[place], height, width)
             picture = random_crop(pixels, height, width, generator, settings.flip)
         noise = torch.randn(channels, height // settings.factor, width // settings.factor, generator=generator)
-        sigma = sample_sigma(1, settings.density, settings.time_shift, generator=generator)
-        return caption, picture, noise, sigma, generator
+        sigma = sample_sigma(1, settings.density, settings.time_shift, generator=generator, beta=settings.beta,
+                             within=settings.sigma_range)
+        return caption, picture, noise, sigma, draw_guidance(settings.guidance, generator), generator
 
     with ThreadPoolExecutor(max(1, settings.threads // THREADS_PER_READER)) as readers:
         for k in range(settings.accumulate):
             first = (k * groups + group) * share
             samples = readers.map(sample, range(first, first + share))
-            drawn, pictures, noises, sigmas, generators = zip(*samples, strict=True)
+            drawn, pictures, noises, sigmas, guidances, generators = zip(*samples, strict=True)
             images, moments = (None, list(pictures)) if latents else (list(pictures), None)
+            guidance = None if settings.guidance is None else torch.tensor(guidances)
             parts.append(Part(chosen[first:first + share], list(drawn), images, moments, *texts.read(drawn),
-                              (height, width), torch.stack(noises), torch.cat(sigmas), list(generators)))
+                              (height, width), torch.stack(noises), torch.cat(sigmas), guidance, list(generators)))
     return parts
 
 

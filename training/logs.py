@@ -1,6 +1,7 @@
-"""Run logging: log.jsonl, TensorBoard and loss.png where their packages are installed.
+"""Run logging: log.jsonl, held_out.jsonl, and TensorBoard where it is installed.
 
-Units     loss; v_ll … v_by_sigma, the velocity's mean square error by band and by sigma: averages since the last line
+Units     loss; v_ll … v_by_sigma, the velocity's mean square error by band and by sigma; kept_by_sigma, the share of
+          places that --mask trains: averages since the last line
           images/s over all ranks, without the time of saving and sampling; peak GiB of the first rank; eta_s in seconds
           matmul_share: the model's matrix products (backward counted as twice forward, recomputation not counted) over
           what one large product reaches on this machine, measured as the run begins
@@ -34,19 +35,21 @@ class Tally:
     """Losses summed since the last log line. The sums stay on the device: adding never synchronises with it."""
 
     def __init__(self, device: torch.device):
-        # layout: loss | 4 bands | loss by sigma bin | samples by sigma bin
-        self.sums = torch.zeros(1 + len(BANDS) + 2 * SIGMA_BINS, device=device)
-        self.passes = 0
+        # layout: loss | 4 bands | by sigma bin: loss | samples | kept by --mask
+        self.sums = torch.zeros(1 + len(BANDS) + 3 * SIGMA_BINS, device=device)
+        self.passes, self.masked = 0, False
 
     @torch.no_grad()
-    def add(self, loss: Tensor, velocity: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
-        """Add the losses of one backward pass; returns the velocity loss of each sample, (B,)."""
+    def add(self, loss: Tensor, velocity: Tensor, target: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Add the losses of one backward pass; returns the velocity loss of each sample, (B,), masked or not."""
         bands = band_losses(velocity, target)  # (B, 4)
         of_sample = bands.mean(1)
         bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
         self.sums[:1 + len(BANDS)] += torch.cat((loss.detach()[None], bands.mean(0)))
-        self.sums[1 + len(BANDS):].view(2, -1).index_add_(1, bins, torch.stack((of_sample, torch.ones_like(sigma))))
-        self.passes += 1
+        kept = torch.ones_like(sigma) if mask is None else mask.float().mean((1, 2, 3))
+        by_bin = torch.stack((of_sample, torch.ones_like(sigma), kept))
+        self.sums[1 + len(BANDS):].view(3, -1).index_add_(1, bins, by_bin)
+        self.passes, self.masked = self.passes + 1, mask is not None
         return of_sample
 
     def row(self) -> dict[str, object]:
@@ -55,27 +58,29 @@ class Tally:
             dist.all_reduce(self.sums)
         sums, passes = self.sums.to("cpu", copy=True), self.passes * world()
         loss, bands = sums[0], sums[1:1 + len(BANDS)] / passes
-        in_bins, counts = sums[1 + len(BANDS):].view(2, -1).tolist()
+        in_bins, counts, kept = sums[1 + len(BANDS):].view(3, -1).tolist()
         self.sums.zero_()
         self.passes = 0
+        by_sigma = {"v_by_sigma": in_bins} | ({"kept_by_sigma": kept} if self.masked else {})
         return {"loss": loss.item() / passes,
                 **{f"v_{name}": round(band, 5) for name, band in zip(BANDS, bands.tolist(), strict=True)},
-                "v_by_sigma": [round(total / n, 5) if n else None for total, n in zip(in_bins, counts, strict=True)]}
+                **{name: [round(total / n, 5) if n else None for total, n in zip(totals, counts, strict=True)]
+                   for name, totals in by_sigma.items()}}
 
 
 class Log:
-    """OUT/log.jsonl, one line per row, and TensorBoard. On resume, lines past the checkpoint are dropped."""
+    """OUT/NAME.jsonl, one line per row, and TensorBoard. On resume, lines past the checkpoint are dropped."""
 
-    def __init__(self, out: Path, start: int):
-        self.file = out / "log.jsonl"
+    def __init__(self, out: Path, start: int, name: str = "log"):
+        self.file, board_of = out / f"{name}.jsonl", {"log": "tensorboard"}.get(name, f"tensorboard/{name}")
         lines = read_text(self.file).splitlines() if self.file.exists() else []
         complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
         self.rows = [row for row in map(self.parsed, complete) if row["step"] <= start]
         if len(self.rows) < len(lines):
             with replacing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        board = _installed("torch.utils.tensorboard")
-        self.board = board.SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) if board else None
+        board = installed("torch.utils.tensorboard")
+        self.board = board.SummaryWriter(str(out / board_of), purge_step=start + 1) if board else None
 
     def parsed(self, line: str) -> dict[str, object]:
         where = f"{self.file}: {line[:40]}"
@@ -94,18 +99,8 @@ class Log:
                         self.board.add_scalar(f"{key}/{k}" if isinstance(value, list) else key, number, row["step"])
             self.board.flush()
 
-    def plot(self) -> None:
-        """Write OUT/loss.png if matplotlib is installed."""
-        if self.rows and _installed("matplotlib"):
-            figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4), layout="constrained")
-            axes = figure.add_subplot()
-            axes.plot([row["step"] for row in self.rows], [row["loss"] for row in self.rows])
-            axes.set_xlabel("step")
-            axes.set_ylabel("loss")
-            figure.savefig(self.file.with_name("loss.png"))
 
-
-def _installed(name: str) -> ModuleType | None:
+def installed(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:

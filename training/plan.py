@@ -151,7 +151,7 @@ def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side
         name, weighting, bands, huber = loss
         latent, noise = torch.empty(2, batch, config.in_channels, side, side)
         sigma, pooled = torch.empty(batch), torch.empty(batch, config.pooled_dim)
-        guidances = None if guidance is None else torch.full_like(sigma, guidance)
+        guidances = None if guidance is None else torch.ones_like(sigma)
         z, context = interpolate(latent, noise, sigma), torch.empty(batch, tokens, config.context_dim)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             velocity = model(z, sigma, context, pooled, guidances)

@@ -44,7 +44,7 @@ from training.settings import IDENTITY, SOURCE, Settings
 
 FILE_BYTES = 1 << 31
 ABOUT = "run.json"
-LATER = {"resize": "lanczos", "vae_dtype": "fp32"}  # what older checkpoints do not record, with the value it had
+LATER = {"resize": "lanczos", "vae_dtype": "fp32", "levels": 1}  # what older checkpoints do not record, as it was
 
 
 def newest(out: Path) -> Path | None:

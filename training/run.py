@@ -1,6 +1,7 @@
 """The folder of a run, OUT: where it resumes, when it saves, logs and draws, and the file that it exports.
 
-Writes    OUT/checkpoints (resume.py), OUT/log.jsonl and loss.png (logs.py), OUT/samples, OUT/settings.json
+Writes    OUT/checkpoints (resume.py), OUT/log.jsonl and held_out.jsonl (logs.py), OUT/loss.png (plots.py), OUT/samples,
+          OUT/settings.json
           OUT/sd3.safetensors    official names, transformer and VAE in one file
           OUT/flux.safetensors   official names, the transformer alone, as in flux1-dev.safetensors
 Ranks     all ranks call every method together; the first one writes what is not sharded
@@ -26,8 +27,10 @@ from family import SAMPLING, Family, find
 from files import entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
 from machine.memory import peak_memory_gib
+from training.heldout import HeldOut, held_out_row
 from training.logs import Log, Tally, matmul_rate
 from training.plan import flop_of_image
+from training.plots import write_figure
 from training.ranks import on_all, on_first, rank, world
 from training.resume import (
     ABOUT,
@@ -122,6 +125,7 @@ class Run:
             text = json.dumps({"commit": commit(), "ranks": world()} | asdict(self.settings), indent=1)
             (self.out / "settings.json").write_text(text)
             self.log_file = Log(self.out, step)
+            self.held_out_file = Log(self.out, step or -1, "held_out") if self.settings.validate else None
             flop = flop_of_image(type(self.model), self.model.config, latent_side, context_tokens)
             self.matmul_s_per_image = flop / matmul_rate(device, DTYPES[self.settings.dtype])
 
@@ -153,7 +157,21 @@ class Run:
             tensors = tensors_of(self.model, self.ema, self.optimizer, done)
             save_checkpoint(self.out, done, tensors, self.identity, self.settings.keep)
             self.saved_step = done
-            on_first(lambda: self.log_file.plot())
+            on_first(self.plot)
+        self.excluded_s += time.perf_counter() - start
+
+    def plot(self) -> None:
+        write_figure(self.out / "loss.png", self.log_file.rows, self.held_out_file.rows if self.held_out_file else [])
+
+    def validate(self, done: int, held_out: HeldOut) -> None:
+        """Log the loss of held-out pictures after `done` steps."""
+        def write() -> None:
+            self.held_out_file.write({"step": done} | row)
+            self.plot()
+            print(f"step {done}: held-out loss {row['loss']:.4f} of {row['pictures']} pictures", flush=True)
+
+        start, row = time.perf_counter(), held_out_row(self.model, held_out, self.settings)
+        on_first(write)
         self.excluded_s += time.perf_counter() - start
 
     def draw(self, done: int, vae: VAE, context: Tensor, pooled: Tensor, how: SampleSettings) -> None:

@@ -41,8 +41,8 @@ def sample_settings_of(settings: Settings, family: Family, transformer: Weights,
     """
     sampling, side = family.sampling(transformer), settings.res // settings.factor
     sigmas = family.sigmas(sampling.steps, sampling.time_shift or family.by_tokens(settings.tokens))
-    return SampleSettings(sigmas, (channels, side, side), sampling.cfg, settings.guidance, settings.factor,
-                          settings.seed)
+    return SampleSettings(sigmas, (channels, side, side), sampling.cfg, settings.guidance_shown,
+                          settings.factor, settings.seed)
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ Check     python -m pytest tests/test_settings.py ; python train.py --help
 
 import argparse
 import math
+import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args
 
@@ -19,15 +20,16 @@ import torch
 from checkpoint import DTYPES
 from family import Family
 from files import from_torchrun, need
-from flow import DENSITIES, SCHEMES, SEEDS, flux_mu
+from flow import DENSITIES, SCHEMES, SEEDS, SNR_HUBER, flux_mu, sample_sigma
 from layers import RULES
 from machine.memory import GIB, UNKNOWN
 from text import check_t5_length
-from wavelet import OBJECTIVES
+from wavelet import MASKS, OBJECTIVES
 
 T = TypeVar("T")
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 MOST = {"batch": 2**16, "threads": 1024}
+LEAST_SHARE = 0.001  # of drawn sigmas that --sigma-range must keep
 RECIPES = {  # settings in which paper and release differ; None = family default
     "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None,
               "flip": False, "drop_caption": 0.0, "resize": "lanczos", "small": "refuse"},
@@ -51,14 +53,29 @@ def flag(default: object, help: str, **options: object) -> Any:
     return field(default=default, metadata={"help": help} | options)
 
 
-def four_numbers(text: str) -> tuple[float, ...]:
+def numbers(names: str, kind: type = float, fits: Callable[..., bool] = lambda *_: True,
+            accepted: str = "") -> Callable[[str], tuple]:
+    """A type for argparse: numbers from 0, joined by commas, one per name, that fit."""
+    count = len(names.split(","))
+    kinds = f"{ {2: 'two', 4: 'four', 5: 'five'}[count]} {'numbers' if kind is float else 'integers'}"
+
+    def parsed(text: str) -> tuple:
+        try:
+            values = tuple(kind(v) for v in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != count or not all(0 <= value < math.inf for value in values) or not fits(*values):
+            raise argparse.ArgumentTypeError(f"{text!r}: {kinds} from 0 for {names}{accepted and f', {accepted}'}")
+        return values
+
+    return parsed
+
+
+def number_or_range(text: str) -> float | tuple[float, float]:
     try:
-        values = tuple(float(v) for v in text.split(","))
+        return numbers("LOW,HIGH", float, operator.lt, "LOW < HIGH")(text) if "," in text else float(text)
     except ValueError:
-        values = ()
-    if len(values) != 4 or not all(0 <= value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: four numbers from 0 for LL,LH,HL,HH")
-    return values
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, or LOW,HIGH") from None
 
 
 def shift_or_tokens(text: str) -> float | str:
@@ -119,14 +136,32 @@ class Settings:
                               choices=tuple(RECIPES))
     objective: str | None = flag(
         None, "paper: bands of the velocity; release: of the denoised latent; velocity: no bands; noise: bands of the "
-        "noise (default: paper)", choices=OBJECTIVES)
-    bands: tuple[float, ...] = flag("1,1,1,1", "weights of LL,LH,HL,HH", type=four_numbers)
+        "noise; snr_huber: UltraFlux's (default: paper)", choices=OBJECTIVES)
+    bands: tuple[float, ...] = flag("1,1,1,1", "weights of LL,LH,HL,HH", type=numbers("LL,LH,HL,HH"))
+    levels: int = flag(1, "levels of the Haar transform: LL is split again", metavar="N")
     huber: float = flag(0.0, "width of the pseudo-Huber penalty in latent units; 0: squared error")
+    huber_snr: tuple[float, ...] | None = flag(
+        None, "constants of snr_huber; a, g and b are ours, since the authors published none (default: "
+        f"{','.join(f'{value:g}' for value in SNR_HUBER)})", metavar="CMIN,CMAX,A,G,B",
+        type=numbers("c_min,c_max,a,g,b", float, lambda low, high, a, g, b: 0 < low <= high and g > 0,
+                     "0 < c_min <= c_max, g > 0"))
+    mask: str | None = flag(
+        None, "above sigma 0.3, train only places with detail. lwd: detail of the clean latent; lwd_release: of z, in "
+        "the released code's channels (default: all places)", choices=MASKS)
     density: str | None = flag(None, "density of sigma (default: SD3 logit_normal, Flux uniform)", choices=DENSITIES)
+    beta: tuple[int, ...] | None = flag(None, "parameters of --density beta, integers from 1 (default: 2,4)",
+                                        type=numbers("A,B", int, lambda a, b: 1 <= min(a, b) and a + b <= 1000,
+                                                     "at least 1, together at most 1000"), metavar="A,B")
+    sigma_range: tuple[float, ...] | None = flag(None, "draw sigma again until it is in this range (default: 0,1)",
+                                                 type=numbers("LOW,HIGH", float, lambda low, high: low < high <= 1,
+                                                              "LOW < HIGH <= 1"), metavar="LOW,HIGH")
     time_shift: float | str | None = flag(
         None, 'shift of sigma; above 1 is noisier; "tokens": as Flux-dev samples at --res (default: SD3 3, Flux 1)',
         type=shift_or_tokens, metavar="S")
-    guidance: float | None = flag(None, "guidance fed to Flux-dev; other models have no such input (default: 3.5)")
+    guidance: float | tuple[float, ...] | None = flag(
+        None, "guidance fed to Flux-dev: a number, or a range drawn from per picture. 3.5 is the paper's; users of its "
+        "release and URAE report better results with 1. Other models have no such input (default: 3.5)",
+        type=number_or_range, metavar="G|LOW,HIGH")
     weighting: str | None = flag(None, "w(sigma) of the loss (default: none)", choices=SCHEMES)
     # optimizer
     steps: int = flag(20_000, "optimizer steps of the complete run")
@@ -159,6 +194,11 @@ class Settings:
     keep: int = flag(2, "newest checkpoints to keep", metavar="N")
     log_every: int = flag(10, "steps between log lines")
     sample_every: int = flag(0, "steps between sample pictures; 0: never")
+    validate: str | None = flag(None, "held-out pictures and metadata.jsonl: their loss is logged and never trained on",
+                                metavar="DIR")
+    validate_every: int | None = flag(
+        None, "steps between held-out losses (default: 80 * held-out pictures / --batch, less than 5 %% of the run)",
+        metavar="N")
     seed: int = flag(0, "seed of every random draw")
     threads: int | None = flag(None, "CPU threads per rank (default: the cores, divided by the ranks of this host)")
 
@@ -172,6 +212,11 @@ class Settings:
         return torch.bfloat16 if self.state == "bf16" else torch.float32
 
     @property
+    def guidance_shown(self) -> float | None:
+        """Where one number is needed, in sample pictures and held-out losses: the middle of a range."""
+        return sum(self.guidance) / 2 if isinstance(self.guidance, tuple) else self.guidance
+
+    @property
     def tokens(self) -> int:
         """Image tokens of a training square."""
         return (self.res // (2 * self.factor)) ** 2
@@ -180,14 +225,15 @@ class Settings:
 # What decides the numbers of a run. A run resumes only with equal values of these; the other settings may change.
 IDENTITY = (
     "res", "aspect", "factor", "dilation", "latent_shift", "vae_dtype", "flip", "resize", "cache_latents",
-    "drop_caption", "t5_length", "objective", "bands", "huber", "density", "time_shift", "guidance", "weighting",
-    "batch", "lr", "warmup", "weight_decay", "clip", "ema", "state", "dtype", "seed")
+    "drop_caption", "t5_length", "objective", "bands", "levels", "huber", "huber_snr", "mask", "density", "beta",
+    "sigma_range", "time_shift", "guidance", "weighting", "batch", "lr", "warmup", "weight_decay", "clip", "ema",
+    "state", "dtype", "seed")
 SOURCE = ("model", "weights", "transformer")  # where the weights lie; a checkpoint also records what they are
 
 
 def settle(settings: Settings, family: Family) -> Settings:
     """Resolve unset settings from the recipe, then the model family; ValueError if two settings contradict."""
-    family.check_guidance(settings.guidance)
+    family.check_guidance(settings.guidance_shown)
     recipe = RECIPES[settings.recipe] if settings.recipe else OURS
     if not family.release_drops_latent_shift:
         recipe = recipe | {"latent_shift": True}
@@ -198,18 +244,40 @@ def settle(settings: Settings, family: Family) -> Settings:
         density=settings.density or family.density, time_shift=shift or family.training_shift, offload=offload,
         guidance=family.guidance if settings.guidance is None else settings.guidance,
         activations=settings.activations or ("recompute" if settings.tokens >= RECOMPUTE_TOKENS else "keep"))
-    if settled.objective == "velocity" and (settled.huber or set(settled.bands) != {1.0}):
-        raise ValueError("--objective velocity has no bands: give --objective paper, which is the same with equal ones")
+    if settled.objective == "snr_huber":
+        settled = replace(settled, huber_snr=settled.huber_snr or SNR_HUBER)
+    if settled.density == "beta":
+        settled = replace(settled, beta=settled.beta or (2, 4))
+    check_objective(settled)
     return settled
+
+
+def check_objective(s: Settings) -> None:
+    """ValueError if two settings of the objective contradict, or hardly a sigma is drawn in --sigma-range."""
+    if s.objective == "velocity" and (s.huber or s.levels > 1 or set(s.bands) != {1.0}):
+        raise ValueError("--objective velocity has no bands: give --objective paper, which is the same with equal ones")
+    if s.objective == "snr_huber" and s.huber:
+        raise ValueError(f"--huber {s.huber:g}: the width of --objective snr_huber follows sigma; give --huber-snr")
+    for name, of in (("huber_snr", s.objective == "snr_huber"), ("beta", s.density == "beta")):
+        if getattr(s, name) and not of:
+            owner = "--objective snr_huber" if name == "huber_snr" else "--density beta"
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of {owner}; give both or neither")
+    if s.sigma_range:
+        drawn = sample_sigma(100_000, s.density, s.time_shift, generator=torch.Generator().manual_seed(0), beta=s.beta)
+        share = ((drawn >= s.sigma_range[0]) & (drawn <= s.sigma_range[1])).double().mean().item()
+        need(share >= LEAST_SHARE, "sigma-range", ",".join(f"{value:g}" for value in s.sigma_range),
+             f"a range with {LEAST_SHARE:.1%} of the sigmas of --density {s.density} or more; this one has {share:.2%}")
 
 
 def check(s: Settings, ranks: int) -> None:
     """Refuse a setting out of range: ValueError that names the flag, its value and what is accepted."""
     check_t5_length(s.t5_length)
     need(s.sequence > 0 and ranks % s.sequence == 0, "sequence", s.sequence, f"a divisor of {ranks}, the ranks")
-    step, groups = 2 * s.factor, ranks // s.sequence
+    need(1 <= s.levels <= 8, "levels", s.levels, "1 to 8")
+    step, groups = 2**s.levels * s.factor, ranks // s.sequence
     need(0 < s.res <= 2**16 and s.res % step == 0, "res", s.res,
-         f"a multiple of {step} at --factor {s.factor}, at most {2**16:,}")
+         f"a multiple of {step} at --factor {s.factor}{f' --levels {s.levels}' if s.levels > 1 else ''}, "
+         f"at most {2**16:,}")
     for flag in ("steps", "batch", "accumulate", "save-every", "log-every", "keep", "threads"):
         value, most = getattr(s, flag.replace("-", "_")), MOST.get(flag, 10**9)
         need(1 <= value <= most, flag, value, f"1 or more, at most {most:,}")
@@ -223,7 +291,10 @@ def check(s: Settings, ranks: int) -> None:
     need(s.time_shift in (None, "tokens") or 0 < s.time_shift < math.inf, "time-shift", s.time_shift,
          'a number above 0, or "tokens"')
     need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
-    need(s.guidance is None or 0 <= s.guidance < math.inf, "guidance", s.guidance, "a number from 0")
+    need(s.guidance is None or 0 <= s.guidance_shown < math.inf, "guidance", s.guidance, "a number from 0")
+    need(s.validate_every is None or s.validate_every >= 1, "validate-every", s.validate_every, "1 or more")
+    if s.validate_every and not s.validate:
+        raise ValueError("--validate-every: give --validate DIR, the held-out pictures")
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
     if s.offload and s.state == "bf16":
         raise ValueError("--offload --state bf16: random rounding takes a CPU as long as 20 steps; give one of them")

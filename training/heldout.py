@@ -1,0 +1,83 @@
+"""Held-out loss: the velocity's mean square error on pictures that are never trained on, by sigma bin and by band.
+
+Fixed     a picture's latent, noise and sigmas follow from its name and --seed: equal weights give equal numbers on any
+          number of ranks, after any restart, and with any --objective, --density, --weighting and --mask
+Sigma     one in each of the log's bins, evenly over (0, 1): every bin has as many samples as there are pictures
+Passes    of one picture and one sigma, forward only: no number depends on a batch, and no pass needs more than training
+Weights   those under training, not the average of --ema
+Check     python -m pytest tests/test_heldout.py
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flow import interpolate
+from flux import Flux
+from mmdit import MMDiT
+from training.cache import Embeddings, Latents
+from training.logs import SIGMA_BINS
+from training.model import autocast
+from training.ranks import gathered, on_all, rank, world
+from training.seeds import seed_of
+from training.settings import Settings
+from vae import VAE
+from wavelet import BANDS, band_losses
+
+PASSES_PER_IMAGE = 0.1  # at the default interval, per trained picture; forward takes a third of forward and backward
+
+
+def default_interval(pictures: int, batch: int) -> int:
+    """Steps between held-out losses, so that they take less than 5 % of the run."""
+    return max(1, round(pictures * SIGMA_BINS / (PASSES_PER_IMAGE * batch)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out pictures: names, first captions, (height, width) of the central crops, what was cached of both."""
+
+    names: Sequence[str]
+    captions: Sequence[str]
+    sizes: Sequence[tuple[int, int]]
+    texts: Embeddings
+    latents: Latents
+    vae: VAE
+
+    def read(self, index: int, seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+        """Latent (1, 16, h, w), context and pooled of one picture; the generator that drew the latent."""
+        generator = torch.Generator().manual_seed(seed_of(seed, zlib.crc32(self.names[index].encode())))
+        moments = (m.to(self.texts.device).float() for m in self.latents.read(index, *self.sizes[index]))
+        return self.vae.draw(*moments, generator), *self.texts.read([self.captions[index]]), generator
+
+
+@torch.no_grad()
+def held_out_row(model: MMDiT | Flux, held_out: HeldOut, settings: Settings) -> dict[str, object]:
+    """The means over all pictures, for the log; all ranks together, since each may hold a part of the model."""
+    count, mine = len(held_out.names), {}
+    group, groups = rank() // settings.sequence, world() // settings.sequence  # of ranks that share a picture
+    for first in range(0, count, groups):
+        index = (first + group) % count
+        mine[index] = _errors(model, *on_all(partial(held_out.read, index, settings.seed)), settings)
+    of_picture = {index: errors for part in gathered(mine) for index, errors in part.items()}
+    errors = torch.tensor([of_picture[index] for index in range(count)], dtype=torch.float64)  # (pictures, bins, bands)
+    return {"loss": errors.mean().item(),
+            **{f"v_{name}": round(loss, 5) for name, loss in zip(BANDS, errors.mean((0, 1)).tolist(), strict=True)},
+            "v_by_sigma": [round(loss, 5) for loss in errors.mean((0, 2)).tolist()], "pictures": count}
+
+
+def _errors(model: MMDiT | Flux, latent: Tensor, context: Tensor, pooled: Tensor, generator: torch.Generator,
+            settings: Settings) -> list[list[float]]:
+    """Of one picture: for each sigma bin, the loss of each band."""
+    errors, guidance = [], settings.guidance_shown
+    guidance = None if guidance is None else torch.full((1,), guidance, device=latent.device)
+    for k in range(SIGMA_BINS):
+        sigma = ((k + torch.rand(1, generator=generator)) / SIGMA_BINS).to(latent.device)
+        noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+        with autocast(settings):
+            velocity = model(interpolate(latent, noise, sigma), sigma, context, pooled, guidance)
+        errors.append(band_losses(velocity, noise - latent)[0].tolist())
+    return errors
