@@ -249,6 +249,8 @@ def check(file: Path, stored: Mapping[str, str]) -> None:
 
 FULL = "give the fp16, bf16 or fp8 file of the same model"
 MERGE = "merge it into its model and give the complete file"
+AS_LORA = "sample.py takes it as --lora, beside its model"
+PLAIN_LORA = "give a plain LoRA of the transformer, or the complete model that it is merged into"
 PLAIN = "give the plain text-to-image model"
 TRANSFORMER = "give an SD3 or Flux transformer"
 
@@ -277,9 +279,9 @@ OTHERS = (
     (r"^redux_(up|down)\.",                            "Flux Redux, for prompts that are pictures", PLAIN),
     (r"^controlnet_|^control_model\.|^input_hint_block\.|^pos_embed_input\.", "a ControlNet", PLAIN),
     (r"\.processor\..*lora",                           "a LoRA in XLabs' names", MERGE),
-    (r"^lora_(unet|transformer|te\d?|prior)_",         "a LoRA in kohya's names", MERGE),
-    (r"^((double|single)_blocks|img_in|txt_in)\b.*\.lora_[AB]\.", "a LoRA in Black Forest Labs' names", MERGE),
-    (r"lora(_|\d)",                                    "a LoRA in the names of PEFT or diffusers", MERGE),
+    (r"^lora_(unet|transformer|te\d?|prior)_",         "a LoRA in kohya's names", AS_LORA),
+    (r"^((double|single)_blocks|img_in|txt_in)\b.*\.lora_[AB]\.", "a LoRA in Black Forest Labs' names", AS_LORA),
+    (r"lora(_|\d)",                                    "a LoRA in the names of PEFT or diffusers", AS_LORA),
     (r"\.diff(_b)?$",                                  "the difference of two models", MERGE),
     (r"^(emb_params$|string_to_param|<|(clip_[lg]|t5xxl)$)", "a textual inversion, which stands for a word",
      "write the words out; " + TRANSFORMER),
@@ -301,7 +303,17 @@ OTHERS = (
     (r"^(shared\.weight$|encoder\.block\.\d+\.layer\.)", "a T5 encoder", TRANSFORMER),
     (r"^(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "a language model", TRANSFORMER))
 
-ADAPTERS = tuple(row for row in OTHERS if row[2] == MERGE)  # refused beside a complete transformer too
+# refused beside a complete transformer too
+ADAPTERS = tuple((shows, what, MERGE) for shows, what, do in OTHERS if do in (MERGE, AS_LORA))
+
+# as above: refused where a LoRA is expected
+VARIANTS = (
+    (r"\.dora_scale$|\.lora_magnitude_vector\b",       "a DoRA, whose matrices also have norms", PLAIN_LORA),
+    (r"\.lora_mid\.",                                  "a LoCon with three factors", PLAIN_LORA),
+    (r"\.lora_(B|up)\.(default\.)?bias$",              "a LoRA that also adds biases", PLAIN_LORA),
+    (r"^lora_te\d?_|^text_encoder",                    "a LoRA that also adapts text encoders", PLAIN_LORA),
+    (r"norm\w*\.(scale|weight)$|\.set_weight$",        "a LoRA that also replaces norms, for control", PLAIN_LORA),
+    *((shows, what, PLAIN_LORA) for shows, what, do in OTHERS if do == MERGE))
 
 # scaled fp8, as ComfyUI and others write it: weight = fp8 * scale
 SCALES = (".scale_weight", ".weight_scale")            # of the ".weight" beside it

@@ -191,7 +191,7 @@ def train(settings: Settings) -> int:
 
     with only_run(Path(settings.out)):                     # a second run with this --out is refused
         model, vae = load_models(job)                      # meta -> shard -> fill
-        sync = Sync(model, settings.sharded)               # the DDP above, FSDP, or nothing
+        sync = Sync(model, settings.sharded and not settings.lora)  # DDP, FSDP, or nothing
         optimizer = new_optimizer(settings, model)
         ema = EMA(model, settings.ema, settings.ema_on_host)
         run = Run(settings, job.identity(), model, ema.copies, optimizer)

@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self.add(tensor.untyped_storage(), 0)
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(self.forget)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_script
 
 METHOD = {"wavelet", "flow", "vae", "mmdit", "flux", "layers", "text", "tokenizer", "checkpoint", "names", "family",
-          "files"}
+          "files", "lora"}
 COMMANDS = {"sample", "train", "train_vae", "metrics", "data"}
 BELOW = {"reading", "machine"}   # rooms below the others
 ROOMS = BELOW | {"drawing", "training", "scores", "collecting"}

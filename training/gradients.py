@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint import DTYPES
 from layers import blocks_of
+from training.adapter import trained
 from training.ranks import world
 from training.settings import Settings
 
@@ -41,11 +42,11 @@ class DDP:
     """
 
     def __init__(self, model: nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*trained(model).values(), *model.buffers()):
             dist.broadcast(tensor.detach(), 0)
         self.last_backward, self.buckets, self.launched, self.works = True, [], 0, []
         group: list[nn.Parameter] = []
-        for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
+        for parameter in reversed(trained(model).values()):
             if group and sum(p.nbytes for p in group) + parameter.nbytes > BUCKET_BYTES:
                 self.buckets.append(self.bucket(group))
                 group = []

@@ -22,6 +22,7 @@ from flux import Flux, FluxConfig
 from layers import blocks_of
 from mmdit import MMDiT, MMDiTConfig
 from training.adamw import RoundedAdamW
+from training.adapter import attach, initialise, trained
 from training.batches import Part
 from training.ranks import rank, world
 from training.settings import Settings
@@ -51,22 +52,26 @@ def build(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig, 
           shard: Callable[[nn.Module], None]) -> MMDiT | Flux:
     """The transformer with its weights, read after `shard` has split it: each rank then reads its own rows only."""
     with torch.device("meta"):
-        model = make(family, config, settings.activations, settings.compile).to(settings.state_dtype)
+        model = make(family, config, settings.activations, settings.compile).to(settings.weight_dtype)
     home = torch.device("cpu") if settings.offload else device
     if settings.sharded:
         shard(model)
         model.to_empty(device=home)
-    fill(model, weights, home, settings.state_dtype)
+    fill(model, weights, home, settings.weight_dtype)
     for module in model.modules():  # only the parameters of an offloaded model stay on the host
         module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+    if settings.lora:
+        attach(model, settings.lora, settings.lora_init == "minor", device, settings.state_dtype)
+        initialise(model, weights, settings.seed)
     return model
 
 
 def new_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = trained(model).values()
     if settings.state == "bf16":
-        seed = settings.seed + (rank() if settings.sharded else 0)
-        return RoundedAdamW(model.parameters(), settings.lr, BETAS, settings.weight_decay, seed)
-    return torch.optim.AdamW(model.parameters(), settings.lr, BETAS, weight_decay=settings.weight_decay, fused=True)
+        seed = settings.seed + (rank() if settings.sharded and not settings.lora else 0)
+        return RoundedAdamW(parameters, settings.lr, BETAS, settings.weight_decay, seed)
+    return torch.optim.AdamW(parameters, settings.lr, BETAS, weight_decay=settings.weight_decay, fused=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ class EMA:
         if not decay:
             return
         mesh = init_device_mesh("cpu", (world(),)) if on_host and dist.is_initialized() else None
-        for name, p in model.named_parameters():
+        for name, p in trained(model).items():
             if not on_host:
                 copy = p.detach().to(torch.float32, copy=True)
             else:
@@ -95,7 +100,7 @@ class EMA:
         """After optimizer step `step`, from 0; the decay rises from 0.1 to its value: the start is forgotten."""
         decay = min(self.decay, (step + 1) / (step + 10))
         if self.copies:
-            for copy, p in zip(self.copies.values(), self.model.parameters(), strict=True):  # never a second fp32 model
+            for copy, p in zip(self.copies.values(), trained(self.model).values(), strict=True):  # no second fp32 model
                 local(copy).lerp_(local(p).to(local(copy)), 1 - decay)
 
 
@@ -107,7 +112,7 @@ def return_freed_memory() -> None:
 
 def autocast(settings: Settings) -> torch.autocast:
     """bf16 products of fp32 weights, for --dtype bf16; FSDP casts the weights by itself, and bf16 weights decide."""
-    enabled = settings.dtype == "bf16" and not settings.sharded and settings.state == "fp32"
+    enabled = settings.dtype == "bf16" and not settings.sharded and settings.weight_dtype == torch.float32
     return torch.autocast(settings.device.partition(":")[0], torch.bfloat16, enabled=enabled)
 
 

@@ -28,6 +28,7 @@ from flux import Flux, FluxConfig
 from layers import blocks_of
 from machine.memory import GIB, UNKNOWN, host_memory, peak_bytes
 from mmdit import MMDiT, MMDiTConfig
+from training.adapter import attach, state_of, trained
 from training.model import make
 from training.resume import FILE_BYTES
 from training.settings import Machine, Settings, check, settle
@@ -44,19 +45,20 @@ SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory ch
 
 
 def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | FluxConfig, side: int,
-                  context_tokens: int) -> int:
+                  context_tokens: int, adapter: bool = False) -> int:
     """Floating-point operations of one image in one training step, counted on the meta device, without weights.
 
     These are the matrix products of forward, three times: backward has two for each of them.
 
-    side   of the latent
+    side     of the latent
+    adapter  only one is trained: backward has one product for each of them
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         guided = torch.empty(1) if getattr(config, "guidance", False) else None
         context = torch.empty(1, context_tokens, config.context_dim)
         latent, pooled = torch.empty(1, config.in_channels, side, side), torch.empty(1, config.pooled_dim)
         model_class(config)(latent, torch.empty(1), context, pooled, guided)
-    return 3 * counter.get_total_flops()
+    return (2 if adapter else 3) * counter.get_total_flops()
 
 
 # ---- what is planned for
@@ -79,43 +81,48 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
     total_count, largest = sum(p.numel() for p in parameters), max(p.numel() for p in parameters)
     shares = [-(-len(p) // ranks) * p[0].numel() if s.sharded else p.numel() for p in parameters]  # of the first rank
-    own = sum(shares)
-    size = s.state_dtype.itemsize
+    own = learned = sum(shares)
+    size, state, adapter = s.weight_dtype.itemsize, s.state_dtype.itemsize, 0
+    buffers = size * sum(b.numel() for b in model.buffers())
+    if s.lora:                                                         # every rank holds the complete adapter
+        attach(model, s.lora, s.lora_init == "minor", "meta", s.state_dtype)
+        learned, largest = (of(p.numel() for p in trained(model).values()) for of in (sum, max))
+        adapter = sum(t.nbytes for t in state_of(model).values())
     compute = 2 if s.dtype == "bf16" else size
     batch = s.batch * s.sequence // (ranks * s.accumulate)
-    stored_in_bf16 = s.dtype == "bf16" and (s.sharded or s.state == "bf16")
+    stored_in_bf16 = s.dtype == "bf16" and (s.sharded or s.weight_dtype == torch.bfloat16)
     width = batch * config.hidden_size * (2 if stored_in_bf16 else 4)
     tokens = s.tokens, family.text_tokens(s.t5_length)                 # of image and text, shared with --sequence
     inputs = [-(-n // s.sequence) * width for n in tokens] * len(blocks)
     gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
-    reduced = max(blocks) * (compute + 8)                              # a block's gradients, two of them in fp32
+    reduced = 0 if s.lora else max(blocks) * (compute + 8)             # a block's gradients, two of them in fp32
     vae_dtype = DTYPES[s.vae_dtype]
     encoding = vae_config, vae_dtype, s.res, s.factor
     text_encoders = TEXT_PARAMETERS[family.text] if config.context_dim == TEXT_WIDTH else 0
     text_encoders *= 4 if s.device == "cpu" else 2
-    rounded = 24 * largest // (ranks if s.sharded else 1)              # fp32 copies of one parameter at a time
+    rounded = 24 * largest // (ranks if s.sharded and not s.lora else 1)  # fp32 copies of one parameter at a time
 
-    card = {"parameters": own * size, "gradients": own * size, "optimizer": 2 * own * size,
-            "averaged weights": 4 * own if s.ema else 0,
+    card = {"parameters": own * size, "adapter": adapter, "gradients": learned * state,
+            "optimizer": 2 * learned * state, "averaged weights": 4 * learned if s.ema else 0,
             "activations": activation_bytes(s, family, config, ranks) - (sum(inputs) if s.activations == "host" else 0),
             "gathered weights": gathered * compute if s.sharded else 0,
-            "buffers": (size * sum(b.numel() for b in model.buffers()) + (reduced if s.sharded else 0)
-                        + (rounded if s.state == "bf16" else 0)),
+            "buffers": buffers + (reduced if s.sharded else 0) + (rounded if s.state == "bf16" else 0),
             "VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
             "VAE encoding": 0 if s.cache_latents else encoding_bytes(*encoding, s.dilation),
             "sample decoding": decoding_bytes(*encoding) if s.sample_every else 0,
             "text encoders": text_encoders,
             "reserve": 0 if s.device == "cpu" else RESERVE}
-    moved = {"offloaded state": ("parameters", "gradients", "optimizer") if s.offload else (),
-             "averaged weights": ("averaged weights",) if s.ema_on_host or s.offload else ()}
+    offloaded = ("parameters",) if s.lora else ("parameters", "gradients", "optimizer")
+    moved = {"offloaded state": offloaded if s.offload else (),
+             "averaged weights": ("averaged weights",) if s.ema_on_host or s.offload and not s.lora else ()}
     host = {name: sum(card[row] for row in rows) for name, rows in moved.items()}
     for row in sum(moved.values(), ()):
         card[row] = 0
     if s.offload:  # weights and gradients are pinned, moments are not
-        host["rounded up by pinning"] = 2 * (pinned(size * share for share in shares) - own * size)
+        host["rounded up by pinning"] = (1 if s.lora else 2) * (pinned(size * n for n in shares) - own * size)
     crop = 3 * s.res**2  # bytes
     host |= {"activations": pinned(inputs) if s.activations == "host" else 0,
-             "a checkpoint being written": 2 * min(FILE_BYTES, own * size),
+             "a checkpoint being written": 2 * min(FILE_BYTES, adapter or own * size),
              "pictures": PICTURES + (0 if s.cache_latents else 2 * crop * batch * s.accumulate),  # of two steps
              "processes": PROCESS, "the ranks' work, as above": total(card) if s.device == "cpu" else 0}
     return card, {name: local * value for name, value in host.items()}
@@ -137,16 +144,24 @@ def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConf
     """Peak activation bytes of one forward and backward pass on one rank, measured on fake tensors."""
     batch, side = s.batch * s.sequence // (ranks * s.accumulate), s.res // s.factor
     loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
-    stored = torch.bfloat16 if s.sharded and in_bf16 else s.state_dtype
-    autocast = in_bf16 and not s.sharded and s.state == "fp32"
+    stored = torch.bfloat16 if s.sharded and in_bf16 else s.weight_dtype
+    autocast = in_bf16 and not s.sharded and s.weight_dtype == torch.float32
+    adapter = s.lora and (s.lora, s.lora_init == "minor", "cpu", s.state_dtype)
     of_group = _rehearse(family, config, batch, side, family.text_tokens(s.t5_length), s.guidance, loss, s.activations,
-                         stored, autocast)
+                         stored, autocast, adapter)
     return of_group // s.sequence
 
 
 @cache  # most changes that smallest_change() tries leave the activations as they are
 def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side: int, tokens: int,
-              guidance: float | None, loss: tuple, activations: str, stored: torch.dtype, autocast: bool) -> int:
+              guidance: float | None, loss: tuple, activations: str, stored: torch.dtype, autocast: bool,
+              adapter: tuple | None) -> int:
+    def built() -> MMDiT | Flux:
+        model = make(family, config, activations)
+        if adapter:
+            attach(model, *adapter)
+        return model
+
     def run(model: MMDiT | Flux) -> None:
         name, weighting, bands, huber = loss
         latent, noise = torch.empty(2, batch, config.in_channels, side, side)
@@ -157,7 +172,7 @@ def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side
             velocity = model(z, sigma, context, pooled, guidances)
         objective(name, velocity, latent, noise, sigma, loss_weight(sigma, weighting), bands, huber).backward()
 
-    return peak_bytes(lambda: make(family, config, activations), run, stored)
+    return peak_bytes(built, run, stored)
 
 
 def vae_parameters(config: VAEConfig) -> int:

@@ -39,6 +39,7 @@ from flux import FluxConfig
 from layers import STOCK
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW
+from training.adapter import state_of, trained
 from training.ranks import SharedError, gathered, on_all, on_first, rank, world
 from training.settings import IDENTITY, SOURCE, Settings
 
@@ -266,9 +267,9 @@ def weights_of(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 def tensors_of(model: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                steps: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name there; moments that do not exist yet are created as zeros."""
-    tensors = {f"model.{name}": t.detach() for name, t in model.state_dict().items()}
+    tensors = {f"model.{name}": t.detach() for name, t in state_of(model).items()}
     tensors |= {f"ema.{name}": t for name, t in ema.items()}
-    for name, p in model.named_parameters():
+    for name, p in trained(model).items():
         if not optimizer.state[p]:
             zeros = {moment: torch.zeros_like(p, memory_format=torch.preserve_format) for moment in MOMENTS}
             count_on = "cpu" if isinstance(optimizer, RoundedAdamW) else p.device  # fused AdamW counts on the device

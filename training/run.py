@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, save
-from family import SAMPLING, Family, find
+from family import SAMPLING, Family, find, fingerprint, published_name
 from files import entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
+from lora import SOFTWARE
 from machine.memory import peak_memory_gib
+from training.adapter import exported
 from training.heldout import HeldOut, held_out_row
 from training.logs import Log, Tally, matmul_rate
 from training.plan import flop_of_image
@@ -126,7 +128,8 @@ class Run:
             (self.out / "settings.json").write_text(text)
             self.log_file = Log(self.out, step)
             self.held_out_file = Log(self.out, step or -1, "held_out") if self.settings.validate else None
-            flop = flop_of_image(type(self.model), self.model.config, latent_side, context_tokens)
+            adapter = self.settings.lora is not None
+            flop = flop_of_image(type(self.model), self.model.config, latent_side, context_tokens, adapter)
             self.matmul_s_per_image = flop / matmul_rate(device, DTYPES[self.settings.dtype])
 
         on_first(open_log)
@@ -203,7 +206,7 @@ def commit() -> str:
 
 
 def export(folder: Path, settings: Settings, family: Family, transformer: Weights, vae_path: Path) -> Path:
-    """Write one official file from a checkpoint.
+    """Write one official file, or the adapter that was trained, from a checkpoint.
 
     folder       of the checkpoint
     settings     out, save_dtype, res, factor
@@ -212,16 +215,23 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
     raises       ValueError if a weight is NaN or Inf in that dtype
     """
     dtype, path, then = DTYPES[settings.save_dtype], Path(settings.out) / family.file, _settings_of(folder)
-    tensors = weights_of(folder, dtype)
+    adapter, part = then.get("lora"), transformer.part("model.diffusion_model.")
+    tensors = weights_of(folder, torch.float32 if adapter else dtype)  # an adapter's numbers are too small for fp16
+    positions = _positions_of(folder)
     records = {name: value for name, value in transformer.metadata.items() if name in SAMPLING}
-    if family.vae_inside:
+    if adapter:
+        path, tensors = path.with_name("lora.safetensors"), exported(tensors, part)
+        base = f"{published_name(transformer.source)} {fingerprint(transformer.source)}"
+        records = {"software": SOFTWARE, "base": base, "rank": len(next(iter(tensors.values()))),
+                   "positions": positions.rule, "trained_side": positions.side}
+    elif family.vae_inside:
         vae = VAE.load(vae_path, fallback=family.latent_scale)
         records |= {"norm_groups": vae.config.norm_groups, "scale_factor": vae.scale_factor,
                     "shift_factor": vae.shift_factor}
         tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
         tensors |= {f"first_stage_model.{name}": t.to(dtype) for name, t in vae.state_dict().items()}
-    config = family.config(transformer.part("model.diffusion_model."))
-    records |= family.records(replace(config, positions=_positions_of(folder)))
+    if not adapter:
+        records |= family.records(replace(family.config(part), positions=positions))
     if bad := next((name for name, t in tensors.items() if not torch.isfinite(torch.stack(t.aminmax())).all()), ""):
         raise ValueError(f"{bad} holds NaN or Inf in {settings.save_dtype}: {path} is not written; "
                          "try a smaller --lr, or a wider --save-dtype")

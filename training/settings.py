@@ -173,6 +173,10 @@ class Settings:
     ema: float = flag(0.0, "decay per step of averaged weights, which are then exported; 0: none")
     state: str = flag("fp32", "weights and moments: fp32, 12 bytes per parameter, or bf16, 6, stochastically rounded",
                       choices=("fp32", "bf16"))
+    lora: int | None = flag(None, "train an adapter of this rank beside frozen weights; 16 is usual, with --lr 1e-4",
+                            metavar="RANK")
+    lora_init: str | None = flag(None, "minor: the adapter begins as the smallest singular components of each matrix, "
+                                 "as URAE (default: as zero)", choices=("minor",))
     # memory
     shard: str = flag("none", "split weights, gradients, moments over ranks; gathered weights stay until backward in "
                       "zero2 and are gathered again in zero3", choices=("none", "zero2", "zero3"))
@@ -208,8 +212,13 @@ class Settings:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Of stored weights and moments."""
+        """Of what is trained, and of its moments."""
         return torch.bfloat16 if self.state == "bf16" else torch.float32
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the transformer's stored weights; those below an adapter are frozen, and stored as they are used."""
+        return torch.bfloat16 if self.lora and self.dtype == "bf16" else self.state_dtype
 
     @property
     def guidance_shown(self) -> float | None:
@@ -227,7 +236,7 @@ IDENTITY = (
     "res", "aspect", "factor", "dilation", "latent_shift", "vae_dtype", "flip", "resize", "cache_latents",
     "drop_caption", "t5_length", "objective", "bands", "levels", "huber", "huber_snr", "mask", "density", "beta",
     "sigma_range", "time_shift", "guidance", "weighting", "batch", "lr", "warmup", "weight_decay", "clip", "ema",
-    "state", "dtype", "seed")
+    "state", "lora", "lora_init", "dtype", "seed")
 SOURCE = ("model", "weights", "transformer")  # where the weights lie; a checkpoint also records what they are
 
 
@@ -299,6 +308,8 @@ def check(s: Settings, ranks: int) -> None:
     if s.offload and s.state == "bf16":
         raise ValueError("--offload --state bf16: random rounding takes a CPU as long as 20 steps; give one of them")
     need(any(s.bands), "bands", ",".join(f"{weight:g}" for weight in s.bands), "at least one weight above 0")
+    need(s.lora is None or 1 <= s.lora <= 4096, "lora", s.lora, "a rank, 1 to 4,096")
+    need(s.lora or not s.lora_init, "lora-init", s.lora_init, "it with --lora RANK")
     need(0 <= s.ema < 1, "ema", s.ema, "0 for none, or a decay below 1")
 
 
