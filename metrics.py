@@ -2,14 +2,14 @@
 
 Paper     Diffusion-4K section 3.1 "Comprehensive Evaluation Metrics", tables 1 to 4
 Mirrors   the released eval.py and generate_and_eval_fid.py; tested by tests/test_metrics.py and those of scores/
-Scores    GLCM Score: scores/glcm.py; compression ratio (lower is better; of a set, the ratio of sums): jpeg.py;
-          grid of a decoder or transformer: grid.py; PSNR, SSIM, NMSE, SRCC, PLCC: compare.py; FID: sets.py;
-          CLIPScore: clip.py; Aesthetics, LPIPS: perceptual.py
-Inputs    the prompts of pictures: pairing.py; ratings by people: ratings.py; official weights: official.py
+Scores    scores/: GLCM Score glcm.py; compression ratio jpeg.py; grid grid.py; PSNR, SSIM, NMSE, SRCC, PLCC compare.py;
+          FID sets.py; CLIPScore clip.py; Aesthetics, LPIPS perceptual.py; how each is measured: protocol.py
 Run       python metrics.py detail PICTURES… [--maps DIR]
           python metrics.py pair REFERENCE PICTURE
           python metrics.py vae DIR --model tiny-sd3 --factor 16
           python metrics.py set GENERATED --reference DIR --prompts DIR/metadata.jsonl --weights DIR
+          python metrics.py compare A B
+          python metrics.py prefer A B --endpoint URL --out answers.jsonl
           python metrics.py correlate RATINGS.csv
 """
 
@@ -19,75 +19,35 @@ if __name__ == "__main__":  # Ctrl-C while the modules are loaded ends in one li
 
 import argparse
 import json
-import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from files import need, printable, replacing, run_command, writable
-from reading.pictures import FORMATS, MOST_PIXELS, read_picture, upright_size
+from files import need, printable, run_command, writable
+from reading.endpoint import add_flags, open_endpoint
+from reading.pictures import MOST_PIXELS, upright_size
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
-from scores.glcm import DEFINITIONS, cores, glcm_score
-from scores.grid import grid_note, grid_scores, spread_of
+from scores.detail import check_maps, details, intervals_of, mean_of
+from scores.folder import find_pictures, pair_names, read_pixels
+from scores.glcm import cores, glcm_score
+from scores.grid import grid_note, grid_scores
+from scores.intervals import bootstrap_rows, of_halves
 from scores.jpeg import compression_ratio, jpeg_size
 from scores.pairing import pair_captions
+from scores.preference import PREFER_COLUMNS, captions_of, preference
+from scores.protocol import protocol_lines, protocol_of
 from scores.ratings import correlate
 from scores.results import Results, each, identity
-from scores.sheet import detail_sheet
+from scores.versus import VERSUS_COLUMNS, versus, versus_details
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
 NOTHING = "no picture could be scored"
-MOST_NAME = 230  # bytes; file systems end at 255, and a file that is being written has a longer name
-BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
 
-# ---- pictures in, tables out
-
-def find_pictures(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The files, and of folders the pictures in them sorted by name; what is left out is named on stderr.
-
-    raises  FileNotFoundError; ValueError if a folder has no picture
-    """
-    pictures: dict[str, Path] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        found = _pictures_in(path) if path.is_dir() else [path]
-        pictures |= {os.path.abspath(file): file for file in found if os.path.abspath(file) not in pictures}
-    return list(pictures.values())
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder by suffix. Hidden files are none: systems and killed processes leave them."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
-    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes]
-    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
-    if not pictures:
-        folders = ", ".join([path.name for path in shown if path.is_dir()][:4])
-        has = f"; it has {len(others)} other files" if others else ""
-        has += f"; it has the folders {folders}" if folders else ""
-        raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
-    if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
-        kinds = Counter(path.suffix or "no suffix" for path in skipped)
-        kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
-        note = f"note: {folder}: {len(skipped)} files are no pictures by name and left out ({kinds}): {skipped[0].name}"
-        print(printable(note + (", …" if len(skipped) > 1 else "")), file=sys.stderr)
-    return pictures
-
-
-def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8, upright sRGB."""
-    picture = read_picture(path)
-    if picture.info.get("frames"):
-        print(printable(f"note: {path}: an animation, of which the first frame is scored"), file=sys.stderr)
-    return np.array(picture)
-
+# ---- tables out
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
     """Rows under their column names; columns: key -> format."""
@@ -115,47 +75,7 @@ def conclude(as_json: bool, report: dict, text: str, errors: Sequence[str] = ())
 # ---- detail
 
 DETAIL_COLUMNS = {"picture": "", "width": "d", "height": "d", "glcm_release": ".4f", "glcm_entropy": ".4f",
-                  "jpeg_bytes": ",d", "ratio": ".3f", "grid_16": ".1f", "grid_32": ".1f"}
-
-
-def detail_of(path: Path, results: Results, maps: Path | None, threads: int) -> dict:
-    """The row of a picture; a sheet of heat maps is written into `maps`."""
-    def measure(pixels: np.ndarray) -> dict:
-        jpeg_bytes = jpeg_size(pixels)
-        return {"width": pixels.shape[1], "height": pixels.shape[0],
-                **{f"glcm_{name}": glcm_score(pixels, name, threads=threads) for name in DEFINITIONS},
-                **grid_scores(pixels),
-                "jpeg_bytes": jpeg_bytes, "raw_bytes": pixels.nbytes, "ratio": pixels.nbytes / jpeg_bytes}
-
-    row = {"picture": str(path)} | results.of_picture(("detail", 2), path, measure)
-    if maps:
-        try:
-            with replacing(sheet_path(path, maps)) as temporary:
-                detail_sheet(read_pixels(path), path.name).save(temporary, quality=95, subsampling=0)
-        except OSError as error:
-            raise OSError(f"--maps {maps}: a sheet can't be written there ({error.strerror or error})") from None
-    return row
-
-
-def sheet_path(picture: Path, maps: Path) -> Path:
-    return maps / f"{picture.stem}_{picture.suffix[1:]}.jpg"
-
-
-def details(paths: Sequence[Path], results: Results, workers: int, errors: list[str],
-            maps: Path | None = None) -> dict[Path, dict]:
-    """`detail_of` all pictures, in processes if there are many; `errors` gets a line per picture without scores."""
-    workers = min(workers, cores())
-    processes = min(workers, max(1, len(paths) // 8))  # a process takes a second to start
-    score = partial(detail_of, results=results, maps=maps, threads=workers if processes == 1 else 1)
-    return each(score, paths, "pictures", errors, processes)
-
-
-def mean_of(rows: Collection[dict]) -> dict[str, float]:
-    """Means of the GLCM Scores of a set, its ratio of sums, medians of its grid scores."""
-    means = {name: float(np.mean([row[name] for row in rows])) for name in ("glcm_release", "glcm_entropy")}
-    sums = {name: sum(row[name] for row in rows) for name in ("raw_bytes", "jpeg_bytes")}
-    grid = {name: median for name, (median, _) in spread_of(rows).items()}
-    return means | sums | {"ratio": sums["raw_bytes"] / sums["jpeg_bytes"]} | grid
+                  "glcm_symmetric": ".4f", "jpeg_bytes": ",d", "ratio": ".3f", "grid_16": ".1f", "grid_32": ".1f"}
 
 
 def run_detail(pictures: list[Path], maps: Path | None, cache: Path, workers: int, as_json: bool) -> None:
@@ -164,26 +84,10 @@ def run_detail(pictures: list[Path], maps: Path | None, cache: Path, workers: in
     if maps:
         check_maps(paths, maps)
     rows = [*details(paths, Results(cache, read_pixels), workers, errors, maps).values()]
-    means = mean_of(rows) if rows else {}
+    means, protocol = mean_of(rows) if rows else {}, protocol_of(DETAIL_COLUMNS)
     last = [{"picture": f"all {len(rows)}: means, ratio of sums", **means}] if rows else []
-    text = f"{table(rows + last, DETAIL_COLUMNS)}\n{grid_note()}" if rows else NOTHING
-    conclude(as_json, {"pictures": rows, "all": means}, text, errors)
-
-
-def check_maps(paths: Sequence[Path], maps: Path) -> None:
-    """Make the folder of the sheets; ValueError if two would have one name, or it holds pictures that are scored."""
-    sheets: dict[str, Path] = {}
-    for path in paths:
-        name = sheet_path(path, maps).name.lower()  # some file systems ignore case
-        if (other := sheets.setdefault(name, path)) is not path:
-            raise ValueError(f"--maps {maps}: the sheets of {other} and {path} would have the same name; "
-                             "give one folder at a time")
-        if len(os.fsencode(name)) > MOST_NAME:
-            raise ValueError(f"--maps {maps}: the sheet of {path} would have a name of over {MOST_NAME} bytes; "
-                             "rename the picture")
-    if maps.resolve() in {path.parent.resolve() for path in paths}:
-        raise ValueError(f"--maps {maps}: holds pictures that are scored, and sheets look like them; name another")
-    writable(maps, "--maps")
+    lines = [table(rows + last, DETAIL_COLUMNS), grid_note(), *protocol_lines(protocol)] if rows else [NOTHING]
+    conclude(as_json, {"pictures": rows, "all": means, "protocol": protocol}, "\n".join(lines), errors)
 
 
 # ---- pair, vae, set: modules that import torch are imported inside
@@ -229,8 +133,9 @@ def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, 
         raise ValueError(f"{reference}, {picture}: {error}") from None
     lpips = or_left_out("LPIPS", notes, errors, lambda: load_lpips(weights, device)(*pixels))
     scores |= {} if lpips is None else {"lpips": lpips}
-    text = "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes])
-    conclude(as_json, scores | {"notes": notes}, text, errors)
+    protocol = protocol_of(scores)
+    text = "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes, *protocol_lines(protocol)])
+    conclude(as_json, scores | {"notes": notes, "protocol": protocol}, text, errors)
 
 
 def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weights: Path, device: str | None,
@@ -272,16 +177,22 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
     rows = [{"picture": str(path)} | row for path, row in measured.items()]
     columns = {"psnr": ".3f", "ssim": ".4f", "nmse": ".5f"} | ({"lpips": ".4f"} if lpips else {})
     means = {name: float(np.mean([row[name] for row in rows])) for name in columns} if rows else {}
-    last = {"picture": f"mean of {len(rows)}, factor {factor}", **means}
-    lines = [table([*rows, last], {"picture": "", "width": "d", "height": "d"} | columns) if rows else NOTHING]
+    intervals = {name: bootstrap_rows(np.mean, [row[name] for row in rows]) for name in means}
+    last = [{"picture": f"mean of {len(rows)}, factor {factor}", **means}]
+    last += [{"picture": "its 95 % interval, " + side} | {name: intervals[name][k] for name in means}
+             for k, side in enumerate(("from", "to"))] if len(rows) > 1 else []
+    lines = [table([*rows, *last], {"picture": "", "width": "d", "height": "d"} | columns) if rows else NOTHING]
     if features:
         rfid = or_left_out("rFID", notes, errors, lambda: frechet_distance(*np.stack(features, axis=1)))
         if rfid is not None:
             means["rfid"] = rfid
             lines.append(f"rFID {rfid:.4f}")
             notes.append(sets.number_note("rfid", len(rows)))
-    report = {"pictures": rows, "mean": means, "factor": factor, "notes": notes}
-    conclude(as_json, report, "\n".join(lines + notes), errors)
+            reach = of_halves(sets.paired_frechet, [np.stack(features)], rfid).reach if len(features) > 3 else np.nan
+            intervals["rfid"] = max(0.0, rfid - reach), rfid + reach
+    protocol = protocol_of(means, "bootstrap", "halves")
+    report = {"pictures": rows, "mean": means, "intervals": intervals, "factor": factor, "notes": notes}
+    conclude(as_json, report | {"protocol": protocol}, "\n".join(lines + notes + protocol_lines(protocol)), errors)
 
 
 def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: int, cache: Path, workers: int,
@@ -290,7 +201,8 @@ def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: 
     from machine.memory import check_device
     from scores import sets
 
-    device, results, notes, errors, scores = check_device(device), Results(cache, read_pixels), [], [], {}
+    device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
+    scores, intervals = {}, {}
     pictures, originals = find_pictures([generated]), find_pictures([reference]) if reference else []
     captions = pair_captions(prompts, pictures, notes) if prompts else {}
     rows = details(pictures, results, workers, errors)
@@ -299,29 +211,92 @@ def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: 
     pictures = list(rows)
     res = res or min(min(row["width"], row["height"]) for row in rows.values())
     left_out = partial(or_left_out, notes=notes, errors=errors)
+
+    def fids() -> tuple[dict, dict]:
+        sides = [sets.set_features(side, res, results, inception, errors) for side in (pictures, originals)]
+        return sets.fid_scores(*sides, res, results, notes)
+
     if not originals:
         notes.append("note: FID left out: give --reference DIR")
     elif inception := left_out("FID", compute=partial(sets.Extractor, weights, device)):
         note_enlarged(pictures, "generated pictures", res, notes)
         note_enlarged(originals, "reference pictures", res, notes)
-        fids = partial(sets.fid_scores, pictures, originals, res, results, inception, notes, errors)
-        scores |= left_out("FID", compute=fids) or {}
-    if prompts:
-        captions = {path: captions[path] for path in pictures}
-        clip = left_out("CLIPScore", compute=partial(sets.clip_scores, captions, weights, device, results, notes))
-        scores |= {"clip_score": float(np.mean(clip))} if clip else {}
-    else:
+        scores, intervals = left_out("FID", compute=fids) or ({}, {})
+    if not prompts:
         notes.append("note: CLIPScore left out: give --prompts metadata.jsonl")
-    aesthetics = left_out("Aesthetics", compute=partial(sets.aesthetics_scores, pictures, weights, device, results))
-    scores |= {"aesthetics": float(np.mean(aesthetics))} if aesthetics else {}
+    of_pictures = sets.picture_scores(pictures, captions, weights, device, results, notes, left_out)
+    scores |= {name: float(np.mean(values)) for name, values in of_pictures.items()}
     scores |= {name: value for name, value in mean_of(rows.values()).items() if not name.endswith("_bytes")}
+    intervals |= {name: bootstrap_rows(np.mean, values) for name, values in of_pictures.items()}
+    intervals |= intervals_of(rows.values())
     grids = each(lambda path: results.of_picture(("grid", 1), path, grid_scores), originals, "reference", broken := [])
     errors += [error for error in broken if error not in errors]  # FID has named them already
     notes.append(grid_note(grids.values()))
+    protocol = protocol_of(scores, "bootstrap", *(["halves"] if "fid" in scores else []),
+                           *(["unbiased"] if "fid_unbiased" in scores else []))
     lines = [f"{len(pictures)} generated, {len(originals)} reference pictures",
-             *(f"{name:13} {value:10.4f}" for name, value in scores.items())]
-    report = {"generated": len(pictures), "reference": len(originals), **scores, "notes": notes}
-    conclude(as_json, report, "\n".join(lines + notes), errors)
+             *(f"{name:18} {value:10.4f}{interval_text(intervals.get(name))}" for name, value in scores.items())]
+    report = {"generated": len(pictures), "reference": len(originals), **scores, "intervals": intervals,
+              "notes": notes, "protocol": protocol}
+    conclude(as_json, report, "\n".join(lines + notes + protocol_lines(protocol)), errors)
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    return f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval and np.isfinite(interval).all() else ""
+
+
+# ---- compare, prefer
+
+def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, res: int, cache: Path, workers: int,
+                weights: Path, device: str | None, as_json: bool) -> None:
+    """Two sets of pictures of the same prompts: paired differences and win rates."""
+    from machine.memory import check_device
+    from scores import sets
+
+    device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
+    pairs = pair_names(a, b, notes)
+    rows = details([*pairs, *pairs.values()], results, workers, errors)
+    pairs = {x: y for x, y in pairs.items() if x in rows and y in rows}
+    if not pairs:
+        return conclude(as_json, {"notes": notes}, NOTHING, errors)
+    size_of = {path: (row["width"], row["height"]) for path, row in rows.items()}
+    if differ := [x.name for x, y in pairs.items() if size_of[x] != size_of[y]]:
+        notes.append(f"note: {len(differ)} pairs are not of one size, which changes every score: {differ[0]}")
+    compared, sides = versus_details([(rows[x], rows[y]) for x, y in pairs.items()]), (list(pairs), [*pairs.values()])
+    left_out = partial(or_left_out, notes=notes, errors=errors)
+    captions = pair_captions(prompts, sides[0], notes) if prompts else {}
+    texts = [captions, {pairs[x]: text for x, text in captions.items()}]
+    scored = [sets.picture_scores(side, text, weights, device, results, [], left_out)
+              for side, text in zip(sides, texts, strict=True)]
+    compared += [versus(name, "higher", *(side[name] for side in scored)) for name in scored[0] if name in scored[1]]
+    if reference and (inception := left_out("FID", compute=partial(sets.Extractor, weights, device))):
+        res = res or min(map(min, size_of.values()))
+        features = partial(sets.set_features, res=res, results=results, inception=inception, errors=errors)
+        compared += left_out("FID", compute=lambda: sets.fid_differences(
+            *map(features, (*sides, find_pictures([reference]))), results)) or []
+    protocol = protocol_of([row["metric"] for row in compared], "bootstrap", "halves", "wilson")
+    lines = [f"{len(pairs)} pairs; a: {a}, b: {b}", table(compared, VERSUS_COLUMNS), *dict.fromkeys(notes)]
+    report = {"pairs": len(pairs), "metrics": compared, "notes": list(dict.fromkeys(notes)), "protocol": protocol}
+    conclude(as_json, report, "\n".join(lines + protocol_lines(protocol)), list(dict.fromkeys(errors)))
+
+
+def run_prefer(a: Path, b: Path, prompts: Path | None, out: Path, endpoint: str, model: str, key_variable: str,
+               side: int, per_minute: float, at_once: int, timeout: float, price: list[float] | None, dry_run: bool,
+               as_json: bool) -> None:
+    """Figure 6 of the paper: which of two pictures of a prompt a vision model prefers."""
+    need(side >= 64, "side", side, "64 pixels or more")
+    need(1 <= at_once <= 256, "at-once", at_once, "1 to 256")
+    asked, notes, errors = open_endpoint(endpoint, model, key_variable, per_minute, timeout), [], []
+    pairs = pair_names(a, b, notes)
+    captions = captions_of(list(pairs), prompts, notes)
+    rows = preference(pairs, captions, asked, out, side, at_once, price, dry_run, notes, errors,
+                      partial(print, file=sys.stdout if dry_run else sys.stderr, flush=True))
+    if dry_run:
+        return
+    protocol = protocol_of(["prefer"])
+    lines = [f"{len(pairs)} pairs; a: {a}, b: {b}", table(rows, PREFER_COLUMNS), *notes, *protocol_lines(protocol)]
+    report = {"pairs": len(pairs), "questions": rows, "notes": notes, "protocol": protocol}
+    conclude(as_json, report, "\n".join(lines), errors)
 
 
 # ---- correlate
@@ -330,8 +305,9 @@ def run_correlate(ratings: Path, as_json: bool) -> None:
     """How well metrics rank pictures as people do."""
     number, rows, notes, errors = correlate(ratings)
     lines = [table(rows, {"metric": ""} | dict.fromkeys(list(rows[0])[1:], ".4f")),
-             f"{number} ratings; low and high: 95 % bootstrap intervals", *map(printable, notes)]
-    conclude(as_json, {"n": number, "metrics": rows, "notes": notes}, "\n".join(lines), errors)
+             f"{number} ratings; low and high: 95 % bootstrap intervals", *map(printable, notes),
+             *protocol_lines(protocol := protocol_of(rows[0]))]
+    conclude(as_json, {"n": number, "metrics": rows, "notes": notes, "protocol": protocol}, "\n".join(lines), errors)
 
 
 # ---- the command line
@@ -381,6 +357,20 @@ def new_parser() -> argparse.ArgumentParser:
     add("--reference", type=named, metavar="DIR", help="folder of real pictures, for FID")
     add("--prompts", type=named, metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
     add("--res", type=int, default=0, metavar="PX", help="squares for FID (default: the smallest generated side)")
+    about = "two sets of pictures of the same prompts: paired differences, win rates, their intervals"
+    add = command(run_compare, about, "cache", "workers", "weights", "device")
+    add("a", type=named, metavar="A", help="folder of pictures")
+    add("b", type=named, metavar="B", help="folder of pictures with the same names")
+    add("--reference", type=named, metavar="DIR", help="folder of real pictures, for FID")
+    add("--prompts", type=named, metavar="FILE", help='JSON lines with "text" and "file_name", for CLIPScore')
+    add("--res", type=int, default=0, metavar="PX", help="squares for FID (default: the smallest side)")
+    add = command(run_prefer, "which of two pictures of a prompt a vision model prefers, asked in both orders")
+    add("a", type=named, metavar="A", help="folder of pictures")
+    add("b", type=named, metavar="B", help="folder of pictures with the same names")
+    add("--prompts", type=named, metavar="FILE",
+        help='JSON lines with "text" and "file_name" (default: the prompts that sample.py records)')
+    add("--out", type=named, required=True, metavar="FILE", help="JSON lines of answers; the same command resumes")
+    add_flags(add)
     add = command(run_correlate, "SRCC and PLCC of every column of a CSV with its column rating")
     add("ratings", type=named, metavar="RATINGS.csv",
         help="of ratio and compression_ratio the reciprocal is used, as in the paper")

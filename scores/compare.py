@@ -12,13 +12,16 @@ Shapes    H and W pixels, N pictures or patches, D features; pictures are uint8
 """
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 SSIM_SIGMA, SSIM_RADIUS, SSIM_K1, SSIM_K2 = 1.5, 5, 0.01, 0.03
 FID_PATCH = 299  # pixels, Inception's input: patches are not resized
+CROPS, CROP_SEED = 20, 42  # of PixVerve's patch-FID
 
 
 # ---- two pictures
@@ -126,6 +129,29 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     return frechet(statistics(x, "first set"), statistics(y, "second set"))
 
 
+def quick_frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """`frechet_distance` to rounding, in less time where N and M are at most D: without a covariance."""
+    if max(len(x), len(y)) > x.shape[1]:
+        return frechet_distance(x, y)
+    means = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
+    x, y = ((side - mean) / math.sqrt(len(side) - 1) for side, mean in zip((x, y), means, strict=True))
+    shared = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + np.square(x).sum() + np.square(y).sum() - 2 * shared)
+
+
+def crop_places(pictures: int, side: int) -> list[list[tuple[int, int]]]:
+    """(top, left) of the crops of each picture, drawn one after the other as PixVerve's evaluation does."""
+    draw = random.Random(CROP_SEED)
+    return [[(draw.randint(0, side - FID_PATCH), draw.randint(0, side - FID_PATCH)) for _ in range(CROPS)]
+            for _ in range(pictures)]
+
+
+def crops_of(pixels: np.ndarray, side: int, places: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(N, 299, 299, 3) of the picture stretched to a square of `side` px."""
+    pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
+    return np.stack([pixels[top : top + FID_PATCH, left : left + FID_PATCH] for top, left in places])
+
+
 def patches_of(pixels: np.ndarray, side: int = FID_PATCH) -> np.ndarray:
     """Adjacent squares (N, side, side, 3) from the centre; a border that fills no square is left out."""
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
@@ -165,14 +191,3 @@ def srcc(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation: `plcc` of the ranks."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return plcc(*(_ranks(side) if np.isfinite(side).all() and side.ndim == 1 else side for side in (x, y)))
-
-
-def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of a correlation over resampled pairs; samples of equal numbers are skipped."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    statistic(x, y)  # raises on invalid lists
-    samples = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    pairs = ((x[sample], y[sample]) for sample in samples)
-    values = [statistic(a, b) for a, b in pairs if a.min() < a.max() and b.min() < b.max()]
-    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
-    return float(low), float(high)

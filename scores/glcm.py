@@ -4,8 +4,9 @@ Paper     Diffusion-4K section 3.1: patches of 64 pixels, 64 gray levels, radii 
 Mirrors   the released eval.py: OpenCV's gray, skimage's graycomatrix (not symmetric, normalised) and shannon_entropy;
           tested against both by tests/test_glcm.py
 Scores    higher is better; means over patches
-          release  0 to 16 bits: entropy of the histogram of values in all 16 matrices of a patch; the paper's tables
-          entropy  0 to 12 bits: mean of -Σ p log2 p over the matrices; the paper's formula but for its sign
+          release    0 to 16 bits: entropy of the histogram of values in all 16 matrices of a patch; the paper's tables
+          entropy    0 to 12 bits: mean of -Σ p log2 p over the matrices; the paper's formula but for its sign
+          symmetric  as release, of symmetric matrices and Pillow's gray: what PixVerve and tables after it print
 Method    no matrix is made: pairs of levels are 16-bit codes; runs of equal codes, once sorted, are the nonzero entries
 Shapes    H and W pixels, R and C patch rows and columns; a border that fills no patch is left out
 Run       python bench/speed.py glcm
@@ -16,11 +17,12 @@ import timeit
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
-DEFINITIONS = ("release", "entropy")
+DEFINITIONS = ("release", "entropy", "symmetric")
+GRAYS = {"OpenCV": ((9798, 19235, 3735), 15), "Pillow": ((19595, 38470, 7471), 16)}  # weights, bits after the point
 PATCH, LEVELS, RADII = 64, 64, (1, 2, 3, 4)
 RARE = 1 / 64  # matrix entries below it are counted in a table; at most 64 entries of a matrix are larger
 
@@ -30,11 +32,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gray_levels(pixels: np.ndarray, levels: int = 256) -> np.ndarray:
-    """(H, W, 3) or gray (H, W) uint8 -> (H, W) uint16, 0 … levels-1; the gray is OpenCV's, in fixed point."""
+def gray_levels(pixels: np.ndarray, levels: int = 256, gray: str = "OpenCV") -> np.ndarray:
+    """(H, W, 3) or gray (H, W) uint8 -> (H, W) uint16, 0 … levels-1; the gray is of GRAYS, in fixed point."""
     if pixels.ndim == 3:  # every sum is an integer below 2^24, which float32 holds exactly
-        weighted = pixels.astype(np.float32) @ np.float32([9798, 19235, 3735])
-        pixels = ((weighted + 16384) * np.float32(2**-15)).astype(np.uint8)
+        weights, bits = GRAYS[gray]
+        weighted = pixels.astype(np.float32) @ np.float32(weights)
+        pixels = ((weighted + 2 ** (bits - 1)) * np.float32(2**-bits)).astype(np.uint8)
     return pixels.astype(np.uint16) * np.uint16(levels) >> 8
 
 
@@ -59,17 +62,29 @@ def _sort_kind() -> str:
     return min(kinds, key=lambda kind: min(timeit.repeat(lambda: np.sort(codes, 1, kind), number=1, repeat=3)))
 
 
-def _counts(a: np.ndarray, down: int, across: int, levels: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Nonzero matrix entries at an offset: counts by patch (M,); entries per patch (C,); pairs per patch."""
+def _counts(a: np.ndarray, down: int, across: int, levels: int,
+            symmetric: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+    """Nonzero matrix entries at an offset: counts by patch (M,); entries per patch (C,); pairs per patch.
+
+    symmetric  each pair is counted in both orders
+    """
     first, second = _pairs(a, down, across)
     total = first[0].size
+    if symmetric:
+        first, second = np.minimum(first, second), np.maximum(first, second)
     codes = (first * np.uint16(levels) + second).reshape(len(a), total)
     codes.sort(axis=1, kind=_sort_kind())
     new = np.empty(codes.shape, dtype=bool)
     new[:, 0] = True
     np.not_equal(codes[:, 1:], codes[:, :-1], out=new[:, 1:])
     starts = np.flatnonzero(new)
-    return np.diff(starts, append=new.size), np.diff(np.searchsorted(starts, np.arange(len(a) + 1) * total)), total
+    counts, ends = np.diff(starts, append=new.size), np.searchsorted(starts, np.arange(len(a) + 1) * total)
+    if symmetric:  # n pairs of two levels are n entries on either side of the diagonal, of equal levels 2n on it
+        equal = codes.ravel()[starts] % (levels + 1) == 0
+        sides = 2 - equal
+        counts, ends = np.repeat(counts * (1 + equal), sides), np.append(0, np.cumsum(sides))[ends]
+        total *= 2
+    return counts, np.diff(ends), total
 
 
 @lru_cache(8)
@@ -79,7 +94,7 @@ def _value_ids(totals: tuple[int, ...]) -> tuple[np.ndarray, dict[int, np.ndarra
     return values, dict(zip(totals, np.split(ids, np.cumsum([total + 1 for total in totals])[:-1]), strict=True))
 
 
-def _release_entropy(a: np.ndarray, levels: int, radii: Sequence[int]) -> np.ndarray:
+def _release_entropy(a: np.ndarray, levels: int, radii: Sequence[int], symmetric: bool = False) -> np.ndarray:
     """(C,) bits: entropy of how often each value occurs in all matrices of a patch, zeros included."""
     # An entry is a float count / total. Patch 64, radius 1: 64·63 = 4032 pairs at 0°, 63·63 = 3969 at 45°. 64 / 4032
     # and 63 / 3969 are the same float 1/63, so count 64 at 0° and count 63 at 45° have the same id.
@@ -87,12 +102,13 @@ def _release_entropy(a: np.ndarray, levels: int, radii: Sequence[int]) -> np.nda
     # The few frequent ones, such as 1/63, become codes patch * len(values) + id, which np.unique counts.
     # Where id i occurs k_i times among n entries, the entropy is log2 n - Σ k_i log2 k_i / n.
     offsets, patches = _offsets(radii), len(a)
-    values, ids_of_total = _value_ids(tuple(sorted({_pairs(a, *offset)[0][0].size for offset in offsets})))
+    totals = {_pairs(a, *offset)[0][0].size * (1 + symmetric) for offset in offsets}
+    values, ids_of_total = _value_ids(tuple(sorted(totals)))
     rare_ids = int(np.searchsorted(values, RARE))
     row_starts = np.arange(patches) * rare_ids
     table, frequent = np.zeros((patches, rare_ids), dtype=np.int64), []
     for offset, times in offsets.items():
-        counts, entries, total = _counts(a, *offset, levels)
+        counts, entries, total = _counts(a, *offset, levels, symmetric)
         ids = ids_of_total[total]  # by count
         limit = int(np.searchsorted(ids, rare_ids))  # the first count that is not rare
         rare_or_zero = np.append(ids[:limit], np.zeros(len(ids) - limit, dtype=ids.dtype))
@@ -126,7 +142,7 @@ def glcm_map(pixels: np.ndarray, definition: str = "release", patch: int = PATCH
     """GLCM Score of every patch: (R, C) bits; ValueError on other arguments.
 
     pixels      (H, W, 3) or gray (H, W), uint8, at least one patch
-    definition  "release" or "entropy", see Scores above
+    definition  one of DEFINITIONS, see Scores above
     patch       side, pixels
     levels      gray levels, 2 to 256
     radii       distances of the pairs, pixels, below `patch`
@@ -142,10 +158,12 @@ def glcm_map(pixels: np.ndarray, definition: str = "release", patch: int = PATCH
         raise ValueError(f"radii: whole numbers from 1 to {patch - 1}, below the patch, got {tuple(radii)}")
     if min(pixels.shape[:2]) < patch:
         raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels: smaller than one patch of {patch}x{patch}")
-    entropy, columns = _release_entropy if definition == "release" else _matrix_entropy, pixels.shape[1] // patch
+    gray_of, columns = "Pillow" if definition == "symmetric" else "OpenCV", pixels.shape[1] // patch
+    entropy = {"release": _release_entropy, "entropy": _matrix_entropy,
+               "symmetric": partial(_release_entropy, symmetric=True)}[definition]
 
     def of_row(top: int) -> np.ndarray:
-        gray = gray_levels(pixels[top : top + patch, : columns * patch], levels)
+        gray = gray_levels(pixels[top : top + patch, : columns * patch], levels, gray_of)
         patches = gray.reshape(patch, columns, patch).transpose(1, 0, 2)
         return entropy(np.ascontiguousarray(patches), levels, radii)
 

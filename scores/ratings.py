@@ -13,7 +13,8 @@ import re
 import sys
 
 from files import read_text
-from scores.compare import bootstrap, plcc, srcc
+from scores.compare import plcc, srcc
+from scores.intervals import bootstrap
 
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 MEANT = re.compile(r"[+-]?([.,]?[0-9][0-9.,'_%\s]*(e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE)  # as a number

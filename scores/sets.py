@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,18 @@ from tqdm import tqdm
 
 from reading.pictures import MOST_PIXELS
 from scores.clip import CLIP, CLIPImage
-from scores.compare import FID_PATCH, Statistics, check_same_shape, frechet, patches_of, statistics
+from scores.compare import (
+    FID_PATCH,
+    Statistics,
+    check_same_shape,
+    crop_places,
+    crops_of,
+    frechet,
+    patches_of,
+    quick_frechet,
+    statistics,
+)
+from scores.intervals import Halves, of_halves
 from scores.official import find_weights
 from scores.perceptual import LPIPS, Aesthetics, Inception, resize_crop
 from scores.results import Results, each, identity
@@ -67,26 +79,44 @@ class Extractor:
         return torch.cat(chunks).float().cpu().numpy() if chunks else np.zeros((0, FEATURES), np.float32)
 
 
-def set_statistics(paths: Sequence[Path], res: int, results: Results, inception: Extractor,
-                   errors: list[str]) -> dict[str, Statistics]:
-    """Feature statistics of "whole" pictures, cropped square at `res` px, and of "patches" where there are two or more.
+class Features(NamedTuple):
+    """Of a set: part -> (N, P, D), P patches or crops of each picture; the pictures; their statistics."""
+
+    of_part: dict[str, np.ndarray]
+    pictures: list[Path]
+    statistics: dict[str, Statistics]
+
+
+def set_features(paths: Sequence[Path], res: int, results: Results, inception: Extractor,
+                 errors: list[str]) -> Features:
+    """Features of "whole" pictures, square at `res` px, and of their "patches" and "crops" if these fit in.
 
     errors  gets a line per picture that can't be read; fewer than two, NaN or Inf raise a ValueError
     """
+    key = 1, res, identity(inception.file)
+    places = dict(zip(paths, crop_places(len(paths), res) if res >= FID_PATCH else [()] * len(paths), strict=True))
+
     def measure(pixels: np.ndarray) -> dict:
         pixels = square(pixels, res)
         return {"whole": inception(pixels[None]), "patches": inception(patches_of(pixels))}
+
+    def of_crops(at: list[tuple[int, int]], pixels: np.ndarray) -> dict:
+        return {"crops": inception(crops_of(pixels, res, at))}
+
+    def features_of(path: Path) -> dict:
+        row, at = results.of_picture(("features", key), path, measure), places[path]
+        return row | (results.of_picture(("crops", key, at), path, partial(of_crops, at)) if at else {})
 
     def of_part(part: str) -> dict:
         features = [row[part] for row in rows.values()] or [np.zeros((0, FEATURES))]
         return statistics(np.concatenate(features), f"{paths[0].parent}, {part}")._asdict()
 
-    key = 1, res, identity(inception.file)
-    features_of = partial(results.of_picture, ("features", key), measure=measure)
     rows = each(features_of, paths, f"Inception, {paths[0].parent.name}", errors)
-    parts = ["whole", "patches"] if sum(len(row["patches"]) for row in rows.values()) > 1 else ["whole"]
+    parts = ["whole", "patches", "crops"] if sum(len(row["patches"]) for row in rows.values()) > 1 else ["whole"]
     files = tuple(map(identity, rows))
-    return {part: Statistics(**results.get(("statistics", part, key, files), partial(of_part, part))) for part in parts}
+    keys = {part: ("statistics", part, key, files, *(places.values() if part == "crops" else ())) for part in parts}
+    found = {part: Statistics(**results.get(keys[part], partial(of_part, part))) for part in parts}
+    return Features({part: np.stack([row[part] for row in rows.values()]) for part in parts}, list(rows), found)
 
 
 def number_note(name: str, least: int, numbers: str = "") -> str:
@@ -95,19 +125,73 @@ def number_note(name: str, least: int, numbers: str = "") -> str:
     return f"note: {name}: N = {numbers or least}{bias}"
 
 
-def fid_scores(generated: Sequence[Path], reference: Sequence[Path], res: int, results: Results, inception: Extractor,
-               notes: list[str], errors: list[str]) -> dict[str, float]:
-    """FID and patch-FID; `notes` gets their N, `errors` a line per picture that can't be read."""
-    ours, theirs = (set_statistics(paths, res, results, inception, errors) for paths in (generated, reference))
-    scores = {}
-    for name, part in (("fid", "whole"), ("patch_fid", "patches")):
-        if part in ours and part in theirs:
-            a, b = ours[part], theirs[part]
-            scores[name] = frechet(a, b)
-            notes.append(number_note(name, min(a.n, b.n), f"{a.n} generated, {b.n} reference, {res} px"))
-        else:
+PARTS = {"fid": "whole", "patch_fid": "patches", "patch_fid_crops": "crops"}
+
+
+def fid_scores(generated: Features, reference: Features, res: int, results: Results,
+               notes: list[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """FID and patch-FID, and their intervals; `notes` gets their N.
+
+    Each has a second value, name_unbiased, where both sets have more pictures than features.
+    """
+    scores, intervals = {}, {}
+    for name, part in PARTS.items():
+        if part not in generated.statistics or part not in reference.statistics:
             notes.append(f"note: {name} left out: pictures of {res} px hold no patch of {FID_PATCH}")
-    return scores
+            continue
+        a, b = generated.statistics[part], reference.statistics[part]
+        scores[name] = frechet(a, b)
+        notes.append(number_note(name, min(a.n, b.n), f"{a.n} generated, {b.n} reference, {res} px"))
+        if half := halves_of(quick_frechet_of_sets, [generated, reference], part, scores[name], results):
+            intervals[name] = (max(0.0, scores[name] - half.reach), scores[name] + half.reach)
+            if min(len(generated.pictures), len(reference.pictures)) > len(a.mean):
+                scores[f"{name}_unbiased"] = half.unbiased
+                intervals[f"{name}_unbiased"] = (half.unbiased - half.reach, half.unbiased + half.reach)
+    return scores, intervals
+
+
+def quick_frechet_of_sets(x: np.ndarray, y: np.ndarray) -> float:
+    return quick_frechet(*(side.reshape(-1, side.shape[-1]) for side in (x, y)))
+
+
+def paired_frechet(features: np.ndarray) -> float:
+    """The Fréchet distance of (N, 2, D): pictures and their reconstructions."""
+    return quick_frechet(features[:, 0], features[:, 1])
+
+
+def halves_of(statistic: Callable[..., float], sets: Sequence[Features], part: str, whole: float,
+              results: Results) -> Halves | None:
+    """`of_halves` of a part of sets, stored; None of fewer than four pictures."""
+    if min(len(one.pictures) for one in sets) < 4:
+        return None
+    key = "halves", 1, statistic.__name__, part, whole, *(tuple(map(identity, one.pictures)) for one in sets)
+    features = [one.of_part[part] for one in sets]
+    return Halves(**results.get(key, lambda: of_halves(statistic, features, whole)._asdict()))
+
+
+def fid_differences(a: Features, b: Features, reference: Features, results: Results) -> list[dict]:
+    """FID and patch-FID of two sets of the same prompts, and the interval of their difference.
+
+    The halves are of the same prompts in both, and of the same references.
+    """
+    def difference(both: np.ndarray, originals: np.ndarray) -> float:
+        x, y = np.split(both, 2, axis=1)
+        return quick_frechet_of_sets(y, originals) - quick_frechet_of_sets(x, originals)
+
+    if len(a.pictures) != len(b.pictures):
+        raise ValueError("pictures that can't be read are in one set only; leave their partners out too")
+    rows = []
+    for name, part in PARTS.items():
+        if all(part in one.statistics for one in (a, b, reference)):
+            scores = [frechet(one.statistics[part], reference.statistics[part]) for one in (a, b)]
+            both = Features({part: np.concatenate([a.of_part[part], b.of_part[part]], axis=1)},
+                            a.pictures + b.pictures, {})
+            gain = scores[1] - scores[0]
+            half = halves_of(difference, [both, reference], part, gain, results)
+            reach = half.reach if half else np.nan
+            rows.append({"metric": name, "better": "lower", "a": scores[0], "b": scores[1], "b_minus_a": gain,
+                         "low": gain - reach, "high": gain + reach})
+    return rows
 
 
 def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: Results,
@@ -138,6 +222,15 @@ def aesthetics_scores(paths: Sequence[Path], weights: Path, device: str, results
     key = ("aesthetics", 1, *map(identity, files))
     pictures = tqdm(paths, desc="Aesthetics", file=sys.stderr)
     return [results.of_picture(key, path, measure)["score"] for path in pictures]
+
+
+def picture_scores(paths: Sequence[Path], captions: dict[Path, str], weights: Path, device: str, results: Results,
+                   notes: list[str], left_out: Callable) -> dict[str, list[float]]:
+    """clip_score, if there are captions, and aesthetics of each picture, without those whose weights are missing."""
+    captions = {path: captions[path] for path in paths} if captions else {}
+    clip = captions and left_out("CLIPScore", compute=lambda: clip_scores(captions, weights, device, results, notes))
+    aesthetics = left_out("Aesthetics", compute=lambda: aesthetics_scores(paths, weights, device, results))
+    return {name: scores for name, scores in (("clip_score", clip), ("aesthetics", aesthetics)) if scores}
 
 
 def side_step(vae: VAE, factor: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from files import printable
-from scores.glcm import DEFINITIONS, PATCH, glcm_map
+from scores.glcm import PATCH, glcm_map
 from scores.jpeg import compression_ratio, jpeg_bits, jpeg_size
 
 # low to high, RGB
@@ -31,7 +31,8 @@ def detail_sheet(pixels: np.ndarray, title: str, width: int = 480) -> Image.Imag
     """The picture, (H, W, 3) uint8, and its three maps in one row, `width` pixels each, with the scores above."""
     scale = min(width / pixels.shape[1], MOST_ASPECT * width / pixels.shape[0])
     height, across = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    maps = [(glcm_map(pixels, definition), PATCH) for definition in DEFINITIONS] + [(jpeg_bits(pixels) / 64, 8)]
+    maps = [(glcm_map(pixels, definition), PATCH) for definition in ("release", "entropy")]
+    maps += [(jpeg_bits(pixels) / 64, 8)]
     scores = [*(values.mean() for values, _ in maps[:2]), jpeg_size(pixels) * 8 / pixels[..., 0].size]
     sheet = Image.new("RGB", (4 * width, LINE_PX + height + BAR_PX + LINE_PX), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)

@@ -1,10 +1,26 @@
 """PSNR, SSIM, NMSE, Fréchet distance, correlations: goldens, scikit-image and scipy, values by hand, refusals."""
 
+import random
+
 import numpy as np
 import pytest
 from pictures import GOLDEN, golden_picture
+from PIL import Image
 
-from scores.compare import bootstrap, frechet_distance, nmse, patches_of, plcc, psnr, srcc, ssim, statistics
+from scores.compare import (
+    crop_places,
+    crops_of,
+    frechet_distance,
+    nmse,
+    patches_of,
+    plcc,
+    psnr,
+    quick_frechet,
+    srcc,
+    ssim,
+    statistics,
+)
+from scores.intervals import bootstrap
 
 
 @pytest.mark.parametrize("row", GOLDEN["pairs"], ids=lambda row: row["b"])
@@ -95,6 +111,25 @@ def test_patches_are_centred_squares():
     patches = patches_of(pixels, 100)
     assert patches.shape == (15, 100, 100, 3) and np.array_equal(patches[6], pixels[142:242, 106:206])
     assert patches_of(pixels[:50], 100).shape == (0, 100, 100, 3)
+
+
+def test_crops_lie_where_pixverves_evaluation_puts_them():
+    # its class seeds Python's generator with 42, then draws top and left of 20 crops per picture, both ends included
+    draw, side = random.Random(42), 320
+    expected = [[(draw.randint(0, 21), draw.randint(0, 21)) for _ in range(20)] for _ in range(3)]
+    assert crop_places(3, side) == expected and crop_places(2, side) == expected[:2]
+    pixels = golden_picture("coffee")                     # 384 x 512, stretched to a square
+    stretched = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
+    crops, (top, left) = crops_of(pixels, side, expected[1]), expected[1][7]
+    assert crops.shape == (20, 299, 299, 3)
+    assert np.array_equal(crops[7], stretched[top : top + 299, left : left + 299])
+
+
+@pytest.mark.parametrize("n, m", [(20, 30), (64, 64), (65, 30), (500, 400)])
+def test_quick_frechet_is_frechet(n, m):
+    x, y = features(n, 64, 1e3, 1), features(m, 64, 1e3, 2)
+    assert quick_frechet(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(frechet_distance(x, y), rel=1e-5)
+    assert quick_frechet(x, y) == pytest.approx(frechet_distance(x, y), rel=1e-8)
 
 
 # ---- ratings

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from golden import DATA
 from pictures import GOLDEN, golden_picture, random_picture
+from PIL import Image
 
 from scores.glcm import glcm_map, glcm_score, gray_levels
 
@@ -19,14 +20,16 @@ def test_glcm_equals_goldens(name):
         assert abs(glcm_score(pixels, definition) - golden["means"][definition]) < bound
 
 
-def skimage_glcm(levels: np.ndarray, patch: int, n: int, radii) -> dict[str, np.ndarray]:
-    """The slow twin, patch by patch as in the release."""
+def skimage_glcm(grays: dict[str, np.ndarray], patch: int, n: int, radii) -> dict[str, np.ndarray]:
+    """The slow twin, patch by patch as in the release; symmetric: as PixVerve calls it."""
     feature, measure = pytest.importorskip("skimage.feature"), pytest.importorskip("skimage.measure")
-    rows, columns = levels.shape[0] // patch, levels.shape[1] // patch
-    maps = {key: np.zeros((rows, columns)) for key in ("release", "entropy")}
+    rows, columns = (side // patch for side in grays["OpenCV"].shape)
+    maps = {key: np.zeros((rows, columns)) for key in ("release", "entropy", "symmetric")}
     for r in range(rows):
         for c in range(columns):
-            cut = levels[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch]
+            cut, other = (gray[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for gray in grays.values())
+            p = feature.graycomatrix(other, radii, np.arange(4) * np.pi / 4, levels=n, normed=True, symmetric=True)
+            maps["symmetric"][r, c] = measure.shannon_entropy(p)
             p = feature.graycomatrix(cut, radii, np.arange(4) * np.pi / 4, levels=n, normed=True)
             maps["release"][r, c] = measure.shannon_entropy(p)
             maps["entropy"][r, c] = -np.sum(p * np.log2(np.where(p > 0, p, 1))) / (4 * len(radii))
@@ -34,8 +37,10 @@ def skimage_glcm(levels: np.ndarray, patch: int, n: int, radii) -> dict[str, np.
 
 
 def check_against_skimage(pixels, patch=64, levels=64, radii=(1, 2, 3, 4)):
-    twin = skimage_glcm(gray_levels(pixels, levels), patch, levels, radii)
-    for definition, bound in (("release", 1e-9), ("entropy", 1e-12)):
+    pillow = np.asarray(Image.fromarray(pixels).convert("L"))
+    grays = {"OpenCV": gray_levels(pixels, levels), "Pillow": gray_levels(pillow, levels)}
+    twin = skimage_glcm(grays, patch, levels, radii)
+    for definition, bound in (("release", 1e-9), ("entropy", 1e-12), ("symmetric", 1e-9)):
         assert np.abs(glcm_map(pixels, definition, patch, levels, radii, threads=1) - twin[definition]).max() < bound
 
 
@@ -61,6 +66,12 @@ def test_glcm_equals_skimage_on_random_shapes_contents_and_arguments():
     assert compared >= 200
 
 
+def test_grays_are_those_of_opencv_and_pillow():
+    levels = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), -1).reshape(-1, 52, 3)
+    assert np.array_equal(gray_levels(levels, gray="Pillow"), np.asarray(Image.fromarray(levels).convert("L")))
+    assert (gray_levels(levels, gray="Pillow") != gray_levels(levels)).any()
+
+
 def test_glcm_large_counts_are_distinguished_and_merged_as_floats_are():
     # two levels in stripes: few entries, all frequent, over totals that share values such as 1/62
     for pixels in (np.tile(np.repeat(np.uint8([0, 255]), 32), (64, 1)), np.zeros((64, 64), np.uint8),
@@ -76,7 +87,7 @@ def test_glcm_score_does_not_depend_on_threads_or_the_border_that_fills_no_patch
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"definition": "paper"}, "there are release, entropy"),
+    ({"definition": "paper"}, "there are release, entropy, symmetric"),
     ({"patch": 300}, "256x256 pixels: smaller than one patch of 300x300"),
     ({"levels": 1}, "levels: 2 to 256, got 1"),
     ({"radii": ()}, "radii"),

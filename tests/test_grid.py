@@ -69,4 +69,4 @@ def test_detail_and_set_show_it(tmp_path, capsys):
     with pytest.raises(SystemExit):
         metrics.main(["set", a, "--reference", b, "--cache", cache, "--weights", b])
     text = capsys.readouterr().out
-    assert f"grid_16       {np.median(expected):10.4f}" in text and "Of the 2 reference pictures: grid_16" in text
+    assert f"grid_16            {np.median(expected):10.4f}" in text and "Of the 2 reference pictures: grid_16" in text

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import metrics
 from metrics import compression_ratio, glcm_score, jpeg_size
-from scores import clip, perceptual
+from scores import clip, detail, perceptual
 from scores.compare import frechet_distance, patches_of
 from scores.official import WEIGHTS
 from scores.perceptual import resize_crop
@@ -74,8 +74,8 @@ def test_detail_scores_fifty_mixed_pictures_and_names_the_broken_one(tmp_path):
     assert [line for line in shown.stderr.splitlines() if line.startswith("error")] == [
         line for line in shown.stderr.splitlines() if f"{tmp_path}/whole.jpg: not a complete picture" in line]
     lines = shown.stdout.splitlines()
-    assert len(lines) == 1 + 49 + 2 and lines[-2].startswith("all 49: means, ratio of sums")
-    assert lines[-1].startswith("grid: dB over neighbouring frequencies")
+    assert len(lines) == 1 + 49 + 2 + 6 and lines[50].startswith("all 49: means, ratio of sums")
+    assert lines[51].startswith("grid: dB over neighbouring frequencies") and lines[52].startswith("glcm_release: mean")
     row = next(line.split() for line in lines if "turned.jpg" in line)
     assert row[1:3] == ["90", "120"]
 
@@ -99,7 +99,7 @@ def test_detail_resumes_and_sees_a_changed_picture(command, tmp_path, monkeypatc
         Image.fromarray(golden_picture(name)).save(tmp_path / f"{k}.png")
     first = command("detail", tmp_path, "--json")
     measured = []
-    monkeypatch.setattr(metrics, "jpeg_size", lambda pixels: measured.append(pixels.shape) or jpeg_size(pixels))
+    monkeypatch.setattr(detail, "jpeg_size", lambda pixels: measured.append(pixels.shape) or jpeg_size(pixels))
     assert command("detail", tmp_path, "--json") == first and not measured
     Image.fromarray(golden_picture("coffee")).save(tmp_path / "1.png")
     again = json.loads(command("detail", tmp_path, "--json")[1])
@@ -347,13 +347,13 @@ def test_set_measures_everything_keeps_the_reference_and_prints_n(command, fake_
     code, out, errors = command(*arguments)
     report = json.loads(out)
     assert code == 0 and not errors
-    assert FakeInception.seen == 2 * (5 + 6)  # the picture and the one patch in it
+    assert FakeInception.seen == (2 + 20) * (5 + 6)  # the picture, the one patch in it, the crops
     assert report["clip_score"] == 3.0 and report["generated"] == 5 and report["reference"] == 6
     assert report["fid"] > 0 and report["patch_fid"] > 0 and report["aesthetics"] > 0 and report["ratio"] > 1
     notes = "\n".join(report["notes"])
     assert "fid: N = 5 generated, 6 reference, 320 px; bias dominates it below 2049" in notes
     assert "1 of 6 prompts have no picture" in notes
-    assert command(*arguments)[1] == out and FakeInception.seen == 22
+    assert command(*arguments)[1] == out and FakeInception.seen == 22 * 11
     shown = command(*arguments[:-1])[1]
     assert shown.startswith("5 generated, 6 reference pictures") and "clip_score" in shown
 

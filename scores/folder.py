@@ -1,0 +1,85 @@
+"""The pictures of files and folders, and their pixels.
+
+Names    of pictures by suffix; what is left out is named on stderr. Hidden files are none: systems and killed
+         processes leave them
+Pairs    two folders hold the same prompts under the same names, whatever the suffix
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from files import printable
+from reading.pictures import FORMATS, read_picture
+
+BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
+
+
+def find_pictures(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """The files, and of folders the pictures in them sorted by name; what is left out is named on stderr.
+
+    raises  FileNotFoundError; ValueError if a folder has no picture
+    """
+    pictures: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        found = _pictures_in(path) if path.is_dir() else [path]
+        pictures |= {os.path.abspath(file): file for file in found if os.path.abspath(file) not in pictures}
+    return list(pictures.values())
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by suffix."""
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes]
+    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
+    if not pictures:
+        folders = ", ".join([path.name for path in shown if path.is_dir()][:4])
+        has = f"; it has {len(others)} other files" if others else ""
+        has += f"; it has the folders {folders}" if folders else ""
+        raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
+    if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
+        kinds = Counter(path.suffix or "no suffix" for path in skipped)
+        kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
+        note = f"note: {folder}: {len(skipped)} files are no pictures by name and left out ({kinds}): {skipped[0].name}"
+        print(printable(note + (", …" if len(skipped) > 1 else "")), file=sys.stderr)
+    return pictures
+
+
+def read_pixels(path: str | os.PathLike) -> np.ndarray:
+    """(H, W, 3) uint8, upright sRGB."""
+    picture = read_picture(path)
+    if picture.info.get("frames"):
+        print(printable(f"note: {path}: an animation, of which the first frame is scored"), file=sys.stderr)
+    return np.array(picture)
+
+
+def pair_names(a: Path, b: Path, notes: list[str]) -> dict[Path, Path]:
+    """Picture of folder `a` -> the one of the same name in `b`; `notes` gets those without a partner.
+
+    raises  ValueError if no name is in both, or one is twice in a folder
+    """
+    sides = []
+    for folder in (a, b):
+        names: dict[str, Path] = {}
+        for path in find_pictures([folder]):
+            if (other := names.setdefault(path.stem, path)) is not path:
+                raise ValueError(f"{other} and {path}: the same name but for the suffix; leave one of them out")
+        sides.append(names)
+    both = [name for name in sides[0] if name in sides[1]]
+    if not both:
+        first, second = (next(iter(names.values())).name for names in sides)
+        raise ValueError(f"{a} and {b}: no picture has the same name in both, as {first} and {second}; "
+                         "draw the same prompts with the same --seed, or rename them")
+    for folder, names in zip((a, b), sides, strict=True):
+        if alone := [path.name for name, path in names.items() if name not in both]:
+            notes.append(f"note: {folder}: {len(alone)} pictures without a partner are left out: {alone[0]}"
+                         + (", …" if len(alone) > 1 else ""))
+    return {sides[0][name]: sides[1][name] for name in both}
