@@ -167,7 +167,7 @@ def objective(name: str, velocity: Tensor, latent: Tensor, noise: Tensor, sigma:
     if mask is not None:
         velocity = torch.where(mask, velocity, noise - latent)
     if name == "velocity":
-        return (weight * (velocity - (noise - latent)).float().square().mean((1, 2, 3))).mean()
+        return (weight * _difference(velocity, noise - latent).square().mean((1, 2, 3))).mean()
     if name == "paper":
         return wlf_loss(velocity, noise - latent, weight, bands, huber, levels)
     z = interpolate(latent, noise, sigma)

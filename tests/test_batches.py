@@ -1,6 +1,8 @@
 """The samples of a step: order of pictures, crops, captions. Each depends on seed and step alone."""
 
+import sys
 from collections import Counter
+from dataclasses import replace
 from threading import Event
 
 import numpy as np
@@ -156,6 +158,31 @@ def test_sample_draws_caption_crop_noise_and_sigma_from_its_own_generator(settin
     assert torch.equal(part.images[2], random_crop(pixels, 64, 64, generator))
     assert torch.equal(part.noise[2], torch.randn(16, 4, 4, generator=generator))
     assert torch.equal(part.sigma[2:3], sample_sigma(1, "logit_normal", 3.0, generator=generator))
+
+
+def test_range_of_guidance_is_drawn_per_picture_and_changes_no_other_draw(settings, drawn, monkeypatch):
+    of_family = settle
+
+    def with_guidance(s, family):  # SD3 has no such input, but its samples can be drawn with it
+        return replace(of_family(replace(s, guidance=None), family), guidance=s.guidance)
+
+    monkeypatch.setattr(sys.modules[__name__], "settle", with_guidance)
+    plain = settings(batch=4, accumulate=2)
+    ranged = replace(plain, guidance=(1.0, 5.0))
+    (a, b), _ = drawn(plain)
+    (c, d), latents = drawn(ranged)
+    guidance = torch.cat((c.guidance, d.guidance))
+    assert a.guidance is None and len(set(guidance.tolist())) == 4 and guidance.min() >= 1 and guidance.max() <= 5
+    (number,), _ = drawn(replace(plain, accumulate=1, guidance=3.5))
+    assert torch.equal(number.guidance, torch.full((4,), 3.5))
+    assert torch.equal(a.noise, c.noise) and torch.equal(b.sigma, d.sigma)
+    (whole,), (latent,) = drawn(replace(ranged, accumulate=1))
+    assert torch.equal(whole.guidance, guidance) and torch.equal(latent, torch.cat(latents))
+
+
+def test_sigma_of_a_range_is_drawn_per_picture(settings, drawn):
+    (part,), _ = drawn(settings(batch=4, sigma_range="0.5,0.7", density="beta", time_shift=1.0))
+    assert (part.sigma >= 0.5).all() and (part.sigma <= 0.7).all() and len(set(part.sigma.tolist())) == 4
 
 
 def test_any_number_of_readers_gives_the_same_batch(settings, drawn):

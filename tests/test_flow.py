@@ -22,6 +22,7 @@ from flow import (
     loss_weight,
     sample_sigma,
     sd3_sigmas,
+    snr_huber,
     time_shift,
     velocity_with_cfg,
 )
@@ -173,7 +174,7 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     assert torch.equal(together[1], torch.randn(16, 4, 6, generator=seeded(6)))
 
 
-@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode", "beta"])
 def test_drawn_sigmas_repeat_and_stay_inside(density):
     sigma = sample_sigma(20_000, density, shift=3.0, generator=seeded(0))
     assert torch.equal(sigma, sample_sigma(20_000, density, shift=3.0, generator=seeded(0)))
@@ -200,6 +201,37 @@ def test_mode_density_has_the_moments_of_its_formula():
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     formula = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     assert abs(sigma.mean() - 0.5) < 0.005 and abs(sigma.double().var() - formula.var()) < 0.002
+
+
+@pytest.mark.parametrize("a, b", [(2, 4), (1, 1), (5, 2)])
+def test_beta_density_has_the_moments_and_the_distribution_of_a_beta(a, b):
+    sigma = sample_sigma(200_000, "beta", generator=seeded(0), beta=(a, b)).double()
+    assert abs(sigma.mean() - a / (a + b)) < 0.002
+    assert abs(sigma.var() - a * b / ((a + b) ** 2 * (a + b + 1))) < 0.001  # (2, 4): 1/3 and 2/63
+    if (a, b) == (2, 4):  # the integral of 20 s (1 - s)^3
+        for level in (0.1, 0.3, 0.5, 0.8):
+            assert abs((sigma < level).double().mean() - (1 - (1 - level) ** 4 * (1 + 4 * level))) < 0.005
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode", "beta"])
+def test_range_of_sigma_is_the_density_restricted_to_it(density):
+    drawn = sample_sigma(50_000, density, 3.0, generator=seeded(0))
+    inside = sample_sigma(50_000, density, 3.0, generator=seeded(1), within=(0.3, 0.6))
+    kept = drawn[(drawn >= 0.3) & (drawn <= 0.6)]
+    assert inside.min() >= 0.3 and inside.max() <= 0.6
+    for share in (0.25, 0.5, 0.75):
+        assert abs(inside.quantile(share) - kept.quantile(share)) < 0.01
+    assert torch.equal(sample_sigma(9, density, generator=seeded(2), within=(0.0, 1.0)),
+                       sample_sigma(9, density, generator=seeded(2)))
+
+
+def test_width_and_weight_of_snr_huber_by_hand():
+    """At sigma 0.5, SNR is 1; towards 0 it stops at g; at 1 the weight is that of 0.999."""
+    sigma = torch.tensor([0.5, 0.1, 0.999, 1.0], dtype=torch.float64)
+    width, weight = snr_huber(sigma, 0.2, 1.0, 0.5, 4.0, 0.5)
+    assert distance_to(width, [0.6, 1.0, 0.2 + 0.4 / 999, 0.2]) < 1e-12
+    assert distance_to(weight, [1.0, 2 / 9, 1.0, 1.0]) < 1e-12
+    assert distance_to(snr_huber(sigma, 0.2, 1.0, 0.5, 4.0, 0.0)[1], [1, 1 / 9, 999, 999]) < 1e-9
 
 
 def test_mode_density_equals_diffusers():

@@ -7,12 +7,14 @@ import pytest
 from conftest import ROOT, run_script
 
 from family import FLUX_DEV, FLUX_SCHNELL, SD3
-from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, parse, settle
+from flow import SNR_HUBER
+from training.settings import GIB, IDENTITY, SOURCE, Machine, Settings, check, parse, settle
 
 # compared by what they lead to: --small by the sizes of all pictures, positions in the model's configuration
 MAY_CHANGE = {"data", "out", "cache", "small", "positions", "trained_side", "recipe", "steps", "shard", "offload",
               "accumulate", "activations", "ema_on_host", "compile", "device", "save_dtype", "save_every", "keep",
-              "log_every", "sample_every", "validate", "validate_every", "threads", "export", "plan", "dry_run"}
+              "log_every", "sample_every", "validate", "validate_every", "sequence", "threads", "export", "plan",
+              "dry_run"}
 # how the released trainers prepare pictures and captions, and the cell of docs/differences.md that says so
 RELEASE = {
     "mirrored crops": ("flip", True, "with probability 1/2"),
@@ -88,8 +90,46 @@ def test_family_decides_what_the_flags_leave_open(settings):
     assert settle(settings(res=4096), SD3).activations == "recompute" and settle(settings(), SD3).activations == "keep"
 
 
+def test_losses_are_settled_from_the_flags_that_name_them(settings):
+    huber, beta = (settle(settings(**changed), SD3) for changed in ({"objective": "snr_huber"}, {"density": "beta"}))
+    assert huber.huber_snr == SNR_HUBER and beta.beta == (2, 4) and huber.beta is beta.huber_snr is None
+    given = settle(settings(objective="snr_huber", huber_snr="0.1,2,0.5,5,0", sigma_range="0.46,1"), SD3)
+    assert given.huber_snr == (0.1, 2, 0.5, 5, 0) and given.sigma_range == (0.46, 1)
+    assert settle(settings(guidance="1,4"), FLUX_DEV).guidance == (1, 4)
+    assert (settings(guidance="1,4").guidance_shown, settings(guidance=1).guidance_shown) == (2.5, 1)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"objective": "velocity", "levels": 2}, "--objective velocity has no bands"),
+    ({"objective": "snr_huber", "huber": 0.1}, "--huber 0.1: the width of --objective snr_huber follows sigma"),
+    ({"huber_snr": "0.2,1,0.5,5,0"}, "--huber-snr is a setting of --objective snr_huber"),
+    ({"beta": "2,4"}, "--beta is a setting of --density beta"),
+    ({"sigma_range": "0.9999,1", "time_shift": 1}, "--sigma-range 0.9999,1: give a range with 0.1% of the sigmas"),
+    ({"guidance": "1,4"}, "--guidance 2.5: this is SD3, which has no guidance input")])
+def test_losses_that_contradict_are_refused_in_one_line(settings, changed, words):
+    with pytest.raises(ValueError) as refusal:
+        settle(settings(**changed), SD3)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"levels": 0}, "--levels 0: give 1 to 8"),
+    ({"levels": 3}, "--res 64: give a multiple of 128 at --factor 16 --levels 3"),
+    ({"validate_every": 5}, "--validate-every: give --validate DIR"),
+    ({"validate": "x", "validate_every": 0}, "--validate-every 0: give 1 or more"),
+    ({"guidance": -1.0}, "--guidance -1.0: give a number from 0")])
+def test_levels_and_intervals_out_of_range_are_refused(settings, changed, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(settings(**changed), 1)
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--bands", "1,1,x,1"], "four numbers from 0"), (["--time-shift", "three"], 'a number above 0, or "tokens"')])
+    (["--bands", "1,1,x,1"], "four numbers from 0"), (["--time-shift", "three"], 'a number above 0, or "tokens"'),
+    (["--huber-snr", "1,0.2,0.5,5,0"], "five numbers from 0 for c_min,c_max,a,g,b, 0 < c_min <= c_max, g > 0"),
+    (["--beta", "0,4"], "two integers from 0 for A,B, at least 1"), (["--beta", "2.5,4"], "two integers"),
+    (["--sigma-range", "0.6,0.5"], "two numbers from 0 for LOW,HIGH, LOW < HIGH <= 1"),
+    (["--sigma-range", "0,2"], "LOW < HIGH <= 1"), (["--guidance", "4,1"], "LOW,HIGH, LOW < HIGH"),
+    (["--guidance", "strong"], "a number, or LOW,HIGH")])
 def test_flag_that_is_no_number_is_refused_in_words(flags, words, capsys):
     with pytest.raises(SystemExit):
         parse(flags)

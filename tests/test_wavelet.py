@@ -1,7 +1,9 @@
-"""Haar bands, the WLF loss and the objectives: identities, the official numbers, refusals."""
+"""Haar bands, the WLF loss, masks and objectives: identities, the official numbers, NumPy twins, refusals."""
 
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,8 @@ from conftest import seeded
 from golden import distance
 from safetensors.torch import load_file
 
-from flow import denoised, interpolate, loss_weight
-from wavelet import band_losses, haar_join, haar_split, objective, wlf_loss
+from flow import SNR_HUBER, denoised, interpolate, loss_weight
+from wavelet import OBJECTIVES, band_losses, detail_mask, haar_join, haar_pyramid, haar_split, objective, wlf_loss
 
 DATA = Path(__file__).parent / "data"
 EVEN_SHAPES = ["1x4x8x12", "2x16x10x6"]  # the golden's other two cases have an odd side
@@ -193,9 +195,9 @@ EQUAL = (1.0, 1.0, 1.0, 1.0)
 
 
 def inputs_of_a_step() -> tuple[torch.Tensor, ...]:
-    """Velocity, latent and noise, (3, 16, 6, 4); sigma and weight, (3,)."""
+    """Velocity, latent and noise, (3, 16, 8, 4); sigma and weight, (3,)."""
     generator = seeded(0)
-    velocity, latent, noise = torch.randn(3, 3, 16, 6, 4, generator=generator, dtype=torch.float64)
+    velocity, latent, noise = torch.randn(3, 3, 16, 8, 4, generator=generator, dtype=torch.float64)
     sigma, weight = torch.rand(2, 3, generator=generator, dtype=torch.float64)
     return velocity, latent, noise, sigma, weight
 
@@ -203,12 +205,13 @@ def inputs_of_a_step() -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name, factor", [
     ("paper", lambda sigma: 1), ("velocity", lambda sigma: 1), ("release", lambda sigma: sigma**2),
     ("noise", lambda sigma: (1 - sigma) ** 2)])
-def test_objective_with_equal_bands_is_the_velocity_loss_times_its_factor(name, factor):
+@pytest.mark.parametrize("levels", [1, 2])
+def test_objective_with_equal_bands_is_the_velocity_loss_times_its_factor(name, factor, levels):
     velocity, latent, noise, sigma, weight = inputs_of_a_step()
     error = (velocity - (noise - latent)).square().mean((1, 2, 3))
     expected = (weight * factor(sigma) * error).mean()
-    loss = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0)
-    assert abs(loss - expected) < (1e-6 if name == "velocity" else 1e-12)  # "velocity" is computed in fp32
+    loss = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0, levels)
+    assert abs(loss - expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["paper", "release"])
@@ -237,3 +240,182 @@ def test_band_of_weight_zero_does_not_count():
     only_ll = objective("paper", velocity, latent, noise, sigma, torch.ones_like(sigma), (1, 0, 0, 0), 0.0)
     assert abs(only_ll - 0.25) < 1e-12
     assert objective("paper", velocity, latent, noise, sigma, weight, (0, 1, 1, 1), 0.0) < 1e-24
+
+
+# ---- levels, SNR-Huber, masks: limits, and a twin of each that goes number by number
+
+def blocks_of_two(z: np.ndarray) -> dict[str, np.ndarray]:
+    """The four bands of one channel, one 2x2 block after another."""
+    bands = {name: np.zeros((z.shape[0] // 2, z.shape[1] // 2)) for name in ("ll", "lh", "hl", "hh")}
+    for i, j in product(*map(range, bands["ll"].shape)):
+        a, b, c, d = z[2 * i, 2 * j], z[2 * i, 2 * j + 1], z[2 * i + 1, 2 * j], z[2 * i + 1, 2 * j + 1]
+        for name, value in zip(bands, (a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d), strict=True):
+            bands[name][i, j] = value / 2
+    return bands
+
+
+def slow_objective(name: str, velocity, latent, noise, sigma, weight, bands, huber, levels, constants, mask) -> float:
+    """The formulas of docs/losses.md, one coefficient after another."""
+    total, (count, channels, height, width) = 0.0, latent.shape
+    for k in range(count):
+        s, v = sigma[k], noise[k] - latent[k]
+        z = (1 - s) * latent[k] + s * noise[k]
+        predicted = velocity[k] if mask is None else np.where(mask[k], velocity[k], v)
+        scale, rho = weight[k], np.square
+        if name in ("paper", "velocity"):
+            error = predicted - v
+        elif name == "noise":
+            error = z + (1 - s) * predicted - noise[k]
+        else:
+            error = z - s * predicted - latent[k]
+        if huber:
+            def rho(d):
+                return 2 * huber**2 * (np.sqrt(1 + d**2 / huber**2) - 1)
+        if name == "snr_huber":
+            c_min, c_max, a, g, b = constants
+            m = min(((1 - s) / s) ** 2, g)
+            c = c_min + (c_max - c_min) * (m / g) ** a
+            scale *= s / (1 - s) * m**b
+
+            def rho(d, c=c):
+                return c**2 * (np.sqrt(1 + (d / c) ** 2) - 1)
+        of_picture = 0.0
+        for channel in range(channels):
+            left = error[channel]
+            for _ in range(levels):
+                split = blocks_of_two(left)
+                left = split["ll"]
+                for band, of_band in zip(("lh", "hl", "hh"), bands[1:], strict=True):
+                    of_picture += of_band * rho(split[band]).sum()
+            of_picture += bands[0] * rho(left).sum()
+        total += scale * of_picture / (channels * height * width)
+    return total / count
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("levels, huber, bands, masked", [
+    (1, 0.0, EQUAL, False), (2, 0.0, (1.0, 2.0, 3.0, 4.0), False), (1, 0.3, EQUAL, True), (2, 0.0, EQUAL, True)])
+def test_objective_equals_its_twin_in_numpy(name, levels, huber, bands, masked):
+    velocity, latent, noise, sigma, weight = inputs_of_a_step()
+    constants, mask = (0.1, 0.7, 0.4, 3.0, 0.2), None
+    if name == "velocity":
+        levels, huber, bands = 1, 0.0, EQUAL
+    if masked:
+        mask = torch.rand(3, 1, 8, 4, generator=seeded(1)) < 0.6
+    huber = 0.0 if name == "snr_huber" else huber
+    inputs = [t if t is None else t.numpy() for t in (velocity, latent, noise, sigma, weight)]
+    twin = slow_objective(name, *inputs, bands, huber, levels, constants, None if mask is None else mask.numpy())
+    loss = objective(name, velocity, latent, noise, sigma, weight, bands, huber, levels, constants, mask)
+    assert abs(loss - twin) < 1e-12
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_pyramid_is_orthonormal_and_its_first_level_is_the_split(levels):
+    """The transform of every unit vector: the matrix times its transpose is the identity."""
+    units = torch.eye(64, dtype=torch.float64).reshape(64, 1, 8, 8)
+    matrix = torch.cat([level.flatten(1) for level in haar_pyramid(units, levels)], dim=1)
+    assert matrix.shape == (64, 64) and distance(matrix @ matrix.T, torch.eye(64, dtype=torch.float64)) < 1e-12
+    z, _ = pair(2, 3, 8, 16)
+    assert torch.equal(haar_pyramid(z, levels)[0].flatten(1, 2), haar_split(z)[:, 0 if levels == 1 else 3:])
+
+
+def test_pyramid_equals_pytorch_wavelets():
+    wavelets = pytest.importorskip("pytorch_wavelets")
+    z, _ = pair(2, 3, 8, 16, dtype=torch.float32)
+    low, high = wavelets.DWTForward(J=2, wave="haar", mode="zero")(z)  # high: (B, C, 3, h, w) of each level
+    first, second = haar_pyramid(z, 2)
+    assert distance(first.transpose(1, 2), high[0]) < 1e-6 and distance(second[:, 0], low) < 1e-6
+    assert distance(second[:, 1:].transpose(1, 2), high[1]) < 1e-6
+
+
+@pytest.mark.parametrize("b, expected", [
+    (0.0, lambda s: s**3 / (2 * (1 - s))), (0.5, lambda s: s**2 / 2)])
+def test_snr_huber_of_infinite_width_is_no_flow_matching(b, expected):
+    """Against UltraFlux's "c to infinity and b = 0 recover flow matching": sigma³/(2(1 - sigma)) remains."""
+    velocity, latent, noise, sigma, weight = inputs_of_a_step()
+    sigma = 0.5 + sigma / 2.1  # SNR below g
+    error = (velocity - (noise - latent)).square().mean((1, 2, 3))
+    loss = objective("snr_huber", velocity, latent, noise, sigma, weight, EQUAL, 0.0, 1, (1e9, 1e9, 0.5, 5.0, b))
+    assert abs(loss - (weight * expected(sigma) * error).mean()) < 1e-12
+    if b:  # half the released form
+        release = objective("release", velocity, latent, noise, sigma, weight, EQUAL, 0.0)
+        assert abs(loss - release / 2) < 1e-12
+
+
+def test_snr_huber_of_small_width_is_the_absolute_error_times_it():
+    velocity, latent, noise, sigma, weight = inputs_of_a_step()
+    bands = haar_split(sigma.reshape(-1, 1, 1, 1) * (velocity - (noise - latent))).abs().mean((1, 2, 3))
+    c = 1e-9
+    loss = objective("snr_huber", velocity, latent, noise, sigma, weight, EQUAL, 0.0, 1, (c, c, 0.5, 5.0, 0.0))
+    assert abs(loss / c - (weight * sigma / (1 - sigma) * bands).mean()) < 1e-6
+
+
+def test_snr_huber_is_finite_at_both_ends_and_exact_at_small_differences():
+    velocity, latent, noise, _, weight = inputs_of_a_step()
+    for b in (0.0, 0.5):
+        sigma = torch.tensor([torch.finfo(torch.float32).eps, 0.5, 1.0])
+        inputs = [t.float() for t in (velocity, latent, noise)]
+        inputs[0].requires_grad_()
+        loss = objective("snr_huber", *inputs, sigma, weight.float(), EQUAL, 0.0, 1, (0.2, 1.0, 0.5, 5.0, b))
+        loss.backward()
+        assert loss.isfinite() and inputs[0].grad.isfinite().all()
+    close = (noise - latent + 1e-9).requires_grad_()  # where the formula as written loses all digits
+    half = torch.full_like(weight, 0.5)
+    loss = objective("snr_huber", close, latent, noise, half, torch.ones_like(weight), EQUAL, 0.0, 1, SNR_HUBER)
+    assert abs(loss / (0.5 * (0.5e-9) ** 2) - 1) < 1e-5
+
+
+def slow_mask(detail: np.ndarray, sigma: float) -> np.ndarray:
+    """LWD's mask of the energy (h/2, w/2) of one picture: bilinear by hand, half-pixel centres, edges repeated."""
+    height, width = 2 * detail.shape[0], 2 * detail.shape[1]
+    large = np.zeros((height, width))
+    for i, j in product(range(height), range(width)):
+        y, x = max((i + 0.5) / 2 - 0.5, 0), max((j + 0.5) / 2 - 0.5, 0)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, detail.shape[0] - 1), min(left + 1, detail.shape[1] - 1)
+        upper = (1 - x + left) * detail[top, left] + (x - left) * detail[top, right]
+        lower = (1 - x + left) * detail[bottom, left] + (x - left) * detail[bottom, right]
+        large[i, j] = (1 - y + top) * upper + (y - top) * lower
+    return (large - large.min()) / (large.max() - large.min() + 1e-8) + 0.3 >= sigma
+
+
+@pytest.mark.parametrize("name", ["lwd", "lwd_release"])
+def test_mask_equals_its_twin_in_numpy(name):
+    _, latent, noise, _, _ = inputs_of_a_step()
+    sigma = torch.tensor([0.4, 0.6, 0.9], dtype=torch.float64)
+    z = interpolate(latent, noise, sigma)
+    mask = detail_mask(name, latent, z, sigma)
+    assert mask.shape == (3, 1, 8, 4) and 0 < mask.double().mean() < 1
+    for k in range(3):
+        channels = [blocks_of_two(channel) for channel in (latent if name == "lwd" else z)[k].numpy()]
+        if name == "lwd":  # the mean over channels of the sum over bands
+            detail = np.mean([c["lh"] ** 2 + c["hl"] ** 2 + c["hh"] ** 2 for c in channels], axis=0)
+        else:  # the released index takes channels 0, 1, 2 for bands, and bands for channels
+            detail = sum(np.mean([channels[k][band] ** 2 for band in ("lh", "hl", "hh")], axis=0) for k in range(3))
+        assert (mask[k, 0].numpy() == slow_mask(detail, sigma[k].item())).all()
+
+
+def test_mask_keeps_all_up_to_sigma_of_a_third_and_less_and_less_above():
+    latent, noise = torch.randn(2, 1, 16, 16, 16, generator=seeded(2))
+    kept = []
+    for level in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0, 1.29):
+        sigma = torch.tensor([level])
+        kept.append(detail_mask("lwd", latent, interpolate(latent, noise, sigma), sigma).double().mean().item())
+    assert kept[:2] == [1, 1] and kept == sorted(kept, reverse=True) and kept[-1] < 0.01
+    assert detail_mask(None, latent, noise, torch.ones(1)) is None
+    flat = torch.ones(1, 16, 4, 4)  # without any detail: A is 0
+    assert not detail_mask("lwd", flat, flat, torch.tensor([0.31])).any()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_complete_mask_changes_no_bit_and_masked_places_have_no_gradient(name):
+    velocity, latent, noise, sigma, weight = inputs_of_a_step()
+    velocity.requires_grad_()
+    everywhere = torch.ones(3, 1, 8, 4, dtype=torch.bool)
+    plain = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0)
+    assert torch.equal(plain, objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0, mask=everywhere))
+    left = everywhere.clone()
+    left[..., 2:] = False
+    loss = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0, mask=left)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert not gradient[..., 2:].any() and gradient[..., :2].abs().min() > 0
