@@ -33,9 +33,9 @@ from training.settings import Machine, settle
 
 @pytest.fixture(scope="module")
 def small(folders, tmp_path_factory) -> Path:
-    """The model folders with transformers of width 64, in which every part has a gradient."""
+    """The model folders with transformers of two heads, in which every part has a gradient."""
     folder = Path(shutil.copytree(folders, tmp_path_factory.mktemp("ranks") / "models", symlinks=True))
-    sd3 = MMDiTConfig(64, 2, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128, qk_norm=True)
+    sd3 = MMDiTConfig(128, 2, context_dim=192, pooled_dim=192, table_side=16, mlp_hidden=128, qk_norm=True)
     flux = FluxConfig(64, 1, 2, 32, context_dim=192, pooled_dim=64, mlp_hidden=128, axes_dim=(4, 14, 14))
     for file, prefix, transformer in (("tiny-sd3/sd3.safetensors", "model.diffusion_model.", new_mmdit(sd3, seeded(0))),
                                       ("tiny-flux/flux.safetensors", "", new_flux(flux, seeded(0)))):
@@ -84,22 +84,25 @@ def difference(one: Path, other: Path) -> tuple[float, float]:
 # ---- the same run, however it is divided
 
 def test_every_division_of_the_work_gives_the_same_five_steps(settings, small, tmp_path):
-    def flags(name: str, kind: str, n: int) -> list[str]:
+    def flags(name: str, kind: str, n: int, **more: object) -> list[str]:
         shard = kind if kind.startswith("zero") else None
         return settings.flags(weights=small / name, batch=8, steps=5, save_every=5, lr=1e-4, accumulate=n,
-                              shard=shard, out=tmp_path / f"{name}-{kind}-{n}")
+                              out=tmp_path / f"{name}-{kind}-{n}", **{"shard": shard} | more)
 
     names, kinds = ("tiny-sd3", "tiny-flux"), ("ours", "torch", "zero2", "zero3")
     for name in names:
         for n in (1, 2):
             train.main(flags(name, "one", n))
-    on_ranks(2, [{"flags": flags(name, kind, n), "ddp": kind} for name in names for kind in kinds for n in (1, 2)],
-             tmp_path)
-    on_ranks(4, [{"flags": flags(name, "four", n)} for name in names for n in (1, 2)], tmp_path)
+    on_ranks(2, [{"flags": flags(name, kind, n), "ddp": kind} for name in names for kind in kinds for n in (1, 2)]
+             + [{"flags": flags(name, "tokens", 1, sequence=2)} for name in names], tmp_path)
+    shared = {"sequence": 2, "shard": "zero3", "activations": "recompute"}
+    on_ranks(4, [{"flags": flags(name, "four", n)} for name in names for n in (1, 2)]
+             + [{"flags": flags(name, "tokens", 2, **shared)} for name in names], tmp_path)
     for name in names:
-        for out in ("one-2", *(f"{kind}-{n}" for kind in ("four", *kinds) for n in (1, 2))):
+        for out in ("one-2", *(f"{kind}-{n}" for kind in ("tokens", "four", *kinds) for n in (1, 2))):
             losses, weights = difference(tmp_path / f"{name}-one-1", tmp_path / f"{name}-{out}")
-            assert losses <= 1e-6 and weights <= 1e-6, (name, out)
+            most = 1e-5 if out.startswith("tokens") else 1e-6  # parts of a picture are added in another order
+            assert losses <= most and weights <= most, (name, out)
 
 
 def test_resumed_run_on_two_ranks_equals_the_uninterrupted_one_bit_for_bit(settings, small, tmp_path):
@@ -128,7 +131,7 @@ def test_run_resumes_with_another_number_of_ranks(settings, small, tmp_path):
     train.train(settings(**usual, steps=2))
     on_ranks(4, [{"flags": settings.flags(**usual, steps=4, shard="zero3")}], tmp_path)
     on_ranks(2, [{"flags": settings.flags(**usual, steps=6, shard="zero2")},
-                 {"flags": settings.flags(**usual, steps=7)}], tmp_path)
+                 {"flags": settings.flags(**usual, steps=7, sequence=2)}], tmp_path)
     train.train(settings(**usual, steps=8))
     losses, weights = difference(tmp_path / "one", tmp_path / "parts")
     assert losses < 1e-5 and weights < 1e-5

@@ -143,17 +143,16 @@ def total(card: dict[str, int]) -> int:
 def activation_bytes(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, ranks: int) -> int:
     """Peak activation bytes of one forward and backward pass on one rank, measured on fake tensors."""
     batch, side = s.batch * s.sequence // (ranks * s.accumulate), s.res // s.factor
+    shape, tokens = (side, 2 * -(-side // (2 * s.sequence))), -(-family.text_tokens(s.t5_length) // s.sequence)
     loss, in_bf16 = (s.objective, s.weighting, s.bands, s.huber), s.dtype == "bf16"
     stored = torch.bfloat16 if s.sharded and in_bf16 else s.weight_dtype
     autocast = in_bf16 and not s.sharded and s.weight_dtype == torch.float32
     adapter = s.lora and (s.lora, s.lora_init == "minor", "cpu", s.state_dtype)
-    of_group = _rehearse(family, config, batch, side, family.text_tokens(s.t5_length), s.guidance, loss, s.activations,
-                         stored, autocast, adapter)
-    return of_group // s.sequence
+    return _rehearse(family, config, batch, shape, tokens, s.guidance, loss, s.activations, stored, autocast, adapter)
 
 
 @cache  # most changes that smallest_change() tries leave the activations as they are
-def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side: int, tokens: int,
+def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, shape: tuple[int, int], tokens: int,
               guidance: float | None, loss: tuple, activations: str, stored: torch.dtype, autocast: bool,
               adapter: tuple | None) -> int:
     def built() -> MMDiT | Flux:
@@ -164,7 +163,7 @@ def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, side
 
     def run(model: MMDiT | Flux) -> None:
         name, weighting, bands, huber = loss
-        latent, noise = torch.empty(2, batch, config.in_channels, side, side)
+        latent, noise = torch.empty(2, batch, config.in_channels, *shape)
         sigma, pooled = torch.empty(batch), torch.empty(batch, config.pooled_dim)
         guidances = None if guidance is None else torch.ones_like(sigma)
         z, context = interpolate(latent, noise, sigma), torch.empty(batch, tokens, config.context_dim)

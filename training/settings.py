@@ -181,7 +181,7 @@ class Settings:
     shard: str = flag("none", "split weights, gradients, moments over ranks; gathered weights stay until backward in "
                       "zero2 and are gathered again in zero3", choices=("none", "zero2", "zero3"))
     offload: bool = flag(False, "with --shard on GPUs: weights, gradients, moments and AdamW on the host")
-    sequence: int = flag(1, "ranks that share the tokens of each picture, so that each has 1/N of the activations",
+    sequence: int = flag(1, "ranks that share the tokens of each picture, where one per rank does not fit",
                          metavar="N")
     accumulate: int = flag(1, "backward passes per step, each of batch / N / ranks pictures", metavar="N")
     activations: str | None = flag(
