@@ -32,11 +32,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from collecting.captions import captions, to_ask
 from collecting.listings import LISTINGS, Item, read_folder
 from collecting.selection import DISTANCE, LEAST, MOST, SMALLEST, measure, verdicts, write_selection
 from collecting.shards import unpack as unpack_shards
 from collecting.statistics import plot, report, statistics
 from files import check_path, need, printable, replacing, run_command, writable
+from reading.endpoint import add_flags, open_endpoint
 from reading.pictures import MOST_PIXELS, read_picture, upright_size
 
 CACHE_BYTES = 1 << 30            # of resized pictures in memory
@@ -170,8 +172,7 @@ def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
                 errors.append(f"{item.path}: {lack}")
         except ValueError as error:
             errors.append(str(error))
-    for error in errors:
-        print(printable(f"error: {error}"))
+    _named(errors)
     if sides:
         width, height = (int(np.median(side)) for side in zip(*sides, strict=True))
         print(f"{len(sides)} pictures, {sum(len(item.captions) for item in items)} captions; "
@@ -285,25 +286,21 @@ def _measured(path: Path, results: object, glcm: Callable) -> dict:
     return results.of_picture(("select", 1), path, partial(measure, glcm=glcm))
 
 
-def caption(folder: str, out: str | None, every: bool, side: int, price: list[float] | None, at_once: int,
-            dry_run: bool, **endpoint: object) -> int:
+def caption(folder: str, out: str | None, every: bool, endpoint: str, model: str, key_variable: str, side: int,
+            per_minute: float, at_once: int, timeout: float, price: list[float] | None, dry_run: bool) -> int:
     """Ask an endpoint for the captions that a folder lacks; returns 1 if one is still missing, else 0."""
-    from collecting.captions import captions, to_ask
-    from reading.endpoint import open_endpoint
-
     need(side >= 64, "side", side, "64 or more pixels")
     need(at_once >= 1, "at-once", at_once, "1 or more")
-    need(endpoint["per_minute"] > 0, "per-minute", endpoint["per_minute"], "a number above 0")
-    need(endpoint["timeout_s"] > 0, "timeout", endpoint["timeout_s"], "seconds above 0")
-    opened = open_endpoint(**endpoint)
+    opened = open_endpoint(endpoint, model, key_variable, per_minute, timeout)
+    check_path("out", out or folder)
     file, errors = Path(out or Path(folder) / "captions.jsonl"), []
     items = read_folder(folder, complete=False)
     pictures = {item.path.relative_to(folder).as_posix(): item.path for item in items if every or not item.captions}
     asked, line = to_ask(pictures, file, side, price, errors)
-    print(f"{len(pictures) - len(asked) - len(errors)} of {len(pictures)} captions are in {file}; to ask: {line}")
+    answered = len(pictures) - len(asked) - len(errors)
+    print(f"{len(pictures)} pictures, {answered} answered in {file}; {line}", flush=True)
     if asked and not dry_run:
-        answered = captions(asked, opened, file, side, at_once, errors)
-        print(f"{len(answered)} captions asked for; {file} has lines of a metadata.jsonl")
+        print(f"{len(captions(asked, opened, file, side, at_once, errors))} captions written to {file}")
     return _named(errors)
 
 
@@ -360,18 +357,9 @@ def new_parser() -> argparse.ArgumentParser:
 
 def _caption_flags(add: Callable) -> None:
     add("folder", metavar="DIR", help="pictures, with or without metadata.jsonl")
-    add("--endpoint", metavar="URL", dest="url", required=True, help="such as https://api.openai.com/v1")
-    add("--model", metavar="NAME", required=True, help="as the endpoint calls it")
     add("--out", metavar="FILE", help="lines of JSON; the same command resumes (default: DIR/captions.jsonl)")
     add("--all", action="store_true", dest="every", help="ask about pictures with a caption too")
-    add("--dry-run", action="store_true", help="print how many would be asked, and what that costs")
-    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens, for the cost")
-    add("--side", type=int, default=1024, help="of the pictures that are sent, pixels at most (default: %(default)s)")
-    add("--key-variable", metavar="NAME", default="OPENAI_API_KEY",
-        help="environment variable with the key (default: %(default)s)")
-    add("--per-minute", type=float, default=60.0, help="requests, at most (default: %(default)g)")
-    add("--timeout", type=float, default=120.0, dest="timeout_s", help="seconds without a byte (default: %(default)g)")
-    add("--at-once", type=int, default=4, help="requests on their way (default: %(default)s)")
+    add_flags(add)
 
 
 def _select_flags(add: Callable) -> None:
@@ -392,7 +380,7 @@ def _select_flags(add: Callable) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = new_parser()
     options = vars(parser.parse_args(argv))
-    if "" in options.values():
+    if any(value == "" or isinstance(value, list) and "" in value for value in options.values()):
         parser.error("an empty folder or name, as of a shell variable that is not set")
     run = options.pop("run")
     run_command(lambda: run(**options) and sys.exit(1))

@@ -8,7 +8,7 @@ Check     python -m pytest tests/test_captions.py
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depic
                         r"i can(no|['’])t\b|sorry\b", re.IGNORECASE)
 
 
-def to_ask(pictures: Mapping[str, Path], file: Path, side: int, price: tuple[float, float] | None,
+def to_ask(pictures: Mapping[str, Path], file: Path, side: int, price: Sequence[float] | None,
            errors: list[str]) -> tuple[dict[str, Path], str]:
     """The pictures that `file` has no caption of, and one line: how many, how many tokens, how much at most.
 

@@ -45,7 +45,7 @@ def page(title: str, rows: Sequence[Mapping], errors: Sequence[str], limits: Map
     for name, group in groups.items():
         if group:
             more = f"; the first {MOST_SHOWN} are shown" if len(group) > MOST_SHOWN else ""
-            lines.append(f"<h2>{TITLES[name]}: {len(group):,} pictures{more}</h2><section>")
+            lines.append(f"<h2>{TITLES[name]}: {len(group):,}{more}</h2><section>")
             lines += [_figure(row, thumbnails) for row in group[:MOST_SHOWN]]
             lines.append("</section>")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ Check     python -m pytest tests/test_selection.py
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ LEAST = {"short": 2048.0, "entropy": 7.0, "sharpness": 10.0, "glcm": 2.0}
 MOST = {"flat": 0.5}
 DISTANCE = 6         # bits in which the hashes of near-duplicates differ, at most
 PATCH, FLAT = 240, 800.0
-SMALLEST = 64        # px of the short side: smaller pictures have no numbers
+SMALLEST = 64        # px of the short side: smaller pictures have no other numbers, and no --short admits them
 THUMBNAIL_PX = 160
 _TURNS = (np.arange(8)[:, None] * (2 * np.arange(32) + 1)) * (np.pi / 64)
 
@@ -44,7 +45,7 @@ def measure(pixels: np.ndarray, glcm: Callable[[np.ndarray], float]) -> dict:
     row = {"width": width, "height": height, "short": min(height, width), "hash": perceptual_hash(picture),
            "thumbnail": np.frombuffer(packed.getvalue(), np.uint8)}
     if min(height, width) < SMALLEST:
-        return row | {"entropy": 0.0, "sharpness": 0.0, "glcm": 0.0, "flat": 1.0}
+        return row | dict.fromkeys(("entropy", "sharpness", "glcm", "flat"), math.nan)
     gray = np.asarray(picture.convert("L"))
     gradients, laplacians = patch_variances(gray)
     share = np.bincount(gray.ravel(), minlength=256) / gray.size
@@ -118,8 +119,8 @@ def write_selection(out: Path, items: Mapping[str, Item], rows: Sequence[Mapping
         (out / name).symlink_to(item.path.resolve())
     listed = ({"file_name": name, "text": item.captions[0]} | ({"alt": item.captions[1:]} if item.captions[1:] else {})
               for name, item in kept.items())
-    numbers = ({name: value for name, value in row.items() if name != "thumbnail"} | {"hash": f"{row['hash']:016x}"}
-               for row in rows)
+    numbers = ({name: None if value != value else value for name, value in row.items() if name != "thumbnail"}
+               | {"hash": f"{row['hash']:016x}"} for row in rows)  # JSON has no NaN
     for name, lines in (("metadata.jsonl", listed), ("select.jsonl", numbers)):
         with replacing(out / name) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")

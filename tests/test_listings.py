@@ -1,0 +1,55 @@
+"""Folders read before they are complete: without a listing, with rows and pictures that lack a caption."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from collecting.listings import read_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b.png", "a.JPG", "sub/c.webp", ".d.png", ".hidden/e.png", "f.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def captions(folder) -> dict[str, tuple]:
+    return {item.path.relative_to(folder).as_posix(): item.captions for item in read_folder(folder, complete=False)}
+
+
+def test_pictures_without_a_listing_have_no_captions(folder):
+    assert captions(folder) == {"a.JPG": (), "b.png": (), "f.png": (), "sub/c.webp": ()}
+
+
+def test_listed_pictures_come_first_and_a_row_may_lack_its_caption(folder):
+    rows = [{"file_name": "f.png", "text": "one", "alt": ["two"]}, {"file_name": "sub/c.webp", "text": " "},
+            {"file_name": "b.png", "text": "three", "alt": 3}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(captions(folder).items()) == [("f.png", ("one", "two")), ("sub/c.webp", ()), ("b.png", ()),
+                                              ("a.JPG", ())]
+    with pytest.raises(ValueError, match="metadata.jsonl:2: text is empty"):
+        read_folder(folder)
+
+
+def test_a_listing_in_error_is_refused_all_the_same(folder, tmp_path):
+    (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "one"}')
+    with pytest.raises(ValueError, match="no picture 'gone.png'"):
+        read_folder(folder, complete=False)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no picture in this folder"):
+        read_folder(tmp_path, complete=False)
+    with pytest.raises(FileNotFoundError):
+        read_folder(tmp_path / "nowhere", complete=False)
+
+
+def test_shards_beside_no_listing_are_to_be_unpacked(tmp_path):
+    (tmp_path / "train-00000-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FileNotFoundError, match="unpack the shards: python data.py unpack .*parquet --out NEW"):
+        read_folder(tmp_path)
