@@ -190,7 +190,7 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
             notes.append(sets.number_note("rfid", len(rows)))
             reach = of_halves(sets.paired_frechet, [np.stack(features)], rfid).reach if len(features) > 3 else np.nan
             intervals["rfid"] = max(0.0, rfid - reach), rfid + reach
-    protocol = protocol_of(means, "bootstrap", "halves")
+    protocol = protocol_of(means, "bootstrap", *(["halves"] if "rfid" in means else []))
     report = {"pictures": rows, "mean": means, "intervals": intervals, "factor": factor, "notes": notes}
     conclude(as_json, report | {"protocol": protocol}, "\n".join(lines + notes + protocol_lines(protocol)), errors)
 
@@ -274,7 +274,8 @@ def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, 
         features = partial(sets.set_features, res=res, results=results, inception=inception, errors=errors)
         compared += left_out("FID", compute=lambda: sets.fid_differences(
             *map(features, (*sides, find_pictures([reference]))), results)) or []
-    protocol = protocol_of([row["metric"] for row in compared], "bootstrap", "halves", "wilson")
+    names = [row["metric"] for row in compared]
+    protocol = protocol_of(names, "bootstrap", *(["halves"] if "fid" in names else []), "wilson")
     lines = [f"{len(pairs)} pairs; a: {a}, b: {b}", table(compared, VERSUS_COLUMNS), *dict.fromkeys(notes)]
     report = {"pairs": len(pairs), "metrics": compared, "notes": list(dict.fromkeys(notes)), "protocol": protocol}
     conclude(as_json, report, "\n".join(lines + protocol_lines(protocol)), list(dict.fromkeys(errors)))
