@@ -1,5 +1,6 @@
 """Haar bands, the WLF loss, masks and objectives: identities, the official numbers, NumPy twins, refusals."""
 
+import re
 from itertools import product
 from pathlib import Path
 
@@ -7,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seeded
+from conftest import ROOT, seeded
 from golden import distance
 from safetensors.torch import load_file
 
 from flow import SNR_HUBER, denoised, interpolate, loss_weight
-from wavelet import OBJECTIVES, band_losses, detail_mask, haar_join, haar_pyramid, haar_split, objective, wlf_loss
+from wavelet import (
+    MASKS,
+    OBJECTIVES,
+    band_losses,
+    detail_mask,
+    haar_join,
+    haar_pyramid,
+    haar_split,
+    objective,
+    wlf_loss,
+)
 
 DATA = Path(__file__).parent / "data"
 EVEN_SHAPES = ["1x4x8x12", "2x16x10x6"]  # the golden's other two cases have an odd side
@@ -419,3 +430,19 @@ def test_complete_mask_changes_no_bit_and_masked_places_have_no_gradient(name):
     loss = objective(name, velocity, latent, noise, sigma, weight, EQUAL, 0.0, mask=left)
     (gradient,) = torch.autograd.grad(loss, velocity)
     assert not gradient[..., 2:].any() and gradient[..., :2].abs().min() > 0
+
+
+def test_every_line_of_the_page_about_losses_runs_and_its_losses_are_finite():
+    first, *blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(), re.S)
+    names = {}
+    exec(first, names)
+    results = []
+    for line in "".join(blocks).splitlines():
+        if re.match(r"[\w, ]+ = ", line):
+            exec(line, names)
+        else:
+            results.append(eval(line, names))
+    assert len(results) == 13 and all(result.isfinite().all() for result in results)
+    text = (ROOT / "docs" / "losses.md").read_text()
+    assert all(f"`{name}`" in text for name in (*OBJECTIVES, *MASKS))
+    assert ", ".join(f"{value:g}" for value in SNR_HUBER[2:]) in text
