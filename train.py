@@ -150,7 +150,7 @@ def load_models(job: Job) -> tuple[MMDiT | Flux, VAE]:
                                   fallback=job.family.latent_scale).requires_grad_(False))
     if not settings.latent_shift:
         vae.shift_factor = 0.0
-    for height, width in set(job.sizes):
+    for height, width in {*job.sizes, *(job.held_out[2] if job.held_out else ())}:
         model.position(height // settings.factor, width // settings.factor)  # refuses what a position table cannot hold
     return model, vae
 
