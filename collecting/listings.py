@@ -44,7 +44,7 @@ def read_folder(folder: str | os.PathLike, complete: bool = True) -> list[Item]:
     folder = Path(folder)
     in_utf8(folder)
     listing = next((folder / name for name in LISTINGS if (folder / name).exists()), None)
-    if not listing and (complete or not folder.is_dir()):
+    if not listing and (complete or not folder.is_dir() or _listings_below(folder)):
         raise FileNotFoundError(_no_listing(folder))
     items: dict[Path, Item] = {}
     for where, row in rows_of(listing) if listing else ():
@@ -141,12 +141,16 @@ def _find(folder: Path, name: str, where: str) -> Path:
     raise ValueError(f"{where}: no picture {shown!r} in {folder}" + (f"; there is {near[0]!r}" if near else ""))
 
 
+def _listings_below(folder: Path) -> list[str]:
+    return sorted({str(file.parent) for name in LISTINGS for file in folder.glob(f"**/{name}")})
+
+
 def _no_listing(folder: Path) -> str:
     """Why a folder is no data folder and what to give instead."""
     if folder.is_file():
         return f"{folder}: a file; give the folder, {folder.parent}"
     start = f"{folder / LISTINGS[0]}: not found; "
-    if below := sorted({str(file.parent) for name in LISTINGS for file in folder.glob(f"**/{name}")}):
+    if below := _listings_below(folder):
         return f"{start}give one of the folders below that have one: {', '.join(below[:6])}"
     if tables := sorted(folder.glob("*.parquet")):
         if tables[0].name != "metadata.parquet":

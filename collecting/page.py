@@ -41,7 +41,7 @@ def page(title: str, rows: Sequence[Mapping], errors: Sequence[str], limits: Map
         lines.append(f"<tr><td>{about}<td>{_limit(name, limits)}<td>{count:,}")
     lines.append("</table>")
     if errors:
-        lines += ["<h2>Cannot be read</h2><ul>", *(f"<li>{escape(error)}" for error in errors), "</ul>"]
+        lines += [f"<h2>{TITLES['unreadable']}: {len(errors):,}</h2><ul>", *(f"<li>{escape(error)}" for error in errors), "</ul>"]
     for name, group in groups.items():
         if group:
             more = f"; the first {MOST_SHOWN} are shown" if len(group) > MOST_SHOWN else ""
@@ -60,8 +60,7 @@ def _limit(name: str, limits: Mapping[str, float]) -> str:
 
 def _figure(row: Mapping, thumbnails: Mapping[str, bytes]) -> str:
     numbers = [f"{name} {row[name]:.4g}" for name in row["reasons"] if name in row]
-    others = [name for name in row["reasons"] if name not in row]
-    text = escape(", ".join([f"{row['width']}×{row['height']}", *numbers, *others]))
+    text = ", ".join([f"{row['width']}×{row['height']}", *numbers])
     pictures, about = [row["thumbnail"]], escape(row["file_name"])
     if twin := row.get("duplicate_of"):
         pictures, about = [*pictures, thumbnails[twin]], f"{about}, left; right: {escape(twin)}"

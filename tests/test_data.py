@@ -316,6 +316,7 @@ LISTING_CASES = {  # row -> name of the listing and its content
     "links to": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "link.png"})),
     "a JSON list": ("metadata.jsonl", json.dumps([LISTED], indent=1)),
     "`metadata.parquet`": ("metadata.parquet", "PAR1"),
+    "shards, `*.parq": ("train-00000-of-00002.parquet", "PAR1"),
     "other tables": ("Metadata.JSON", json.dumps([LISTED])),
     "`train/metadata": ("eval/size_2048/metadata.jsonl", json.dumps(LISTED)),
     "text that is": ("metadata.jsonl", '{"file_name": "0.png", "text": NaN}'),

@@ -49,6 +49,12 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
         read_folder(tmp_path / "nowhere", complete=False)
 
 
+def test_a_folder_of_data_folders_is_none(folder):
+    (folder / "sub" / "metadata.jsonl").write_text('{"file_name": "c.webp", "text": "one"}')
+    with pytest.raises(FileNotFoundError, match="give one of the folders below that have one: .*sub"):
+        read_folder(folder, complete=False)
+
+
 def test_shards_beside_no_listing_are_to_be_unpacked(tmp_path):
     (tmp_path / "train-00000-of-00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(FileNotFoundError, match="unpack the shards: python data.py unpack .*parquet --out NEW"):
