@@ -1,15 +1,18 @@
-"""The processes that torchrun started for one run: joining and leaving.
+"""The processes that torchrun started for one run: joining, agreeing, leaving.
 
 Check     python -m pytest tests/test_ranks.py
 """
 
 import gc
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from files import launched
+
+Result = TypeVar("Result")
 
 
 def join(device: torch.device, sharded: bool) -> None:
@@ -33,13 +36,18 @@ def join(device: torch.device, sharded: bool) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def gathered(value: Result) -> list[Result]:
+    """The values of all ranks, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    everyone = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def first_failure(failure: str) -> str:
     """The failure of the first rank that has one, "" without any: all ranks then go the same way."""
-    if not dist.is_initialized():
-        return failure
-    failures = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return next(filter(None, failures), "")
+    return next(filter(None, gathered(failure)), "")
 
 
 def leave() -> None:

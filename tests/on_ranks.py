@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from machine.ranks import join, leave  # noqa: E402
+from machine.ranks import gathered, join, leave  # noqa: E402
 from training import gradients  # noqa: E402
-from training.ranks import SharedError, gathered  # noqa: E402
+from training.ranks import SharedError  # noqa: E402
 from training.settings import parse  # noqa: E402
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from flow import interpolate
 from flux import Flux
+from machine.ranks import gathered
 from mmdit import MMDiT
 from training.cache import Embeddings, Latents
 from training.logs import SIGMA_BINS
 from training.model import autocast
-from training.ranks import gathered, on_all, rank, world
+from training.ranks import on_all, rank, world
 from training.seeds import seed_of
 from training.settings import Settings
 from vae import VAE

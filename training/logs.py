@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from files import entry, parse_json, read_text, replacing
+from machine.ranks import gathered
 from training.batches import Part
-from training.ranks import gathered, world
+from training.ranks import world
 from training.settings import Settings
 from wavelet import BANDS, band_losses
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from files import INTERRUPTED, from_torchrun
+from machine.ranks import gathered
 
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
 Result = TypeVar("Result")
@@ -55,14 +56,6 @@ def described(device: torch.device) -> str:
     driver = re.search(r"\d+\.[\d.]+", about.read_text()) if about.exists() else None
     return (f"{device}: {card.name}, {card.total_memory / 1e9:.0f} GB; driver {driver[0] if driver else 'unknown'}; "
             f"torch {torch.__version__}")
-
-
-def gathered(value: Result) -> list[Result]:
-    """The values of all ranks, in their order."""
-    everyone = [value] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, value)
-    return everyone
 
 
 class SharedError(ValueError):

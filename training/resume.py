@@ -37,10 +37,11 @@ from family import Family
 from files import entry, read_json
 from flux import FluxConfig
 from layers import STOCK
+from machine.ranks import gathered
 from mmdit import MMDiTConfig
 from training.adamw import MOMENTS, RoundedAdamW
 from training.adapter import state_of, trained
-from training.ranks import SharedError, gathered, on_all, on_first, rank, world
+from training.ranks import SharedError, on_all, on_first, rank, world
 from training.settings import IDENTITY, SOURCE, Settings
 
 FILE_BYTES = 1 << 31
