@@ -251,23 +251,26 @@ def stats(folders: list[str], plot_file: str | None) -> int:
 def select(folder: str, out: str, cache: str | None, workers: int, distance: int, **limits: float) -> int:
     """Write a folder of links to the pictures that keep the limits; returns 1 if a picture cannot be read, else 0."""
     from collecting.page import page
+    from scores.folder import read_pixels
     from scores.glcm import glcm_score
-    from scores.results import Results, each
+    from scores.results import Results, each, results_folder
 
     need(workers >= 1, "workers", workers, "1 or more")
     need(0 <= distance <= 64, "distance", distance, "0 to 64 bits")
+    for name, limit in limits.items():
+        need(math.isfinite(limit), name, limit, "a number")
     need(limits["short"] >= SMALLEST, "short", limits["short"], f"{SMALLEST} or more pixels")
     check_path("out", out)
-    target, numbers, errors = Path(out), Path(cache) if cache else Path.home() / ".cache" / "diffusion-4k", []
+    target, errors = Path(out), []
     need(not target.resolve().is_relative_to(Path(folder).resolve()), "out", out, f"a folder outside {folder}")
     need(not target.exists() or target.is_dir() and (not os.listdir(target) or (target / "select.jsonl").exists()),
          "out", out, "a new folder, or one that select wrote")
     items = {item.path.relative_to(folder).as_posix(): item for item in read_folder(folder, complete=False)}
     writable(target, "--out")
-    writable(numbers, "--cache")
+    results = Results(results_folder(cache and Path(cache)), read_pixels)
     processes = min(workers, max(1, len(items) // 8))  # a process takes a second to start
     glcm = partial(glcm_score, definition="entropy", threads=workers if processes == 1 else 1)
-    measured = partial(_measured, results=Results(numbers, _pixels), glcm=glcm)
+    measured = partial(_measured, results=results, glcm=glcm)
     found = each(measured, [item.path for item in items.values()], "pictures", errors, processes)
     rows = verdicts({name: found[item.path] | {"captioned": bool(item.captions)} for name, item in items.items()
                      if item.path in found}, limits, distance)
@@ -276,10 +279,6 @@ def select(folder: str, out: str, cache: str | None, workers: int, distance: int
         temporary.write_text(page(f"Selection from {folder}", rows, errors, limits | {"duplicate": distance}), "utf-8")
     print(f"{kept} of {len(items)} pictures are kept, by links in {target}; the others: {target / 'dropped.html'}")
     return _named(errors)
-
-
-def _pixels(path: Path) -> np.ndarray:
-    return np.array(read_picture(path))
 
 
 def _measured(path: Path, results: object, glcm: Callable) -> dict:

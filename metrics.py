@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import need, printable, run_command, writable
+from files import need, printable, run_command
 from reading.endpoint import add_flags, open_endpoint
 from reading.pictures import MOST_PIXELS, upright_size
 from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
@@ -40,7 +40,7 @@ from scores.pairing import pair_captions
 from scores.preference import PREFER_COLUMNS, captions_of, preference
 from scores.protocol import protocol_lines, protocol_of
 from scores.ratings import correlate
-from scores.results import Results, each, identity
+from scores.results import Results, each, identity, results_folder
 from scores.versus import VERSUS_COLUMNS, versus, versus_details
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
@@ -387,11 +387,7 @@ def run(argv: Sequence[str] | None) -> None:
         most = int(MOST_PIXELS**0.5)
         need(0 <= args["res"] <= most, "res", args["res"], f"0 to {most} pixels")
     if "cache" in args:
-        try:
-            args["cache"] = args["cache"] or Path.home() / ".cache" / "diffusion-4k"
-        except RuntimeError:  # a user without a name and without HOME
-            raise ValueError("no home folder for the results; name a folder with --cache") from None
-        writable(args["cache"], "--cache")
+        args["cache"] = results_folder(args["cache"])
     command(**args)
 
 

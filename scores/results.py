@@ -22,9 +22,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from files import plain_warnings, printable, replacing
+from files import plain_warnings, printable, replacing, writable
 
 VERSION = 2  # of the file; others are not found
+
+
+def results_folder(cache: Path | None) -> Path:
+    """The folder that --cache names, or ~/.cache/diffusion-4k, once it can be written."""
+    try:
+        folder = cache or Path.home() / ".cache" / "diffusion-4k"
+    except RuntimeError:  # a user without a name and without HOME
+        raise ValueError("no home folder for the results; name a folder with --cache") from None
+    writable(folder, "--cache")
+    return folder
 
 
 def identity(path: Path) -> tuple:

@@ -16,6 +16,7 @@ import data
 from collecting import selection
 from collecting.page import page
 from collecting.selection import FLAT, duplicates, patch_variances, perceptual_hash
+from scores import folder as folder_of_scores
 
 LIMITS = {"short": 96.0, "entropy": 6.5, "sharpness": 10.0, "glcm": 4.0, "flat": 0.5}
 FLAGS = [flag for name, value in LIMITS.items() for flag in (f"--{name}", str(value))]
@@ -175,8 +176,8 @@ def test_page_escapes_names_and_shows_a_limited_number():
 
 def test_selection_is_repeated_without_reading_and_follows_new_limits(folder, selected, tmp_path, monkeypatch, capsys):
     _, cache = selected
-    reads = []
-    monkeypatch.setattr(data, "read_picture", lambda path: reads.append(path.name) or data.np.zeros((80, 80, 3), "u1"))
+    reads, faint = [], Image.new("RGB", (80, 80))
+    monkeypatch.setattr(folder_of_scores, "read_picture", lambda path: reads.append(path.name) or faint)
     (tmp_path / "new").mkdir()
     for least in ("6.5", "0"):
         assert select(folder, tmp_path / "new", cache, "--entropy", least) == 0
@@ -192,7 +193,9 @@ def test_selection_never_writes_into_another_folder(folder, tmp_path):
     for out, says in ((tmp_path / "mine", "a new folder, or one that select wrote"), (folder, "a folder outside"),
                       (folder / "below", "a folder outside")):
         assert says in select(folder, out, tmp_path / "cache")
-    assert "give 64 or more pixels" in select(folder, tmp_path / "new", tmp_path / "cache", "--short", "9")
+    for flag, value, says in (("short", "9", "give 64 or more pixels"), ("flat", "nan", "--flat nan: give a number"),
+                              ("distance", "65", "give 0 to 64 bits"), ("workers", "0", "give 1 or more")):
+        assert says in select(folder, tmp_path / "new", tmp_path / "cache", f"--{flag}", value)
     assert not (tmp_path / "new").exists() and not (tmp_path / "cache").exists() and not (folder / "below").exists()
 
 
