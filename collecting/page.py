@@ -41,7 +41,7 @@ def page(title: str, rows: Sequence[Mapping], errors: Sequence[str], limits: Map
         lines.append(f"<tr><td>{about}<td>{_limit(name, limits)}<td>{count:,}")
     lines.append("</table>")
     if errors:
-        lines += [f"<h2>{TITLES['unreadable']}: {len(errors):,}</h2><ul>", *(f"<li>{escape(error)}" for error in errors), "</ul>"]
+        lines += [f"<h2>{TITLES['unreadable']}: {len(errors):,}</h2>", *(f"<p>{escape(error)}" for error in errors)]
     for name, group in groups.items():
         if group:
             more = f"; the first {MOST_SHOWN} are shown" if len(group) > MOST_SHOWN else ""

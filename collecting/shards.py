@@ -39,7 +39,7 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     rows = {row.get("file_name"): row for _, row in rows_of(listing)} if listing.exists() else {}
     with tqdm(total=sum(table.metadata.num_rows for table, _ in tables), desc="pictures", file=sys.stderr) as bar:
         for shard, (table, image) in zip(shards, tables, strict=True):
-            for number, (content, path, text) in enumerate(_rows(table, image, caption)):
+            for number, (content, path, text) in enumerate(_rows(shard, table, image, caption)):
                 bar.update()
                 if content:
                     name = _written(out, content, path, f"{shard.stem}_{number:06d}")
@@ -71,12 +71,15 @@ def _opened(shard: Path, caption: str) -> tuple[Any, str]:
     return table, images[0]
 
 
-def _rows(table: Any, image: str, caption: str) -> Iterator[tuple[bytes | None, str, str]]:
+def _rows(shard: Path, table: Any, image: str, caption: str) -> Iterator[tuple[bytes | None, str, str]]:
     """(content, path, caption) of every row."""
-    for batch in table.iter_batches(AT_ONCE, columns=[image, caption], use_threads=False):
-        for row in batch.to_pylist():
-            stored = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
-            yield stored["bytes"], stored.get("path") or "", row[caption] or ""
+    try:
+        for batch in table.iter_batches(AT_ONCE, columns=[image, caption], use_threads=False):
+            for row in batch.to_pylist():
+                stored = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
+                yield stored["bytes"], stored.get("path") or "", row[caption] or ""
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shard}: damaged ({error}); download it again, and run the same command") from None
 
 
 def _written(out: Path, content: bytes, path: str, number: str) -> str:

@@ -95,6 +95,14 @@ def test_a_picture_that_is_there_is_never_replaced(tmp_path):
     assert (tmp_path / "out" / "b.jpg").read_bytes() == b"mine"
 
 
+def test_a_damaged_shard_is_named_and_what_came_before_it_stays(tmp_path):
+    pictures = [{"bytes": packed(k), "path": f"{k}.jpg"} for k in range(2)]
+    good, bad = (shard(tmp_path / name, pictures, ["one", "two"]) for name in ("a.parquet", "b.parquet"))
+    bad.write_bytes(b"PAR1" + bytes(600) + bad.read_bytes()[604:])
+    assert f"{bad}: damaged" in unpack(good, bad, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "1.jpg"]
+
+
 def test_other_files_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "text.parquet").write_text("no table")
     numbers = tmp_path / "numbers.parquet"
