@@ -189,22 +189,27 @@ def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 
 def velocity_with_cfg(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, cfg: float,
-                      guidance: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+                      guidance: float | None = None, batched: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity that `euler` integrates, with classifier-free guidance: negative + cfg·(prompt - negative).
 
     model            an MMDiT or a Flux
     context, pooled  (2, L, C) and (2, P), of the prompt and of the negative prompt
     cfg              1 uses the prompt alone, in one pass with a batch of 1 instead of 2
     guidance         the number that Flux-dev is given; None for models that take none
+    batched          False: two passes one after the other, which take half the activations
     returns          function of z (1, C, h, w) and sigma (1,)
     """
-    passes = 1 if cfg == 1 else 2
-    numbers = None if guidance is None else torch.full((passes,), guidance, device=context.device)
+    def of(z: Tensor, sigma: Tensor, which: slice) -> Tensor:
+        numbers = None if guidance is None else torch.full_like(sigma, guidance)
+        return model(z, sigma, context[which], pooled[which], numbers)
 
     def velocity(z: Tensor, sigma: Tensor) -> Tensor:
-        if passes == 1:
-            return model(z, sigma, context[:1], pooled[:1], numbers)
-        prompt, negative = model(z.expand(2, -1, -1, -1), sigma.expand(2), context, pooled, numbers).chunk(2)
+        if cfg == 1:
+            return of(z, sigma, slice(1))
+        if batched:
+            prompt, negative = of(z.expand(2, -1, -1, -1), sigma.expand(2), slice(2)).chunk(2)
+        else:
+            prompt, negative = of(z, sigma, slice(1)), of(z, sigma, slice(1, 2))
         return negative + cfg * (prompt - negative)
 
     return velocity

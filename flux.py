@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import layers
-from checkpoint import Device, Filled, Weights, filled, open_weights
+from checkpoint import Device, Weights, filled, open_weights
 from layers import STOCK, Attend, Positions
 
 PATCH = 2
@@ -188,16 +188,13 @@ class Flux(nn.Module):
         self.final_layer = layers.FinalLayer(config.hidden_size, PATCH**2 * config.out_channels)
 
     @classmethod
-    def load(cls, path: str | os.PathLike | Weights, device: Device = "cpu", dtype: torch.dtype | None = None,
-             axes_dim: tuple[int, ...] | None = None, theta: float = THETA, filled: Filled = filled) -> "Flux":
-        """Read a transformer from the official file or the diffusers folder, or opened Weights of one.
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
+             axes_dim: tuple[int, ...] | None = None, theta: float = THETA) -> "Flux":
+        """Read a transformer from the official file or the diffusers folder; dtype, errors as in checkpoint.fill.
 
-        dtype, errors  as in checkpoint.fill
-        axes_dim       channels of a head for text index, row, column; None: from the metadata, else 1/8, 7/16, 7/16
-        filled         how the module gets its weights
+        axes_dim  channels of a head for text index, row, column; None: from the metadata, else 1/8, 7/16, 7/16
         """
-        weights = path if isinstance(path, Weights) else open_weights(path)
-        weights = weights.part("model.diffusion_model.")
+        weights = open_weights(path).part("model.diffusion_model.")
         return filled(lambda: cls(read_config(weights, axes_dim, theta)), weights, device, dtype)
 
     def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,

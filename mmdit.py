@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import layers
-from checkpoint import Device, Filled, Weights, filled, open_weights
+from checkpoint import Device, Weights, filled, open_weights
 from layers import STOCK, Attend, Positions
 
 THETA = 10_000   # of the position table
@@ -174,15 +174,9 @@ class MMDiT(nn.Module):
         self.final_layer = layers.FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels)
 
     @classmethod
-    def load(cls, path: str | os.PathLike | Weights, device: Device = "cpu", dtype: torch.dtype | None = None,
-             filled: Filled = filled) -> "MMDiT":
-        """Read a transformer from the official file or the diffusers folder, or opened Weights of one.
-
-        dtype, errors  as in checkpoint.fill
-        filled         how the module gets its weights
-        """
-        weights = path if isinstance(path, Weights) else open_weights(path)
-        weights = weights.part("model.diffusion_model.")
+    def load(cls, path: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None) -> "MMDiT":
+        """Read a transformer from the official file or the diffusers folder; dtype, errors as in checkpoint.fill."""
+        weights = open_weights(path).part("model.diffusion_model.")
         return filled(lambda: cls(read_config(weights)), weights, device, dtype)
 
     def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor,

@@ -30,7 +30,8 @@ if __name__ == "__main__":
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -39,81 +40,114 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import DTYPES, model_folder, open_weights, save
+from checkpoint import DTYPES, Weights, model_folder, open_weights
 from drawing.pictures import (
     Picture,
     check_records,
+    groups,
     in_the_way,
+    keep_latent,
+    kept_latent,
+    latent_file,
     name_pictures,
+    not_drawn,
     read_prompts,
-    records_of,
+    records_by,
     write_picture,
 )
+from drawing.plan import Plan, choose
 from drawing.settings import Settings, parse, settle, summary
 from drawing.stages import Stage, resized, stages_of
-from family import Family, check_widths, find, fingerprint, positioned, vae_for
+from drawing.streaming import hoist, streamed
+from family import OFFICIAL_VAE, PUBLISHED, Family, check_widths, find, positioned, vae_for
 from files import check_path, launched, memory_error, printable, run_command
 from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
-from flux import Flux
+from flux import Flux, FluxConfig
 from layers import blocks_of
+from lora import with_lora
 from machine.memory import free_memory, peak_memory_gib
-from machine.ranks import first_failure, join, leave
-from mmdit import MMDiT
+from machine.ranks import first_failure, gathered, join, leave
+from mmdit import MMDiT, MMDiTConfig
 from reading.pictures import read_picture, upright_size
-from vae import VAE, to_image
+from vae import VAE, VAEConfig, read_config, to_image
 
+MOST_AT_ONCE = 256  # pictures whose texts and latents are held together
 WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is drawn and with what, complete before long work begins."""
+
+    settings: Settings
+    family: Family
+    folder: Path
+    transformer: Weights
+    config: MMDiTConfig | FluxConfig
+    vae: Path | None              # None: as published, for --plan
+    vae_config: VAEConfig
+    stages: list[Stage]
+    plan: Plan
 
 
 def run(given: Settings) -> None:
     """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Arguments and files are checked first."""
-    for name in ("model", "weights", "transformer", "vae", "prompts", "redraw", "out"):
-        if (value := getattr(given, name)) is not None:
-            check_path("from" if name == "redraw" else name, value)
-    folder = model_folder(given.model, given.weights)
-    family, transformer, vae_path = find(folder, given.transformer)
-    settings = settle(given, family, transformer)
-    vae_path = Path(given.vae) if given.vae else vae_for(folder, vae_path, settings.factor)
-    open_weights(vae_path)  # a missing or broken file is named before the text encoders are read
-    redrawn = to_image(np.array(read_picture(settings.redraw))) if settings.redraw else None
-    files = {"weights": transformer.source, "vae": vae_path, "from": settings.redraw}
-    about = partial(records_of, settings, Path(transformer.source),
-                    {name: fingerprint(file) for name, file in files.items() if file})
-    pictures = check_records(name_pictures(read_prompts(settings), settings), about)
+    job = prepared(given)
+    settings = job.settings
+    about = summary(given, settings, job.family, job.transformer, job.vae)
+    if settings.plan:
+        return print(f"{about}\n{job.plan.table()}")
+    records = records_by(settings, job.transformer, job.vae)
+    pictures = check_records(name_pictures(read_prompts(settings), settings), records)
     rank, ranks = launched()
-    if rank == 0:
-        print(summary(given, settings, family, transformer, vae_path), flush=True)
-    if settings.together:
+    if settings.together:  # ranks do the same: by the plan of the one with the least memory, on the first one's files
         join(torch.device(settings.device), sharded=False)
-    elif not (pictures := pictures[rank::ranks]):
-        return
+        job = replace(job, plan=min(gathered(job.plan), key=lambda plan: plan.memory))
+    plan, own = job.plan, pictures if settings.together else pictures[rank::ranks]
+    if rank == 0:
+        print(f"{about}\n{plan.described()}" if plan.rows else about, flush=True)
 
-    encoded = encode([settings.negative, *(picture.prompt for picture in pictures)], settings, folder, family)
-    free_memory()  # of the text encoders
-    model = family.model.load(transformer.source, settings.device, DTYPES[settings.dtype])
-    model.config = positioned(model.config, settings.positions, settings.trained_side)
-    model.sequence = dist.group.WORLD  # None without --together
-    if settings.compile:
-        for block in blocks_of(model):
-            block.compile()
-    vae_in = cache(lambda dtype: VAE.load(vae_path, settings.device, DTYPES[dtype], fallback=family.latent_scale,
-                                          offset=settings.offset))
-    check_widths(model.config, *encoded[settings.negative], vae_in(settings.vae_dtype).config)
-    stages, failures = plan_stages(settings, family), []
-    for picture in pictures:
-        latent, image, failure, s_per_step = draw(picture, settings, encoded, model, vae_in, stages, redrawn)
-        if settings.together and rank:  # the first rank writes
-            continue
-        if failure := failure or in_the_way(picture.path, about(picture)):  # another run may have drawn there since
-            failures.append(failed(picture, latent, failure, about(picture), settings))
-            continue
-        write_picture(picture.path, image, about(picture))
-        print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak_memory_gib(settings.device):.1f} GiB")
+    models, failures = models_of(job), []
+    for some in groups(gathered(not_drawn(own, records, settings))[0], MOST_AT_ONCE):
+        encoded = encode([settings.negative, *(picture.prompt for picture in some)], job)
+        for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
+            for picture, image, failure, s_per_step in draw(group, job, encoded, models, records):
+                if settings.together and rank:  # the first rank writes
+                    continue
+                if failure := failure or in_the_way(picture.path, records(picture)):  # another run may have drawn there
+                    failures.append(failed(picture, failure, settings))
+                    continue
+                write_picture(picture.path, image, records(picture))
+                print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak_memory_gib(settings.device):.1f} GiB")
     leave()
     for failure in failures[:-1]:
         print(f"error: {printable(failure)}", file=sys.stderr)
     if failures:
         raise ValueError(failures[-1])
+
+
+def prepared(given: Settings) -> Job:
+    """Open the files, without reading them, and settle what was not given; ValueError or OSError if that cannot be."""
+    for name in ("model", "weights", "transformer", "vae", "prompts", "redraw", "out"):
+        if (value := getattr(given, name)) is not None:
+            check_path("from" if name == "redraw" else name, value)
+    for adapter in given.lora:
+        check_path("lora", adapter)
+    folder, vae, vae_config = model_folder(given.model, given.weights), None, OFFICIAL_VAE
+    if given.plan and given.model in PUBLISHED and not given.weights and not folder.is_dir():
+        family, config = PUBLISHED[given.model]
+        transformer = Weights({}, {}, "as published")
+    else:
+        family, transformer, vae = find(folder, given.transformer)
+        transformer = with_lora(transformer, given.lora)
+        config = family.config(transformer.part("model.diffusion_model."))
+    settings = settle(given, family, transformer, config)
+    config, stages = positioned(config, settings.positions, settings.trained_side), plan_stages(settings, family)
+    if vae:  # a missing or broken file is named before the text encoders are read
+        vae = Path(given.vae) if given.vae else vae_for(folder, vae, settings.factor)
+        vae_config = read_config(open_weights(vae).part("first_stage_model."))
+    plan = choose(settings, family, config, vae_config, stages)
+    return Job(settings, family, folder, transformer, config, vae, vae_config, stages, plan)
 
 
 def plan_stages(settings: Settings, family: Family) -> list[Stage]:
@@ -130,56 +164,134 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     return stages_of(settings.size, first, settings.start, step, schedule, bool(settings.redraw))
 
 
-def encode(prompts: list[str], settings: Settings, folder: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """Prompt -> context (1, L, C), pooled (1, P). The encoders are freed on return: T5-XXL is large."""
+def encode(prompts: list[str], job: Job) -> dict[str, tuple[Tensor, Tensor]]:
+    """Prompt -> context (1, L, C), pooled (1, P). T5 is read block by block, for all prompts; nothing of it stays."""
+    settings, prompts = job.settings, list(dict.fromkeys(prompts))
     dtype = torch.bfloat16 if settings.dtype == "fp16" else DTYPES[settings.dtype]  # T5 overflows in fp16
-    text = family.text.load(folder, settings.device, dtype, settings.t5_length)
-    # one at a time: batching changes rounding, and a picture must not depend on the other prompts
-    return {prompt: tuple(part.cpu() for part in text.encode([prompt])) for prompt in dict.fromkeys(prompts)}
+    text = job.family.text.load(job.folder, settings.device, dtype, settings.t5_length, partial(streamed, resident=1))
+    context, pooled = (part.cpu() for part in text.encode(prompts))
+    del text
+    free_memory()
+    check_widths(job.config, context, pooled, job.vae_config)
+    return dict(zip(prompts, zip(context.split(1), pooled.split(1), strict=True), strict=True))
 
 
-@torch.inference_mode()
-def draw(picture: Picture, settings: Settings, encoded: dict[str, tuple[Tensor, Tensor]], model: MMDiT | Flux,
-         vae_in: Callable[[str], VAE], stages: list[Stage], image: Tensor | None,
-         ) -> tuple[Tensor, Tensor | None, str, float]:
-    """The last latent (1, C, h, w), fp32; its image, or None and why there is none; the seconds per step.
+@dataclass(frozen=True)
+class Models:
+    """The transformer and the VAE, read when they are needed."""
 
-    image  (3, H, W) in [-1, 1], which the first stage redraws; None: that stage draws from noise
+    transformer: Callable[[], MMDiT | Flux]
+    vae: Callable[[str], VAE]  # of a dtype
+    stay: bool
+
+    def release(self) -> None:
+        """Let go of both, unless the memory holds them beside each other."""
+        if not self.stay:
+            self.transformer.cache_clear()
+            self.vae.cache_clear()
+            free_memory()
+
+
+def models_of(job: Job) -> Models:
+    settings = job.settings
+
+    def transformer() -> MMDiT | Flux:
+        weights = job.transformer.part("model.diffusion_model.")
+        model = streamed(lambda: job.family.model(job.config), weights, settings.device, DTYPES[settings.dtype],
+                         job.plan.resident, settings.store == "fp8")
+        model.sequence = dist.group.WORLD  # None without --together
+        for block in blocks_of(model) if settings.compile else ():
+            block.compile()
+        return model
+
+    def vae(dtype: str) -> VAE:
+        return VAE.load(job.vae, settings.device, DTYPES[dtype], fallback=job.family.latent_scale,
+                        offset=settings.offset)
+
+    return Models(cache(transformer), cache(vae), job.plan.stays)
+
+
+def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], models: Models,
+         records: Callable[[Picture], dict]) -> Iterator[tuple[Picture, Tensor | None, str, float]]:
+    """(picture, image (3, H, W) in [-1, 1] or None, why there is none, seconds per step) of each, stage by stage.
+
+    A finished latent is kept in a file until its picture is written; what is kept from before is not drawn again.
     """
-    factor, seconds = settings.factor, 0.0
-    weight = next(model.parameters())       # for its device and dtype
-    pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
-    context, pooled = (torch.cat(pair).to(weight) for pair in pairs)                              # (2, L, C), (2, P)
-    velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance)
-    for stage in stages:
-        shape = model.config.in_channels, stage.height // factor, stage.width // factor
-        latent = draw_noise([picture.seed], shape).to(weight.device)
-        if image is not None:               # redrawn from the picture of the stage before, or from the given one
-            vae, start = vae_in(settings.vae_dtype), stage.sigmas[:1].to(weight.device)
-            before = resized(image[None], stage).to(weight.device, DTYPES[settings.vae_dtype])
-            before = vae.encode(before, factor).float()
-            latent = interpolate(before, latent, start)
-        began = time.perf_counter()
-        if len(stage.sigmas) > 1:
-            # fp32 around a bf16 model
-            latent = SOLVERS[settings.solver](velocity, latent, stage.sigmas, progress=not launched()[0])
-        latent = latent.cpu()               # waits for the device
-        seconds += time.perf_counter() - began
-        image, failure = decode(latent, settings, vae_in)
-        failure = first_failure(failure)
-        if failure:
+    settings, stages, pace = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
+    steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
+    latents = {picture: latent for picture in pictures
+               if (latent := kept_latent(picture.path, records(picture))) is not None}
+    left = gathered([picture for picture in pictures if picture not in latents])[0]
+    before, writes = dict.fromkeys(left), not (settings.together and launched()[0])  # latents; None: drawn from noise
+    if settings.redraw and before:
+        image = to_image(np.array(read_picture(settings.redraw)))
+        before = dict.fromkeys(before, enlarged(image, stages[0], settings, models))
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        drawn = {}
+        for picture, latent in before.items():
+            began = time.perf_counter()
+            drawn[picture] = sample(picture, latent, stage, encoded, job, models.transformer())
+            pace[picture] += (time.perf_counter() - began) / steps
+            if not following and drawn[picture].isfinite().all() and writes:
+                keep_latent(picture.path, drawn[picture], records(picture))
+        models.release()
+        if not following:
+            latents |= drawn
             break
-    return latent, image, failure, seconds / max(1, sum(len(stage.sigmas) - 1 for stage in stages))
+        before = {}
+        for picture, latent in drawn.items():
+            image, failure = decode(latent, settings, models)
+            if failure := first_failure(failure):
+                yield picture, None, failure, pace[picture]
+            else:
+                before[picture] = enlarged(image, following, settings, models)
+        models.release()
+    for picture, latent in latents.items() if writes else ():
+        image, failure = decode(latent, settings, models)
+        yield picture, image, failure, pace[picture]
+    models.release()
 
 
 @torch.inference_mode()
-def decode(latent: Tensor, settings: Settings, vae_in: Callable[[str], VAE]) -> tuple[Tensor | None, str]:
+def sample(picture: Picture, before: Tensor | None, stage: Stage, encoded: dict[str, tuple[Tensor, Tensor]], job: Job,
+           model: MMDiT | Flux) -> Tensor:
+    """A latent (1, C, h, w), fp32 on the CPU.
+
+    before  (1, C, h, w), of the enlarged picture, which is redrawn; None: drawn from noise
+    """
+    settings, weight = job.settings, next(model.parameters())  # for its device and dtype
+    pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
+    passes = 1 if settings.cfg == 1 else 2
+    context, pooled = (torch.cat(pair)[:passes].to(weight) for pair in pairs)                 # (2, L, C), (2, P)
+    shape = job.config.in_channels, stage.height // settings.factor, stage.width // settings.factor
+    latent, start = draw_noise([picture.seed], shape).to(weight.device), stage.sigmas[:1].to(weight.device)
+    if before is not None:
+        latent = interpolate(before.to(weight.device), latent, start)
+    if len(stage.sigmas) > 1:
+        guidance = None if settings.guidance is None else start.new_full((passes,), settings.guidance)
+        pooled = hoist(model, stage.sigmas[:-1], pooled, guidance)
+        velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance, job.plan.batched)
+        # latent and path are fp32 around a bf16 model
+        latent = SOLVERS[settings.solver](velocity, latent, stage.sigmas, progress=not launched()[0])
+    return latent.cpu()                                                                       # waits for the device
+
+
+@torch.inference_mode()
+def enlarged(image: Tensor, stage: Stage, settings: Settings, models: Models) -> Tensor:
+    """The latent (1, C, h, w) of an image (3, H, W) at the size of a stage, fp32 on the CPU."""
+    pixels = resized(image[None], stage).to(settings.device, DTYPES[settings.vae_dtype])
+    return models.vae(settings.vae_dtype).encode(pixels, settings.factor).float().cpu()
+
+
+@torch.inference_mode()
+def decode(latent: Tensor, settings: Settings, models: Models) -> tuple[Tensor | None, str]:
     """An image (3, H, W) in [-1, 1], or None and why there is none. Where a VAE overflows, a wider dtype is tried."""
     if not latent.isfinite().all():
         return None, "overflow"
     for dtype in WIDER[settings.vae_dtype]:
         try:
-            image = vae_in(dtype).decode(latent.to(settings.device, DTYPES[dtype]), settings.factor)[0].float().cpu()
+            z = latent.to(settings.device, DTYPES[dtype])
+            image = models.vae(dtype).decode(z, settings.factor)[0].float().cpu()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not memory_error(error):
                 raise
@@ -191,13 +303,14 @@ def decode(latent: Tensor, settings: Settings, vae_in: Callable[[str], VAE]) -> 
     return None, f"the VAE overflowed in {', '.join(WIDER[settings.vae_dtype])}"
 
 
-def failed(picture: Picture, latent: Tensor, reason: str, records: dict[str, object], settings: Settings) -> str:
-    """The line about a picture that could not be drawn. If only its decode failed, the latent is written beside it."""
+def failed(picture: Picture, reason: str, settings: Settings) -> str:
+    """The line about a picture that could not be drawn."""
     if reason == "overflow":
         return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: --cfg {settings.cfg} is too large,"
                 f" {settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
-    save(file := picture.path.with_suffix(".latent.safetensors"), {"latent": latent}, records)
-    return f"{picture.path}: {reason}; the finished latent is kept in {file}, for VAE.decode of vae.py"
+    if (kept := latent_file(picture.path)).exists():
+        reason += f"; the finished latent is kept in {kept}, from which the same command goes on"
+    return f"{picture.path}: {reason}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,9 +17,11 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from checkpoint import Weights, open_weights, save
 from drawing.settings import MOST_PICTURES, Settings
-from family import MOST_SIDE
+from family import MOST_SIDE, fingerprint
 from files import entry, parse_json, printable, read_text, replacing, writable
+from lora import file_and_strength
 from reading.pictures import recorded
 from vae import to_pixels
 
@@ -141,26 +143,30 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
 
 # ---- records
 
-def records_of(settings: Settings, source: Path, weights: dict[str, str], picture: Picture) -> dict[str, object]:
-    """How a picture is drawn, for its metadata: enough to draw it again, without the folders of this machine.
+def records_by(settings: Settings, transformer: Weights, vae: Path) -> Callable[[Picture], dict[str, object]]:
+    """How pictures are drawn, for their metadata: enough to draw them again, without the folders of this machine.
 
-    weights  fingerprints of the files that were read
+    returns  function of a Picture
     """
-    width, height = settings.size
-    about = {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed,
-             "model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
-             **weights, "res": f"{width}x{height}", "factor": settings.factor, "steps": settings.steps,
-             "solver": settings.solver if settings.solver != "euler" else None,
+    (width, height), source = settings.size, Path(transformer.source)
+    read = {"weights": source, "vae": vae, "from": settings.redraw}
+    adapters = [f"{Path(file).name}:{strength:g} {fingerprint(file)}"
+                for file, strength in map(file_and_strength, settings.lora)]
+    about = {"model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
+             **{name: fingerprint(file) for name, file in read.items() if file},
+             "lora": ", ".join(adapters) or None, "res": f"{width}x{height}", "factor": settings.factor,
+             "steps": settings.steps, "solver": settings.solver if settings.solver != "euler" else None,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
              "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
              "trained_side": settings.trained_side, "dtype": settings.dtype,
              "vae_dtype": settings.vae_dtype if settings.vae_dtype != settings.dtype else None,
-             "software": "diffusion-4k"}
+             "store": settings.store, "software": "diffusion-4k"}
     if settings.first != "none":
         about |= {"first": settings.first, "start": settings.start}
     if settings.redraw:
         about |= {"start": settings.start}
-    return {name: value for name, value in about.items() if value is not None}
+    about = {name: value for name, value in about.items() if value is not None}
+    return lambda picture: {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed} | about
 
 
 def exif_of(records: dict[str, object]) -> Image.Exif:
@@ -190,12 +196,55 @@ def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[s
 
 
 def in_the_way(path: Path, records: dict[str, object]) -> str:
-    """What a picture would replace, if it is not the same picture."""
-    there = recorded(path) if path.exists() else {name: str(value) for name, value in records.items()}
-    name = next((name for name, value in records.items() if there.get(name) != str(value)), "")
-    if not name or "software" not in there:
-        return "exists and records nothing of this program" if name else ""
-    return f"exists and was drawn with {name} {there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}"
+    """What a picture, or its latent, would replace, if that is not of the same picture."""
+    for file, records_there in ((path, recorded), (latent_file(path), latent_records)):
+        there = records_there(file) if file.exists() else {name: str(value) for name, value in records.items()}
+        name = next((name for name, value in records.items() if there.get(name) != str(value)), "")
+        if name and "software" not in there:
+            return f"{'' if file == path else file.name + ' '}exists and records nothing of this program"
+        if name:
+            return (f"{'' if file == path else file.name + ' '}exists and was drawn with {name} "
+                    f"{there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}")
+    return ""
+
+
+def not_drawn(pictures: list[Picture], records: Callable[[Picture], dict[str, object]],
+              settings: Settings) -> list[Picture]:
+    """Pictures of a list, --prompts, but for those that are there, drawn with the same settings; says how many are."""
+    left = [picture for picture in pictures if not settings.prompts or not picture.path.exists()
+            or in_the_way(picture.path, records(picture))]
+    if len(left) < len(pictures):
+        print(f"{len(pictures) - len(left)} of {len(pictures)} pictures are there already")
+    return left
+
+
+def groups(pictures: list[Picture], size: int) -> list[list[Picture]]:
+    return [pictures[start:start + size] for start in range(0, len(pictures), size)]
+
+
+# ---- finished latents, until their picture is written
+
+def latent_file(path: Path) -> Path:
+    return path.with_suffix(".latent.safetensors")
+
+
+def keep_latent(path: Path, latent: Tensor, records: dict[str, object]) -> None:
+    save(latent_file(path), {"latent": latent}, records)
+
+
+def latent_records(file: Path) -> dict[str, str]:
+    """What a file records; nothing if it cannot be read."""
+    try:
+        return open_weights(file).metadata
+    except ValueError:
+        return {}
+
+
+def kept_latent(path: Path, records: dict[str, object]) -> Tensor | None:
+    """The latent of the picture that would be drawn, if an earlier run finished it."""
+    if not (file := latent_file(path)).exists() or in_the_way(path, records):
+        return None
+    return open_weights(file)["latent"].read().clone()
 
 
 def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None:
@@ -207,5 +256,6 @@ def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None
     try:
         with replacing(path) as temporary:
             Image.fromarray(to_pixels(image)).save(temporary, **options)
+        latent_file(path).unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None

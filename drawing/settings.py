@@ -19,8 +19,10 @@ from checkpoint import DTYPES, Weights
 from family import Family, check_size, positioned, size_of
 from files import from_torchrun, launched, need, printable
 from flow import SEEDS, SOLVERS
+from flux import FluxConfig
 from layers import RULES, STOCK, Positions, check_ranks
 from machine.memory import check_device
+from mmdit import MMDiTConfig
 from reading.pictures import upright_size
 
 MOST_PICTURES = 100_000
@@ -40,6 +42,7 @@ class Settings:
     model: str                # folder in models/
     weights: str | None       # another model folder, as downloaded
     transformer: str | None   # instead of that folder's
+    lora: list[str]           # adapters, FILE or FILE:STRENGTH
     vae: str | None           # instead of that folder's
     steps: int | None
     solver: str
@@ -58,8 +61,11 @@ class Settings:
     device: str | None
     dtype: str | None
     vae_dtype: str | None
+    memory: str | None        # GiB for weights and activations
+    store: str | None         # "fp8": the matrices of blocks
     compile: bool
     together: bool            # all ranks of torchrun draw each picture, not each its own
+    plan: bool
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,7 +73,7 @@ class Settings:
         return size_of(self.res)
 
 
-def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
+def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTConfig | FluxConfig) -> Settings:
     """Fill in what was not given: from the file's metadata, then the family; ValueError if it cannot be drawn."""
     mu, shift = given.mu, given.time_shift
     family.check_guidance(given.guidance)
@@ -81,9 +87,8 @@ def settle(given: Settings, family: Family, transformer: Weights) -> Settings:
     sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
                                given.t5_length)
     device = check_device(of_rank() if given.device is None else given.device)
-    dtype = given.dtype or ("fp32" if device == "cpu" else "bf16")
+    dtype = given.dtype or ("fp32" if device == "cpu" and not given.plan else "bf16")
     settings = replace(given, device=device, dtype=dtype, vae_dtype=given.vae_dtype or dtype, **asdict(sampling))
-    config = family.config(transformer.part("model.diffusion_model."))
     settings = staged(settings, family, transformer, config.positions)
     config = positioned(config, settings.positions, settings.trained_side)
     recorded = f" (recorded by {transformer.source})"
@@ -186,7 +191,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         device += f", {launched()[1]} ranks together"
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
     dtypes = settings.dtype + (f", VAE {settings.vae_dtype}" if settings.vae_dtype != settings.dtype else "")
-    sources = f"transformer {transformer.source}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
+    drawn_with = " with ".join([transformer.source, *settings.lora])
+    sources = f"transformer {drawn_with}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
     return printable(f"{kind}; {sources}; {device}, {dtypes}; {', '.join(numbers)}")
 
 
@@ -207,8 +213,16 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
     either("--weights", metavar="DIR", help="another model folder, as downloaded")
     add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add a LoRA adapter, in the names of "
+        "kohya, Black Forest Labs, PEFT or diffusers; may be given several times (default strength: 1)")
     add("--vae", metavar="PATH", help="use this VAE: a file, or a diffusers folder (default: the folder's; at "
         "factor 16 its vae_16.safetensors, if there is one)")
+    add_how(parser)
+    return Settings(**vars(parser.parse_args(argv)))
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
+    """The flags of sampling, of sizes beyond the trained one, and of the machine."""
     add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
     add("--steps", type=int, help="steps of the solver (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
     add("--solver", choices=tuple(SOLVERS), default="euler", help="ab2 is of second order at the same price per step, "
@@ -238,8 +252,13 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")
     add("--vae-dtype", choices=tuple(DTYPES), help="compute dtype of the VAE; bf16 adds 2 %% to the bytes of a JPEG "
         "(default: that of --dtype)")
+    add("--memory", metavar="GIB", help="GiB for weights and activations, such as 8GiB: what does not fit is read when "
+        "it is needed (default: what the card has free; on a CPU, what this process may have)")
+    add("--store", choices=("fp8",), help="keep the matrices of the transformer's blocks as float8_e4m3fn, one scale "
+        "per row: half the memory of bf16, a relative error of 3 %% per weight")
+    add("--plan", action="store_true", help="print how much memory each phase takes, in bf16, and draw nothing; "
+        "--model sd3, sd3.5-medium, sd3.5-large, flux and flux-schnell need no files for it")
     add("--compile", action="store_true", help="compile the transformer's blocks; the first step then takes "
         "minutes; the gain on a GPU has not been measured")
     add("--together", action="store_true", help="under torchrun: all ranks draw each picture, each a part of its "
         "tokens (default: each rank draws its own pictures)")
-    return Settings(**vars(parser.parse_args(argv)))

@@ -12,6 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint import Device
+from vae import VAE, VAEConfig
 
 GIB = 1 << 30
 UNKNOWN = 1 << 60  # bytes of a machine that does not tell
@@ -124,3 +126,23 @@ def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object
         with LiveBytes(model) as live:
             run(model)
     return live.peak
+
+
+@cache
+def encoding_bytes(config: VAEConfig, dtype: torch.dtype, width: int, height: int, factor: int, dilation: int) -> int:
+    """Of one picture, without gradients; width and height in pixels."""
+    def run(vae: VAE) -> None:
+        with torch.no_grad():
+            vae.moments(torch.empty(1, 3, height, width, dtype=dtype), factor, dilation)
+
+    return peak_bytes(lambda: VAE(config), run, dtype)
+
+
+@cache
+def decoding_bytes(config: VAEConfig, dtype: torch.dtype, width: int, height: int, factor: int) -> int:
+    def run(vae: VAE) -> None:
+        with torch.no_grad():
+            latent = torch.empty(1, config.latent_channels, height // factor, width // factor, dtype=dtype)
+            vae.decode(latent, factor)
+
+    return peak_bytes(lambda: VAE(config), run, dtype)

@@ -9,7 +9,6 @@ from diffusers import FluxTransformer2DModel
 from golden import BOUNDS, diffusers_names, distance, lazy, lazy_tensors, published, read_case, shapes_of, write_weights
 from safetensors.torch import save_file
 
-from bench.full_size_flux import load_block_by_block, write_random
 from checkpoint import open_weights
 from flow import euler, flux_sigmas, interpolate
 from flux import Flux, FluxConfig, axis_turns, new_flux, read_config, rotate
@@ -259,16 +258,6 @@ def test_prefix_of_other_tools_is_accepted(tmp_path):
     save_file({f"model.diffusion_model.{name}": t for name, t in model.state_dict().items()},
               tmp_path / "model.safetensors")
     assert torch.equal(Flux.load(tmp_path)(*inputs), model(*inputs))
-
-
-def test_blocks_filled_one_at_a_time_give_the_same_velocity(tmp_path):
-    """What bench/full_size_flux.py does at full size."""
-    path, inputs = tmp_path / "random.safetensors", random_inputs(TINY)
-    write_random(path, shapes_of(random_flux(TINY).state_dict()))
-    assert {t.read().dtype for t in open_weights(path).values()} == {torch.bfloat16}
-    model = load_block_by_block(path)
-    assert torch.equal(model(*inputs), Flux.load(path)(*inputs))
-    assert all(p.is_meta for p in model.single_blocks.parameters()) and not model.img_in.weight.is_meta
 
 
 # ---- inputs

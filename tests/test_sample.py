@@ -168,15 +168,18 @@ def draw(folder, tmp_path):
 
 @pytest.fixture
 def refusal(draw, tmp_path):
-    """The one line that sample.py ends with; it has written nothing."""
-    def refusal(*arguments, out="out", weights=None) -> str:
-        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    """The one line that sample.py ends with; it has written nothing, but finished latents if they are `kept`."""
+    def refusal(*arguments, out="out", weights=None, kept=False) -> str:
+        def files() -> set[Path]:
+            return {path for path in tmp_path.rglob("*") if path.is_file() and not (kept and ".latent." in path.name)}
+
+        before = files()
         with pytest.raises(SystemExit) as end:
             draw(*arguments, out=out, weights=weights)
         message = end.value.code
         assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
         assert len(message.replace(str(tmp_path), "")) < 500
-        assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert files() == before
         return message
 
     return refusal
@@ -209,7 +212,7 @@ def settled(folder):
     def settled(*arguments, weights=None) -> sample.Settings:
         settings = sample.parse(["--weights", str(weights or folder), "--device", "cpu", *map(str, arguments)])
         family, transformer, _ = find(settings.weights, settings.transformer)
-        return settle(settings, family, transformer)
+        return settle(settings, family, transformer, family.config(transformer.part("model.diffusion_model.")))
 
     return settled
 
@@ -254,11 +257,11 @@ def test_each_of_several_prompts_draws_its_solo_picture(draw, tmp_path):
         assert draw("--prompt", prompt, out=f"alone{i}")[0].read_bytes() == together[2 * i].read_bytes()
 
 
-def test_prompts_are_encoded_once_and_one_at_a_time(draw, monkeypatch):
+def test_prompts_are_encoded_once(draw, monkeypatch):
     given, encode = [], SD3Text.encode
     monkeypatch.setattr(SD3Text, "encode", lambda text, prompts: given.append(prompts) or encode(text, prompts))
     draw("--prompt", "a hill", "--prompt", "snow", "--prompt", "a hill")
-    assert sorted(given) == [[""], ["a hill"], ["snow"]]  # never in a batch, whose rounding would differ
+    assert given == [["", "a hill", "snow"]]
 
 
 @BOTH
@@ -382,7 +385,7 @@ def test_a_full_disk_leaves_nothing_half_written(refusal, monkeypatch, out):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    message = refusal("--prompt", "a hill", out=out)
+    message = refusal("--prompt", "a hill", out=out, kept=True)
     assert "No space left" in message and ("picture" in message or "000-a-hill-0.png" in message)
 
 
@@ -392,7 +395,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, 
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("encoder error")))
     with pytest.raises(SystemExit, match="a-hill-0.png: could not be written .encoder error"):
         draw("--prompt", "a hill")
-    assert [entry.read_bytes() for entry in (tmp_path / "out").iterdir()] == [before]
+    assert [entry.read_bytes() for entry in (tmp_path / "out").glob("*.png")] == [before]
 
 
 @pytest.mark.parametrize("changed, how", [
@@ -531,6 +534,40 @@ def test_a_latent_whose_decode_fails_is_kept_and_the_other_pictures_are_drawn(dr
     assert str(kept) in end.value.code and torch.equal(load_file(kept)["latent"], calls[1])
     assert sorted(path.name for path in kept.parent.iterdir()) == ["000-a-hill-0.png", kept.name, "000-a-hill-2.png"]
     assert [pixels(path) for path in sorted(kept.parent.glob("*.png"))] == [pixels(whole[0]), pixels(whole[2])]
+
+    monkeypatch.setattr(VAE, "decode", decode)
+    assert [pixels(path) for path in draw("--prompt", "a hill", "--count", 3)] == [pixels(path) for path in whole]
+    assert not kept.exists()
+
+
+def test_a_decode_that_is_killed_goes_on_from_its_latent(draw, tmp_path, monkeypatch):
+    [whole] = draw("--prompt", "a hill", out="whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(VAE, "decode", lambda *_: {}["killed"])
+        draw("--prompt", "a hill")
+    [kept] = (tmp_path / "out").iterdir()
+    assert kept.name == "000-a-hill-0.latent.safetensors"
+    monkeypatch.setattr(MMDiT, "forward", None)
+    assert pixels(draw("--prompt", "a hill")[0]) == pixels(whole) and not kept.exists()
+
+
+def test_a_latent_of_other_settings_is_never_taken_and_never_replaced(draw, tmp_path):
+    file = tmp_path / "out" / "000-a-hill-0.latent.safetensors"
+    file.parent.mkdir()
+    save(file, {"latent": torch.zeros(1, 16, 4, 4)}, {"software": "diffusion-4k", "prompt": "a hill", "seed": 1})
+    before = file.read_bytes()
+    assert [path.name for path in draw("--prompt", "a hill") if path != file] == ["000-a-hill-0-2.png"]
+    assert file.read_bytes() == before
+
+
+def test_pictures_of_a_list_that_are_there_are_not_drawn_again(draw, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a hill\nsnow\n")
+    first, second = draw("--prompts", tmp_path / "prompts.txt")
+    first.unlink()
+    written = second.stat().st_mtime_ns
+    draw("--prompts", tmp_path / "prompts.txt")
+    assert second.stat().st_mtime_ns == written
+    assert "1 of 2 pictures are there already" in capsys.readouterr().out and first.exists()
 
 
 def test_every_picture_that_fails_has_its_line(draw, tmp_path, monkeypatch, capsys):
@@ -891,14 +928,14 @@ def damaged(how: str, file: Path) -> None:
         save(file, {"encoder.weight": torch.zeros(3, 3)}, {})
     elif how == "NaN":
         tensors["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"][3, 4] = float("nan")
-        save(file, tensors, {})
+        save(file, tensors, {"norm_groups": GROUPS})
     elif how == "one missing":
         del tensors["model.diffusion_model.t_embedder.mlp.2.bias"]
-        save(file, tensors, {})
+        save(file, tensors, {"norm_groups": GROUPS})
     elif how == "one unknown":
-        save(file, tensors | {"model.diffusion_model.lora": torch.zeros(2)}, {})
+        save(file, tensors | {"model.diffusion_model.lora": torch.zeros(2)}, {"norm_groups": GROUPS})
     elif how == "one misshapen":
-        save(file, tensors | {"model.diffusion_model.x_embedder.proj.bias": torch.zeros(2)}, {})
+        save(file, tensors | {"model.diffusion_model.x_embedder.proj.bias": torch.zeros(2)}, {"norm_groups": GROUPS})
     elif how == "no VAE":
         save(file, {name: t for name, t in tensors.items() if name.startswith("model.")}, {})
     else:
@@ -983,8 +1020,8 @@ def test_what_a_killed_process_left_is_removed_and_never_a_picture(draw, tmp_pat
 
 def test_it_starts_without_the_module_resource_and_without_docstrings(folder, tmp_path):
     flags = ["--prompt", "a hill", "--weights", str(folder), "--device", "cpu", "--out", str(tmp_path / "out")]
-    start = ("import sys, types; sys.modules['resource'] = None; import checkpoint, sample; "
-             f"checkpoint.sys = types.SimpleNamespace(platform='win32'); sample.main({flags!r})")
+    start = ("import sys, types; sys.modules['resource'] = None; import machine.memory, sample; "
+             f"machine.memory.sys = types.SimpleNamespace(platform='win32'); sample.main({flags!r})")
     done = subprocess.run([sys.executable, "-OO", "-c", start], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "peak 0.0 GiB" in done.stdout, done.stderr
 
