@@ -19,6 +19,7 @@ from flux import Flux, FluxConfig
 from machine.memory import GIB
 from mmdit import MMDiT, MMDiTConfig
 from training import plan
+from training.adapter import state_of, trained
 from training.model import autocast, build
 from training.plan import flop_of_image, memory, total, verdict
 from training.resume import tensors_of
@@ -43,7 +44,8 @@ def settled(s: Settings) -> tuple:
 
 
 @pytest.mark.parametrize("name, changed", [
-    ("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}), ("tiny-flux", {"res": 128})])
+    ("tiny-sd3", {}), ("tiny-sd3", {"activations": "recompute", "dtype": "bf16"}), ("tiny-flux", {"res": 128}),
+    ("tiny-sd3", {"lora": 4, "lora_init": "minor"}), ("tiny-flux", {"lora": 4, "dtype": "bf16", "res": 128})])
 def test_plan_equals_the_memory_of_a_real_step(settings, folders, tmp_path, name, changed):
     s, family, config, vae_config = settled(settings(weights=folders / name, **({"res": 256} | changed)))
     card, _ = memory(s, family, config, vae_config, Machine(1, 0))
@@ -63,16 +65,18 @@ def test_plan_equals_the_memory_of_a_real_step(settings, folders, tmp_path, name
         weight = loss_weight(sigma, s.weighting)
         train.objective(s.objective, velocity, latent, noise, sigma, weight, s.bands, s.huber).backward()
 
-    for p in model.parameters():
+    for p in trained(model).values():
         p.grad = torch.zeros_like(p)  # allocated before the measurement, which is of activations alone
     step()  # the first call fills its own caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(trained(model).values(), fused=True)
     optimizer.step()
     moments = tensors_of(model, {}, optimizer, 1)
-    assert card["parameters"] == sum(p.nbytes for p in model.parameters())
-    assert card["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    adapter = sum(t.nbytes for t in state_of(model).values()) if s.lora else 0
+    assert card["parameters"] == sum(p.nbytes for p in model.parameters() if not s.lora or not p.requires_grad)
+    assert card["adapter"] == adapter
+    assert card["gradients"] == sum(p.grad.nbytes for p in trained(model).values())
     assert card["optimizer"] == sum(t.nbytes for key, t in moments.items() if key.startswith("exp_avg"))
     measured = max(allocated(prof, tmp_path))
     assert abs(card["activations"] / measured - 1) < 0.1
