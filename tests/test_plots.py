@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from training.plots import running_mean, write_figure
+from training.plots import means_of_blocks, write_figure
 
 
 def row(step: int, loss: float, **more: object) -> dict[str, object]:
@@ -13,10 +13,13 @@ def row(step: int, loss: float, **more: object) -> dict[str, object]:
     return {"step": step, "loss": loss, "lr": 1e-4, "v_by_sigma": [None] * 4 + [loss] * 4} | bands | more
 
 
-def test_running_mean_is_over_those_that_there_are():
-    assert running_mean([1.0, 3.0, None, 5.0], 2) == [1, 2, 3, 5]
-    means = running_mean([None, None, 4.0], 2)
-    assert all(map(math.isnan, means[:2])) and means[2] == 4
+def test_means_of_blocks_are_over_those_that_there_are():
+    assert means_of_blocks([1.0, 3.0, 5.0]) == [1, 3, 5]
+    values = [float(k) for k in range(48)]
+    values[0], values[2], values[3] = None, None, None
+    means = means_of_blocks(values)
+    assert means[0] == 1 and math.isnan(means[1]) and means[2:] == [2 * k + 0.5 for k in range(2, 24)]
+    assert len(means_of_blocks(values[:47])) == 24
 
 
 def test_figure_shows_training_beside_held_out_losses(tmp_path):

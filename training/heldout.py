@@ -1,8 +1,9 @@
 """Held-out loss: the velocity's mean square error on pictures that are never trained on, by sigma bin and by band.
 
 Fixed     a picture's latent, noise and sigmas follow from its name and --seed: equal weights give equal numbers on any
-          number of ranks, after any restart, and with any --objective, --density, --weighting and --mask
-Sigma     one in each of the log's bins, evenly over (0, 1): every bin has as many samples as there are pictures
+          number of ranks, after any restart, and with any --objective, --weighting and --mask
+Sigma     one in each bin of the log: every bin has as many samples as there are pictures. The loss and its bands weigh
+          the bins by how often training draws them, as the log does; by bin, runs of any --density compare
 Passes    of one picture and one sigma, forward only: no number depends on a batch, and no pass needs more than training
 Weights   those under training, not the average of --ema
 Check     python -m pytest tests/test_heldout.py
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flow import interpolate
+from flow import interpolate, sample_sigma
 from flux import Flux
 from machine.ranks import gathered
 from mmdit import MMDiT
@@ -29,6 +30,7 @@ from training.settings import Settings
 from vae import VAE
 from wavelet import BANDS, band_losses
 
+DRAWS = 100_000
 PASSES_PER_IMAGE = 0.1  # at the default interval, per trained picture; forward takes a third of forward and backward
 
 
@@ -65,9 +67,18 @@ def held_out_row(model: MMDiT | Flux, held_out: HeldOut, settings: Settings) -> 
         mine[index] = _errors(model, *on_all(partial(held_out.read, index, settings.seed)), settings)
     of_picture = {index: errors for part in gathered(mine) for index, errors in part.items()}
     errors = torch.tensor([of_picture[index] for index in range(count)], dtype=torch.float64)  # (pictures, bins, bands)
-    return {"loss": errors.mean().item(),
-            **{f"v_{name}": round(loss, 5) for name, loss in zip(BANDS, errors.mean((0, 1)).tolist(), strict=True)},
-            "v_by_sigma": [round(loss, 5) for loss in errors.mean((0, 2)).tolist()], "pictures": count}
+    by_bin = errors.mean(0)                                                                     # (bins, bands)
+    bands = (_shares_of_bins(settings)[:, None] * by_bin).sum(0)
+    return {"loss": bands.mean().item(),
+            **{f"v_{name}": round(loss, 5) for name, loss in zip(BANDS, bands.tolist(), strict=True)},
+            "v_by_sigma": [round(loss, 5) for loss in by_bin.mean(1).tolist()], "pictures": count}
+
+
+def _shares_of_bins(settings: Settings) -> Tensor:
+    """(bins,): how often training draws a sigma of each, counted in draws."""
+    drawn = sample_sigma(DRAWS, settings.density, settings.time_shift, generator=torch.Generator().manual_seed(0),
+                         beta=settings.beta, within=settings.sigma_range)
+    return torch.bincount((drawn * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1), minlength=SIGMA_BINS) / DRAWS
 
 
 def _errors(model: MMDiT | Flux, latent: Tensor, context: Tensor, pooled: Tensor, generator: torch.Generator,
