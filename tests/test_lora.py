@@ -9,16 +9,18 @@ import test_flux
 import test_mmdit
 import torch
 from conftest import assert_same_run, log_of, metadata_of, refusal_of, seeded, state_of
-from golden import distance
+from golden import distance, lazy, published, published_map
 from safetensors.torch import load_file, save_file
 from test_ranks import difference, on_ranks
 from torch import Tensor, nn
 
+import sample
 import train
 from checkpoint import Weights, filled, open_weights
 from flux import Flux
-from lora import file_and_strength, with_lora
+from lora import PREFIX, file_and_strength, places, with_lora
 from mmdit import MMDiT, MMDiTConfig
+from reading.pictures import recorded
 from training.adapter import adapted, attach, exported, initialise, minor_components, trained
 from training.adapter import state_of as adapter_of
 
@@ -100,6 +102,35 @@ def test_files_of_kohya_bfl_and_peft_of_one_adapter_give_equal_weights(kind, bas
         if changed:
             product = tensors[f"{layer}.lora_B"] @ tensors[f"{layer}.lora_A"]
             assert distance(bfl[name], before[name] + product) < 1e-6
+
+
+@BOTH
+def test_an_adapter_of_any_layer_of_diffusers_is_added_where_that_layer_is(kind, bases, tmp_path):
+    _, config, of = KINDS[kind]
+    with torch.no_grad():
+        theirs, file, generator = of.of_diffusers(config).state_dict(), {}, seeded(1)
+    for name, t in list(theirs.items()):
+        if name.endswith(".weight") and t.ndim in (2, 4):
+            down, up = torch.randn(3, *t.shape[1:], generator=generator), torch.randn(len(t), 3, generator=generator)
+            theirs[name] = t + (up @ down.flatten(1)).view_as(t)
+            layer = f"transformer.{name.removesuffix('.weight')}"
+            file |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up.view(len(t), 3, *[1] * (t.ndim - 2))}
+    save_file(theirs, tmp_path / "merged", {"axes_dim": "4, 14, 14"})
+    expected, merged = (values(w) for w in (open_weights(tmp_path / "merged"),
+                                            with_lora(bases[kind], [written(tmp_path / "a", file)])))
+    assert len(file) > 60 and max(distance(merged[name], expected[name]) for name in expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd3_medium", "sd3.5_medium", "sd3.5_large", "flux1-dev"])
+def test_every_layer_of_the_published_models_has_its_place(family):
+    found = places(lazy(published(family)).part(PREFIX))
+    matrices = {name.removesuffix(".weight"): place for name, place in published_map(family).items()
+                if name.endswith(".weight") and ".norm_" not in name}
+    assert len(matrices) > 200
+    for layer, (official, rows, how) in matrices.items():
+        place = found[layer]
+        assert f"{place.layer}.weight" == official.removeprefix(PREFIX) and place.how == (how or "")
+        assert rows is None or rows == [place.first, place.last], layer
 
 
 @pytest.mark.parametrize("where", ["tensor", "metadata", "adapter_config.json", "pattern", "nowhere"])
@@ -338,3 +369,21 @@ def test_one_and_two_ranks_and_fsdp_train_the_same_adapter(settings, folders, tm
     ({"lora": 65, "lora_init": "minor"}, "--lora 65: give a rank of at most 64: joint_blocks.0")])
 def test_ranks_that_cannot_be_are_refused(settings, changed, says):
     assert says in refusal_of(settings, **changed)
+
+
+# ---- sample.py
+
+def test_pictures_are_drawn_with_adapters_and_record_them(settings, folders, tmp_path, capsys):
+    folder, file = folders / "tiny-sd3", tmp_path / "out" / "lora.safetensors"
+    train.train(settings(weights=folder, lora=2, steps=2, lr=0.1))
+    shared = ["--prompt=a", f"--weights={folder}", "--steps=2", "--res=64"]
+    pictures = {}
+    for name, flags in {"without": [], "zero": [f"--lora={file}:0"], "with": [f"--lora={file}"]}.items():
+        sample.main([*shared, *flags, f"--out={tmp_path / name}.png"])
+        pictures[name] = (tmp_path / f"{name}.png").read_bytes()[-2000:], recorded(tmp_path / f"{name}.png").get("lora")
+    assert pictures["without"][0] == pictures["zero"][0] != pictures["with"][0]
+    assert pictures["without"][1] is None
+    assert re.fullmatch(r"lora.safetensors:0 [0-9a-f]{12}", pictures["zero"][1])
+    assert f"with {file}:0," in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nowhere: no such file"):
+        sample.main([*shared, f"--lora={tmp_path}/nowhere"])
