@@ -13,6 +13,7 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
           python sample.py --prompt "snow" --from photo.jpg --res 2048          redraws a picture larger
           python sample.py --prompts aesthetic-4k/metadata.jsonl --weights sd3  one picture per line, named as there
           torchrun --nproc-per-node 8 sample.py --prompts …                     each card draws its share
+          torchrun --nproc-per-node 8 sample.py --together --prompt …           all cards draw one picture
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
 Says      what is drawn from which files and settings, before it begins

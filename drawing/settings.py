@@ -86,7 +86,7 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
         shift = math.exp(mu)
     sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
                                given.t5_length)
-    device = check_device(of_rank() if given.device is None else given.device)
+    device = check_device((of_rank() if given.device in (None, "cuda") else None) or given.device)
     dtype = given.dtype or ("fp32" if device == "cpu" and not given.plan else "bf16")
     settings = replace(given, device=device, dtype=dtype, vae_dtype=given.vae_dtype or dtype, **asdict(sampling))
     settings = staged(settings, family, transformer, config.positions)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sample
+from drawing.settings import parse
 from family import FLUX_DEV
 from flow import euler, even_sigmas, velocity_with_cfg
 from flux import Flux, FluxConfig, new_flux
@@ -120,6 +121,14 @@ def test_plan_counts_what_a_rank_of_a_group_takes(settings):
         return live.peak
 
     assert activation_bytes(s, FLUX_DEV, FLUX, ranks=2) == pytest.approx(max(on_ranks(2, peak)), rel=0.1)
+
+
+def test_each_rank_takes_its_own_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for given, card in ((["--device=cuda"], "cuda:1"), ([], "cuda:1"), (["--device=cuda:0"], "cuda:0")):
+        assert sample.prepared(parse(["--prompt=snow", "--memory=8", *given])).settings.device == card
 
 
 def test_what_ranks_cannot_share_is_refused(settings, monkeypatch):
