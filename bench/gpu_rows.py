@@ -9,6 +9,7 @@ Check     python bench/gpu.py --small
 """
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from golden import distance, lazy_tensors  # noqa: E402
 
 from checkpoint import LazyTensor, Weights, filled  # noqa: E402
+from drawing.streaming import hoist, streamed  # noqa: E402
 from family import FLUX_DEV, OFFICIAL_VAE, SD3, Family  # noqa: E402
 from flow import euler, even_sigmas, interpolate, loss_weight, velocity_with_cfg  # noqa: E402
 from flux import Flux, FluxConfig  # noqa: E402
@@ -227,18 +229,38 @@ def attention(which: Published, head_dim: int, kernel: str, sizes: Sizes) -> Fig
 
 @torch.inference_mode()
 def sampling(which: Published, sizes: Sizes) -> Figures:
-    """Euler steps of the transformer in bf16, then, without it, the decode."""
-    row, latent = euler_steps(which, sizes)
+    """Euler steps of the transformer in bf16, all weights on the card; then, without it, the decode."""
+    model = transformer_of(which, sizes)
+    row, latent = euler_steps(which, model, *conditions(which, sizes, 2), sizes)
+    del model
+    forget_peaks(sizes.device)
     vae = random_model(lambda: VAE(sizes.vae), sizes.device)
     return row | once("decode_", lambda: vae.decode(latent.to(BF16)), sizes)
 
 
 @torch.inference_mode()
-def euler_steps(which: Published, sizes: Sizes) -> tuple[Figures, Tensor]:
+def lean_sampling(which: Published, resident: int | None, fp8: bool, sizes: Sizes) -> Figures:
+    """The steps as sample.py makes them: modulations before the loop, blocks streamed from the host or kept in fp8."""
+    def make() -> MMDiT | Flux:
+        return which.family.model(which.of(sizes))
+
+    shapes = {name: tensor.shape for name, tensor in random_weights(make, "cpu").items()}
+    values = torch.randn(max(map(math.prod, shapes.values())), dtype=BF16) / 50  # of every tensor, on the host
+    weights = Weights({name: LazyTensor(shape, lambda shape=shape: values[:math.prod(shape)].view(shape))
+                       for name, shape in shapes.items()}, {}, "random weights")
+    model = streamed(make, weights, sizes.device, BF16, resident, fp8)
+    context, pooled = conditions(which, sizes, which.passes)
+    guidance = None if which.guidance is None else torch.full((which.passes,), which.guidance, device=sizes.device)
+    numbers = hoist(model, even_sigmas(TIMED)[:-1], pooled, guidance)
+    return euler_steps(which, model, context, numbers, sizes)[0]
+
+
+@torch.inference_mode()
+def euler_steps(which: Published, model: MMDiT | Flux, context: Tensor, pooled: Tensor,
+                sizes: Sizes) -> tuple[Figures, Tensor]:
     """Time and memory of a step, and a latent (1, 16, side, side)."""
     device, side = sizes.device, sizes.side
-    model = transformer_of(which, sizes)
-    velocity = velocity_with_cfg(model, *conditions(which, sizes, 2), which.cfg, which.guidance)
+    velocity = velocity_with_cfg(model, context, pooled, which.cfg, which.guidance)
     noise = torch.randn(1, 16, side, side, device=device)
     forget_peaks(device)
     latent = euler(velocity, noise, even_sigmas(1))
