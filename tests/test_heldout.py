@@ -105,7 +105,7 @@ def test_held_out_loss_of_trained_weights_is_the_same_after_a_restart(settings, 
 def test_default_interval_bounds_the_passes_per_trained_picture():
     for pictures, batch in ((3, 4), (195, 32), (8, 4)):
         steps = default_interval(pictures, batch)
-        assert 8 * pictures / (steps * batch) == pytest.approx(0.1, rel=0.02)
+        assert 8 * pictures / (steps * batch) == pytest.approx(1 / 15, rel=0.02)
     assert default_interval(1, 1000) == 1
 
 

@@ -17,6 +17,8 @@ from training.logs import SIGMA_BINS, installed
 from wavelet import BANDS
 
 BLOCKS = 24
+TITLES = {"loss": "training loss of --objective", "held-out": "velocity loss", "band": "by band",
+          "sigma": "velocity loss by sigma (middles of bins)", "lr": "learning rate by step"}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -38,40 +40,38 @@ def write_figure(path: Path, rows: Rows, held_out: Rows) -> None:
     steps, colours = [row["step"] for row in rows], import_module("matplotlib").colormaps
     middles, of_bands = means_of_blocks(steps), [f"v_{band}" for band in BANDS]
 
-    def both(name: str, colour: object, label: str, training: Sequence[float | None], others: Sequence[float]) -> None:
+    def both(name: str, colour: object, label: str | None, training: Sequence[float | None],
+             others: Sequence[float]) -> None:
         axes[name].plot(middles, means_of_blocks(training), color=colour, label=label)
-        axes[name].plot([row["step"] for row in held_out], others, "o--", color=colour, markersize=3)
+        if held_out and others:
+            axes[name].plot([row["step"] for row in held_out], others, "o--", color=colour, markersize=3)
 
     losses = [row["loss"] for row in rows]
     axes["loss"].plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-    both("loss", "tab:blue", "", losses, [nan] * len(held_out))
-    axes["loss"].set_title("training loss, of --objective")
+    both("loss", "tab:blue", None, losses, [])
     both("held-out", "tab:blue", "training",
          [sum(row[band] for band in of_bands) / 4 if "v_ll" in row else None for row in rows],
          [row["loss"] for row in held_out])
-    axes["held-out"].set_title("velocity loss")
     for k in range(SIGMA_BINS):
         both("sigma", colours["viridis"](0.95 * k / (SIGMA_BINS - 1)), f"{(k + 0.5) / SIGMA_BINS:.2f}",
              [row["v_by_sigma"][k] if "v_by_sigma" in row else None for row in rows],
              [row["v_by_sigma"][k] for row in held_out])
-    axes["sigma"].set_title("velocity loss by sigma: middles of the bins", loc="left")
     axes["sigma"].set_yscale("log", subs=())
     axes["sigma"].yaxis.set_major_locator(import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
     axes["sigma"].yaxis.set_major_formatter("{x:g}")
-    axes["sigma"].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=SIGMA_BINS, columnspacing=1, handlelength=1,
-                         frameon=False)
     for k, band in enumerate(of_bands):
         both("band", colours["tab10"](k), band[2:].upper(), [row.get(band) for row in rows],
              [row[band] for row in held_out])
-    axes["band"].set(title="velocity loss by band", xlabel="step")
     axes["lr"].plot(steps, [row.get("lr", nan) for row in rows], color="tab:gray")
-    axes["lr"].set(title="learning rate", xlabel="step", ylim=(0, None))
+    axes["lr"].set_ylim(0, None)
     if held_out:
         axes["held-out"].plot([], [], "o--", color="tab:blue", markersize=3,
-                              label=f"{held_out[-1]['pictures']} held-out pictures")
-    for name in ("held-out", "band"):
-        axes[name].legend()
-    for panel in axes.values():
-        panel.grid(alpha=0.3)
+                              label=f"{held_out[-1]['pictures']} held-out")
+    for name, title in TITLES.items():
+        axes[name].set_title(title, loc="left")
+        axes[name].grid(alpha=0.3)
+        if labelled := [line for line in axes[name].lines if not line.get_label().startswith("_")]:
+            axes[name].legend(handles=labelled, loc="lower right", bbox_to_anchor=(1, 1), ncols=SIGMA_BINS,
+                              frameon=False, columnspacing=1, handlelength=1.5)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
