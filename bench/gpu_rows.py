@@ -41,7 +41,7 @@ from machine.memory import host_memory  # noqa: E402
 from machine.ranks import join  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from text import T5Encoder  # noqa: E402
-from training.gradients import clip, shard  # noqa: E402
+from train import clip, shard  # noqa: E402
 from training.logs import matmul_rate  # noqa: E402
 from training.model import autocast, build, new_optimizer  # noqa: E402
 from training.plan import flop_of_image  # noqa: E402

@@ -31,7 +31,7 @@ from bench.speed import Case, Step  # noqa: E402
 from flow import interpolate  # noqa: E402
 from machine.ranks import leave  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig, new_mmdit  # noqa: E402
-from training.gradients import DDP  # noqa: E402
+from train import DDP  # noqa: E402
 from training.model import return_freed_memory  # noqa: E402
 from wavelet import objective  # noqa: E402
 

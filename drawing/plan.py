@@ -23,9 +23,9 @@ from family import FLUX_DEV, SD3, Family
 from files import from_torchrun, launched, need
 from flux import Flux, FluxConfig
 from layers import Modulation, blocks_of
-from machine.memory import GIB, UNKNOWN, decoding_bytes, encoding_bytes, host_memory, peak_bytes
+from machine.memory import GIB, UNKNOWN, decoding_bytes, encoding_bytes, host_memory, peak_bytes, vae_parameters
 from mmdit import MMDiT, MMDiTConfig
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
 RESERVE, PROCESS = GIB, GIB
 SMALL_MODEL = 100_000_000  # parameters: on a CPU, smaller ones are drawn without a plan
@@ -146,12 +146,6 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
                    for stage in redrawn]:
         rows["picture: decoding"] = max(rows["picture: decoding"], *encoded)
     return tuple((name, size) for name, size in rows.items() if size)
-
-
-@cache
-def vae_parameters(config: VAEConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in VAE(config).parameters())
 
 
 @cache

@@ -129,6 +129,12 @@ def peak_bytes(build: Callable[[], nn.Module], run: Callable[[nn.Module], object
 
 
 @cache
+def vae_parameters(config: VAEConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in VAE(config).parameters())
+
+
+@cache
 def encoding_bytes(config: VAEConfig, dtype: torch.dtype, width: int, height: int, factor: int, dilation: int) -> int:
     """Of one picture, without gradients; width and height in pixels."""
     def run(vae: VAE) -> None:

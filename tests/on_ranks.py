@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from machine.ranks import gathered, join, leave  # noqa: E402
-from training import gradients  # noqa: E402
 from training.ranks import SharedError  # noqa: E402
 from training.settings import parse  # noqa: E402
 
@@ -69,7 +68,7 @@ class TorchDDP:
 def unused() -> None:
     """Rank k multiplies by k + 1; the middle parameter is used by the first rank only."""
     model = nn.ParameterList([torch.ones(()) for _ in range(3)])
-    ddp = gradients.DDP(model)
+    ddp = train.DDP(model)
     ddp.zero()
     everywhere, first, _ = model
     ((dist.get_rank() + 1) * everywhere + (0 if dist.get_rank() else first)).backward()
@@ -111,7 +110,7 @@ def pinned(flags: list[str]) -> None:
 
 def main() -> None:
     join(torch.device("cpu"), sharded=False)
-    ddp, formula = gradients.DDP, train.objective
+    ddp, formula = train.DDP, train.objective
     for case in json.loads(Path(sys.argv[1]).read_text()):
         if "unused" in case:
             unused()
@@ -133,9 +132,9 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return loss
 
-        train.objective, gradients.DDP = watched, ddp
+        train.objective, train.DDP = watched, ddp
         if case.get("ddp") == "torch":
-            gradients.DDP = partial(TorchDDP, passes=settings.accumulate)
+            train.DDP = partial(TorchDDP, passes=settings.accumulate)
         error = ""
         try:
             train.train(settings)

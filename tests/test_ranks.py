@@ -24,7 +24,6 @@ from checkpoint import open_weights, save
 from family import describe
 from flux import FluxConfig, new_flux
 from mmdit import MMDiTConfig, new_mmdit
-from training import gradients
 from training.plan import memory
 from training.ranks import stop_on_signals
 from training.resume import newest, step_of
@@ -325,7 +324,7 @@ class Chain(nn.Module):
 
 
 def test_buckets_are_sent_during_backward(group_of_one, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 2 * 33 * 32 * 4)
+    monkeypatch.setattr(train, "BUCKET_BYTES", 2 * 33 * 32 * 4)
     model, events, all_reduce = Chain(), [], dist.all_reduce
     model.idle.requires_grad_(False)
 
@@ -334,7 +333,7 @@ def test_buckets_are_sent_during_backward(group_of_one, monkeypatch):
         return all_reduce(*inputs, **options)
 
     monkeypatch.setattr(dist, "all_reduce", watched)
-    ddp = gradients.DDP(model)
+    ddp = train.DDP(model)
     assert len(ddp.buckets) == 3 and sum(len(bucket.parameters) for bucket in ddp.buckets) == 10
     model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: events.append("first layer"))
     model.layers[2].weight.register_post_accumulate_grad_hook(lambda _: events.append("third layer"))
@@ -354,7 +353,7 @@ def test_parameter_that_some_ranks_do_not_use_has_the_gradient_of_a_single_proce
 def test_nothing_is_sent_before_the_last_pass_of_an_accumulated_step(group_of_one, monkeypatch):
     model, calls, all_reduce = Chain(), [], dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda *inputs, **more: calls.append(1) or all_reduce(*inputs, **more))
-    ddp, x = gradients.DDP(model), torch.randn(2, 3, 32)
+    ddp, x = train.DDP(model), torch.randn(2, 3, 32)
     ddp.zero()
     ddp.last_backward = False
     model(x[0]).sum().backward()

@@ -26,13 +26,13 @@ from files import from_torchrun
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of
-from machine.memory import GIB, UNKNOWN, host_memory, peak_bytes
+from machine.memory import GIB, UNKNOWN, decoding_bytes, encoding_bytes, host_memory, peak_bytes, vae_parameters
 from mmdit import MMDiT, MMDiTConfig
 from training.adapter import attach, state_of, trained
 from training.model import make
 from training.resume import FILE_BYTES
 from training.settings import Machine, Settings, check, settle
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 from wavelet import objective
 
 RESERVE, PROCESS = 2 * GIB, 2 * GIB
@@ -97,7 +97,7 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
     reduced = 0 if s.lora else max(blocks) * (compute + 8)             # a block's gradients, two of them in fp32
     vae_dtype = DTYPES[s.vae_dtype]
-    encoding = vae_config, vae_dtype, s.res, s.factor
+    encoding = vae_config, vae_dtype, s.res, s.res, s.factor
     text_encoders = TEXT_PARAMETERS[family.text] if config.context_dim == TEXT_WIDTH else 0
     text_encoders *= 4 if s.device == "cpu" else 2
     rounded = 24 * largest // (ranks if s.sharded and not s.lora else 1)  # fp32 copies of one parameter at a time
@@ -172,31 +172,6 @@ def _rehearse(family: Family, config: MMDiTConfig | FluxConfig, batch: int, shap
         objective(name, velocity, latent, noise, sigma, loss_weight(sigma, weighting), bands, huber).backward()
 
     return peak_bytes(built, run, stored)
-
-
-def vae_parameters(config: VAEConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in VAE(config).parameters())
-
-
-@cache
-def encoding_bytes(config: VAEConfig, dtype: torch.dtype, res: int, factor: int, dilation: int) -> int:
-    """Of one picture, without gradients, as training encodes."""
-    def run(vae: VAE) -> None:
-        with torch.no_grad():
-            vae.moments(torch.empty(1, 3, res, res, dtype=dtype), factor, dilation)
-
-    return peak_bytes(lambda: VAE(config), run, dtype)
-
-
-@cache
-def decoding_bytes(config: VAEConfig, dtype: torch.dtype, res: int, factor: int) -> int:
-    """Of one sample picture."""
-    def run(vae: VAE) -> None:
-        with torch.no_grad():
-            vae.decode(torch.empty(1, config.latent_channels, res // factor, res // factor, dtype=dtype), factor)
-
-    return peak_bytes(lambda: VAE(config), run, dtype)
 
 
 # ---- the verdict
