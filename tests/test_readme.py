@@ -194,7 +194,8 @@ def test_commands_of_the_readme_are_seen_by_the_test_above():
     seen = starts(README)
     assert {start.script for start in seen} >= set(COMMANDS) and len([start for start in seen if start.flags]) >= 15
     assert {start.subcommand for start in seen} >= {"check", "encode", "detail", "pair", "vae", "set", "correlate"}
-    assert any("--rdzv-endpoint" in start.launcher and "--shard" in start.flags for start in seen)
+    nodes = starts((ROOT / "docs" / "running.md").read_text())
+    assert any("--rdzv-endpoint" in start.launcher and "--shard" in start.flags for start in nodes)
     (start,) = starts('```\nrun="train.py --lr 1"\npython $run \\\n    --res 64 && echo --steps\n```\n')
     assert start == ("train.py", "", {"--lr", "--res"}, set())
 
@@ -225,10 +226,12 @@ def test_licence_and_citation_agree_with_the_readme():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and citation["license"] == "MIT"
     assert {"message", "title", "authors"} <= set(citation)
-    paper, (bibtex,) = citation["preferred-citation"], blocks(README, "bibtex")
+    paper, (bibtex,) = citation["preferred-citation"], blocks((ROOT / "docs" / "paper.md").read_text(), "bibtex")
     authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
     for value in (paper["title"], authors, str(paper["year"])):
         assert f"{{{value}}}" in bibtex
+    flat = re.sub(r"\s+", " ", README)
+    assert paper["title"] in flat and all(f"{a['given-names']} {a['family-names']}" in flat for a in paper["authors"])
 
 
 def test_contributing_fits_on_a_screen():
