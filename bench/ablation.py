@@ -57,7 +57,7 @@ LOSSES = {  # name of the folder -> flags of train.py; the base itself is "none"
     "snr_huber": "--objective snr_huber",
     "mask": "--objective velocity --mask lwd"}
 REORDERED = "--objective velocity --accumulate 2"  # the same sums in another order: what rounding alone does
-BATCH, LR = 8, 3e-4
+BATCH, LR, WARMUP = 4, 1e-3, 20
 PATCH = 64  # pixels, of the simple features
 VAES = {"f8": (8, 2, 2), "f16": (16, 2, 2), "f16_dilation_1": (16, 1, 2), "f16_offset_1": (16, 2, 1),
         "f16_both_1": (16, 1, 1), "f16_decoder": (16, 2, 2)}  # name -> factor, dilation, offset
@@ -105,8 +105,9 @@ def fine_tuned(plan: Plan, name: str, flags: str, seed: int, steps: int) -> Path
     if not file.exists():
         run(plan, "train.py", "--data", plan.out / "train", "--validate", plan.out / "held_out", "--out", place,
             "--cache", plan.out / "cache", "--cache-latents", "--transformer", BASE, *POSITIONS, "--res", plan.res,
-            "--batch", BATCH, "--lr", LR, "--steps", steps, "--save-every", steps, "--validate-every", steps,
-            "--seed", seed, "--threads", plan.threads, "--save-dtype", "fp32", "--device", "cpu", *flags.split())
+            "--batch", BATCH, "--lr", LR, "--warmup", WARMUP, "--steps", steps, "--save-every", steps,
+            "--validate-every", steps, "--seed", seed, "--threads", plan.threads, "--save-dtype", "fp32",
+            "--device", "cpu", *flags.split())
         shutil.rmtree(place / "checkpoints")
     return file
 
@@ -264,10 +265,11 @@ def about(plan: Plan, hours: float) -> str:
     """How the numbers were made."""
     rows = "\n".join(f"| {TITLES[name]} | `{flags}` |" for name, flags in LOSSES.items())
     text = (f"Every loss fine-tunes `models/tiny-sd3/base_256.safetensors` at {plan.res} px: {plan.steps} steps of "
-            f"{BATCH} photographs, AdamW, learning rate {LR:g}, {plan.seeds} seeds. At a seed, all losses see the same "
-            f"photographs, captions, noise and σ. Each run then draws {plan.captions} captions of trained photographs "
-            f"with its seed, {plan.drawing_steps} steps, and is scored beside these photographs. "
-            f"{len(read_folder(plan.out / 'train'))} photographs are trained on, {plan.held_out} are held out. "
+            f"{BATCH} photographs, AdamW, learning rate {LR:g} after {WARMUP} steps of warm-up, {plan.seeds} seeds. "
+            "At a seed, all losses see the same photographs, captions, noise and σ. Each run then draws "
+            f"{plan.captions} captions of trained photographs with its seed, {plan.drawing_steps} steps, and is scored "
+            f"beside these photographs. {len(read_folder(plan.out / 'train'))} photographs are trained on, "
+            f"{plan.held_out} are held out. "
             "`sample.py` draws with the embedded autoencoder. The decoder of the last section had "
             f"{plan.decoder_steps} steps and one seed. All commands took {hours:.2f} hours with --threads "
             f"{plan.threads}, torch {torch.__version__}.")
@@ -306,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR", help="an unfinished ablation there resumes "
         "(default: %(default)s)")
     add("--res", type=int, help="side of the squares, pixels; a multiple of 32 above 128 (default: 512)")
-    add("--steps", type=int, help="optimizer steps of each run (default: 120)")
+    add("--steps", type=int, help="optimizer steps of each run (default: 240)")
     add("--seeds", type=int, help="runs of each loss, 2 to 10 (default: 3)")
     add("--threads", type=int, default=cores(), help="CPU threads (default: %(default)s)")
     add("--small", action="store_true", help="everything at a tiny size, to see that it runs: 160 px, 2 steps, 2 seeds")
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command() -> None:
         res, steps, seeds = (small if given is None and args.small else usual if given is None else given
-                             for given, usual, small in ((args.res, 512, 160), (args.steps, 120, 2),
+                             for given, usual, small in ((args.res, 512, 160), (args.steps, 240, 2),
                                                          (args.seeds, 3, 2)))
         need(res % 32 == 0 and 128 < res <= 4096, "res", res, "a multiple of 32, 160 to 4096")
         need(steps >= 2, "steps", steps, "2 or more")
