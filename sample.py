@@ -10,14 +10,17 @@ Run       python sample.py --prompt "a dandelion at sunset"                    t
           python sample.py --prompt "a dandelion at dawn" --res 4096                                3 minutes, 2.6 GiB
           python sample.py --prompt "a dandelion at noon" --model tiny-flux                         the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
+          python sample.py --prompt "…" --weights flux --res 4096 --memory 8    what does not fit is read when needed
+          python sample.py --plan --model flux --res 4096 --memory 8            what that takes; needs no files
           python sample.py --prompt "snow" --from photo.jpg --res 2048          redraws a picture larger
           python sample.py --prompts aesthetic-4k/metadata.jsonl --weights sd3  one picture per line, named as there
           torchrun --nproc-per-node 8 sample.py --prompts …                     each card draws its share
           torchrun --nproc-per-node 8 sample.py --together --prompt …           all cards draw one picture
 Seeds     picture k = 0, 1 … of a prompt has the seed SEED + k and its own noise, independent of all other pictures
 Stages    beyond the size that the file was trained at: small first, then enlarged and redrawn (drawing/stages.py)
+Memory    modulations before the loop, blocks beyond the memory streamed (drawing/streaming.py, drawing/plan.py)
 Says      what is drawn from which files and settings, before it begins
-Keeps     pictures of other prompts and settings: a new one gets a free name; the latent of one whose decode fails
+Keeps     pictures of other prompts and settings: a new one gets a free name; a latent until its picture is written
 Check     python -m pytest tests/test_sample.py
 """
 
