@@ -6,7 +6,7 @@ Streamed    the blocks after the first `resident` ones: each is read from its fi
             block before it computes, by a thread; on a GPU through pinned memory, on a stream of its own
 fp8         matrices of blocks as float8_e4m3fn, one scale per row; cast in the same buffers just before use. A file of
             scaled fp8 is kept as it comes. Embedders, norms, biases and the final layer keep the compute dtype
-Equal       a streamed block has the same numbers as a resident one, bit for bit
+Equal       to a plain model, bit for bit, but for fp8
 Check       python -m pytest tests/test_streaming.py
 """
 
@@ -66,7 +66,7 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
 class Hoisted(nn.Module):
     """Stands for a Modulation: gives the rows that `hoist` computed, for row numbers (B,) instead of cond (B, D)."""
 
-    def __init__(self, compute: Callable[[Tensor], Tensor]):
+    def __init__(self, compute: Callable[[list[Tensor]], Tensor]):
         super().__init__()
         self.compute, self.rows = compute, None
 
@@ -74,10 +74,11 @@ class Hoisted(nn.Module):
         return self.rows.index_select(0, numbers).unbind(1)
 
 
-def _rows(modulation: Modulation, weights: Weights, device: torch.device, dtype: torch.dtype, cond: Tensor) -> Tensor:
+def _rows(modulation: Modulation, weights: Weights, device: torch.device, dtype: torch.dtype,
+          conds: list[Tensor]) -> Tensor:
     """(rows, chunks, 1, D); the weights are read for this, and let go."""
     assign(modulation, weights, list(weights), device, dtype)
-    rows = torch.stack(modulation(cond), dim=1)
+    rows = torch.cat([torch.stack(modulation(cond), dim=1) for cond in conds])  # level by level, as the plain model
     modulation.to("meta")
     return rows
 
@@ -91,11 +92,10 @@ def hoist(model: MMDiT | Flux, sigmas: Tensor, pooled: Tensor, guidance: Tensor 
     returns   (B, 1): their numbers, which the model then takes in the place of pooled
     """
     count, sigmas = len(pooled), sigmas.to(pooled.device)
-    numbers = None if guidance is None else guidance.repeat(len(sigmas))
-    cond = type(model).condition(model, sigmas.repeat_interleave(count), pooled.repeat(len(sigmas), 1), numbers)
+    conds = [type(model).condition(model, sigma.expand(count), pooled, guidance) for sigma in sigmas]
     for module in model.modules():
         if isinstance(module, Hoisted):
-            module.rows = module.compute(cond)
+            module.rows = module.compute(conds)
 
     def condition(sigma: Tensor, numbers: Tensor, guidance: Tensor | None) -> Tensor:
         level = (sigmas[:, None] - sigma).abs().argmin(0)  # no wait for the device
