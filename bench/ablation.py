@@ -81,7 +81,9 @@ class Plan:
     def decisive(self) -> dict[str, object]:
         """What must be equal to resume."""
         free = ("out", "seeds", "threads")
-        return {name: str(value) for name, value in asdict(self).items() if name not in free}
+        chosen = {name: value for name, value in asdict(self).items() if name not in free}
+        chosen |= {"batch": BATCH, "lr": LR, "warmup": WARMUP, "losses": LOSSES}
+        return {name: str(value) for name, value in chosen.items()}
 
 
 # ---- commands
