@@ -268,7 +268,8 @@ def about(plan: Plan, hours: float) -> str:
     rows = "\n".join(f"| {TITLES[name]} | `{flags}` |" for name, flags in LOSSES.items())
     text = (f"Every loss fine-tunes `models/tiny-sd3/base_256.safetensors` at {plan.res} px: {plan.steps} steps of "
             f"{BATCH} photographs, AdamW, learning rate {LR:g} after {WARMUP} steps of warm-up, {plan.seeds} seeds. "
-            "At a seed, all losses see the same photographs, captions, noise and σ. Each run then draws "
+            "The learning rate is that of two trials with velocity MSE alone, which may favour it. At a seed, "
+            "all losses see the same photographs, captions, noise and σ. Each run then draws "
             f"{plan.captions} captions of trained photographs with its seed, {plan.drawing_steps} steps, and is scored "
             f"beside these photographs. {len(read_folder(plan.out / 'train'))} photographs are trained on, "
             f"{plan.held_out} are held out. "
