@@ -99,7 +99,7 @@ def test_every_plan_in_the_readme_is_the_printed_one(planned):
     """Each row of its table: flags, GiB on one card, GiB on a host, verdict."""
     row = r"^\| `(--model \S+ --plan [^`]+)` \| ([\d.]+) \| ([\d.]+) \| (.+) \|$"
     table = re.findall(row, (ROOT / "README.md").read_text(), re.M)
-    assert len(table) >= 6
+    assert len(table) >= 4
     for flags, card, host, verdict_in_readme in table:
         printed = planned(*flags.split())
         sums = rows(printed)

@@ -120,7 +120,7 @@ def test_plan_counts_what_a_rank_of_a_group_takes(settings):
             nn.functional.mse_loss(velocity, torch.randn_like(latent)).backward()
         return live.peak
 
-    assert activation_bytes(s, FLUX_DEV, FLUX, ranks=2) == pytest.approx(max(on_ranks(2, peak)), rel=0.1)
+    assert activation_bytes(s, FLUX_DEV, FLUX, ranks=2) == pytest.approx(max(on_ranks(2, peak)), rel=0.15)
 
 
 def test_each_rank_takes_its_own_card(monkeypatch):
