@@ -137,6 +137,7 @@ def test_averaged_weights_of_an_offloaded_model_are_on_the_host(planned):
     assert averaged["on one card"] == without["on one card"] and "averaged weights" in averaged
 
 
+@pytest.mark.slow
 def test_host_of_the_published_models_is_what_their_shapes_give(planned):
     """Findings by hand: pinning adds 30.9 GiB to Flux on 8 ranks and 7.3 GiB to SD3 on 2."""
     usual = "--res=512", "--batch=32", "--shard=zero2", "--offload"

@@ -82,6 +82,7 @@ def difference(one: Path, other: Path) -> tuple[float, float]:
 
 # ---- the same run, however it is divided
 
+@pytest.mark.slow
 def test_every_division_of_the_work_gives_the_same_five_steps(settings, small, tmp_path):
     def flags(name: str, kind: str, n: int, **more: object) -> list[str]:
         shard = kind if kind.startswith("zero") else None
