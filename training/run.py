@@ -170,7 +170,6 @@ class Run:
         """Log the loss of held-out pictures after `done` steps."""
         def write() -> None:
             self.held_out_file.write({"step": done} | row)
-            self.plot()
             print(f"step {done}: held-out loss {row['loss']:.4f} of {row['pictures']} pictures", flush=True)
 
         start, row = time.perf_counter(), held_out_row(self.model, held_out, self.settings)
@@ -193,6 +192,7 @@ class Run:
             folder = folder_of(self.out, self.saved_step)
             text = f"wrote {export(folder, self.settings, family, transformer, vae_path)}"
         if not rank():
+            self.plot()  # with the last held-out loss
             print(text)
 
 
