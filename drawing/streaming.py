@@ -76,8 +76,10 @@ class Hoisted(nn.Module):
 
 def _rows(modulation: Modulation, weights: Weights, device: torch.device, dtype: torch.dtype,
           conds: list[Tensor]) -> Tensor:
-    """(rows, chunks, 1, D); the weights are read for this, and let go."""
-    assign(modulation, weights, list(weights), device, dtype)
+    """(rows, chunks, 1, D); the weights are read for this, through maps of their own, and let go."""
+    anew = {name: LazyTensor(tensor.shape, lambda tensor=tensor: read_anew([tensor])[0])
+            for name, tensor in weights.items()}
+    assign(modulation, Weights(anew, {}, weights.source), list(anew), device, dtype)
     rows = torch.cat([torch.stack(modulation(cond), dim=1) for cond in conds])  # level by level, as the plain model
     modulation.to("meta")
     return rows
