@@ -92,6 +92,7 @@ class Job:
     vae_config: VAEConfig
     stages: list[Stage]
     plan: Plan
+    redrawn: Tensor | None        # (3, H, W) in [-1, 1], of --from
 
 
 def run(given: Settings) -> None:
@@ -151,7 +152,11 @@ def prepared(given: Settings) -> Job:
         vae = Path(given.vae) if given.vae else vae_for(folder, vae, settings.factor)
         vae_config = read_config(open_weights(vae).part("first_stage_model."))
     plan = choose(settings, family, config, vae_config, stages)
-    return Job(settings, family, folder, transformer, config, vae, vae_config, stages, plan)
+    if settings.compile and (plan.resident is not None or settings.store):
+        raise ValueError("--compile: needs all blocks in memory as --dtype; leave it out, or give more --memory and no "
+                         "--store")
+    redrawn = to_image(np.array(read_picture(settings.redraw))) if settings.redraw else None
+    return Job(settings, family, folder, transformer, config, vae, vae_config, stages, plan, redrawn)
 
 
 def plan_stages(settings: Settings, family: Family) -> list[Stage]:
@@ -197,6 +202,7 @@ class Models:
 
 
 def models_of(job: Job) -> Models:
+    """The models of a job, each read once until it is released."""
     settings = job.settings
 
     def transformer() -> MMDiT | Flux:
@@ -227,9 +233,8 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
                if (latent := kept_latent(picture.path, records(picture))) is not None}
     left = gathered([picture for picture in pictures if picture not in latents])[0]
     before, writes = dict.fromkeys(left), not (settings.together and launched()[0])  # latents; None: drawn from noise
-    if settings.redraw and before:
-        image = to_image(np.array(read_picture(settings.redraw)))
-        before = dict.fromkeys(before, enlarged(image, stages[0], settings, models))
+    if job.redrawn is not None and before:
+        before = dict.fromkeys(before, enlarged(job.redrawn, stages[0], settings, models))
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         drawn = {}
         for picture, latent in before.items():

@@ -24,6 +24,7 @@ RUNS = (("euler", 28), ("ab2", 28), ("ab2", 20), ("ab2", 14))
 
 @torch.inference_mode()
 def distances(name: str, captions: list[str]) -> dict[tuple[str, int], float]:
+    """(solver, steps) -> relative distance of its latents from those of EXACT steps."""
     folder = model_folder(name)
     family, transformer, _ = find(folder)
     sampling, model = family.sampling(transformer), family.model.load(transformer.source)

@@ -161,7 +161,7 @@ def pixels_of(first: str, step: int) -> int:
     return int(first)
 
 
-def summary(given: Settings, settings: Settings, family: Family, transformer: Weights, vae: Path) -> str:
+def summary(given: Settings, settings: Settings, family: Family, transformer: Weights, vae: Path | None) -> str:
     """One line: the family, its files, the device, and each setting with where it comes from, if not the family's."""
     scheduled = "scheduler" if family.scheduler else "by tokens" if family.time_shift is None else ""
     numbers = []
@@ -192,7 +192,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
     kind = f"{family.name} ({family.same_tensors})" if family.same_tensors else family.name
     dtypes = settings.dtype + (f", VAE {settings.vae_dtype}" if settings.vae_dtype != settings.dtype else "")
     drawn_with = " with ".join([transformer.source, *settings.lora])
-    sources = f"transformer {drawn_with}, VAE {vae}" + (f", {family.scheduler}" if family.scheduler else "")
+    sources = f"transformer {drawn_with}, VAE {vae or 'as published'}"
+    sources += f", {family.scheduler}" if family.scheduler else ""
     return printable(f"{kind}; {sources}; {device}, {dtypes}; {', '.join(numbers)}")
 
 

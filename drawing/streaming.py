@@ -168,7 +168,7 @@ class Buffers:
         if self.now >= 0:
             self.blocks[self.now].to("meta")
             if self.stream:
-                self.free[self.turn].record()
+                self.free[self.turn].record(torch.cuda.current_stream(self.device))  # which may not be the current card
         coming, future = self.coming
         self.turn = 1 - self.turn
         if coming != number:  # the first one; or the run began anew

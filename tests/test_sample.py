@@ -578,6 +578,16 @@ def test_every_picture_that_fails_has_its_line(draw, tmp_path, monkeypatch, caps
     assert str(tmp_path / "out" / "001-snow-0.png") in end.value.code and len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_a_damaged_picture_to_redraw_is_refused_before_loading(refusal, no_loading, tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    assert "half.png" in refusal("--prompt", "a hill", "--from", tmp_path / "half.png")
+
+
+def test_compiled_blocks_must_all_be_in_memory(refusal, no_loading):
+    assert "--compile: needs all blocks in memory" in refusal("--prompt", "a hill", "--compile", "--store", "fp8")
+
+
 def test_metadata_too_long_for_jpeg_are_refused_before_drawing(refusal, no_loading, draw):
     assert "picture.jpg: prompts and settings take 70," in refusal("--prompt", 70_000 * "a", out="picture.jpg")
 
