@@ -35,7 +35,7 @@ PASSES_PER_IMAGE = 1 / 15  # at the default interval, per trained picture; one t
 
 
 def default_interval(pictures: int, batch: int) -> int:
-    """Steps between held-out losses, so that they take less than 5 % of a run of two intervals or more."""
+    """Steps between held-out losses, so that one takes less than 5 % of the steps between two."""
     return max(1, round(pictures * SIGMA_BINS / (PASSES_PER_IMAGE * batch)))
 
 
