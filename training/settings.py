@@ -201,7 +201,7 @@ class Settings:
     validate: str | None = flag(None, "held-out pictures and metadata.jsonl: their loss is logged and never trained on",
                                 metavar="DIR")
     validate_every: int | None = flag(
-        None, "steps between held-out losses (default: 120 * held-out pictures / --batch: one takes about 3 %% of these)",
+        None, "steps between held-out losses (default: 120 * held-out pictures / --batch, which cost 3 %%)",
         metavar="N")
     seed: int = flag(0, "seed of every random draw")
     threads: int | None = flag(None, "CPU threads per rank (default: the cores, divided by the ranks of this host)")
