@@ -10,10 +10,11 @@ Equal       to a plain model, bit for bit, but for fp8
 Check       python -m pytest tests/test_streaming.py
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from mmdit import MMDiT
 
 M = TypeVar("M", bound=nn.Module)
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
+ROWS = 1024    # of a matrix, that are in fp32 at a time while it is turned to fp8
 ALIGNED = 256  # bytes
 
 
@@ -56,7 +58,8 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
     away = tuple(f"{paths[block]}." for block in blocks[first:])
     assign(module, weights, [name for name in module.state_dict() if not name.startswith(away)], device, dtype)
     if blocks[first:]:
-        kept = [{name: _stored(tensor, device, fp8) for name, tensor in part.items()} for part in parts[first:resident]]
+        kept = [{name: _stored((t.read() for t in _in_file(tensor)), device, fp8) for name, tensor in part.items()}
+                for part in parts[first:resident]]
         Buffers(blocks[first:], parts[first:], kept, device, dtype, fp8)
     return module.eval()
 
@@ -111,17 +114,24 @@ def hoist(model: MMDiT | Flux, sigmas: Tensor, pooled: Tensor, guidance: Tensor 
 
 def in_fp8(weight: Tensor) -> InFP8:
     """A matrix in fp8, its largest value in each row at the end of the range."""
-    weight = weight.float()
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
-    return InFP8((weight / scale).clamp(-LARGEST, LARGEST).to(FP8), scale)
+    held = InFP8(torch.empty_like(weight, dtype=FP8), weight.new_empty(len(weight), 1, dtype=torch.float32))
+    for rows, numbers, scale in zip(*(t.split(ROWS) for t in (weight, *held)), strict=True):
+        rows = rows.float()
+        scale.copy_(rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST)
+        numbers.copy_((rows / scale).clamp(-LARGEST, LARGEST))
+    return held
 
 
-def _stored(tensor: LazyTensor, device: torch.device, fp8: bool, values: Tensor | None = None) -> Tensor | InFP8:
-    """A tensor on the device, in fp8 if it is a matrix. values: it, already read."""
-    if fp8 and tensor.scaled:
-        weight, scale = (part.read().to(device) for part in tensor.scaled)
-        return InFP8(weight, scale.float().view(-1, 1))
-    values = (tensor.read() if values is None else values).to(device, non_blocking=True)
+def _in_file(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
+    """What a file holds of a tensor: itself, or numbers in fp8 and their scale."""
+    return tensor.scaled or (tensor,)
+
+
+def _stored(read: Iterable[Tensor], device: torch.device, fp8: bool) -> Tensor | InFP8:
+    """A tensor on the device, from what its file holds; in fp8 if it is there, or if it is a matrix and fp8 is kept."""
+    values, *scale = (part.to(device, non_blocking=True) for part in read)
+    if scale:
+        return InFP8(values, scale[0].float().view(-1, 1))
     if not fp8 or values.ndim != 2:
         return values
     return InFP8(values, torch.ones(1, 1, device=device)) if values.dtype == FP8 else in_fp8(values)
@@ -196,9 +206,10 @@ class Buffers:
                 self.stream.wait_event(self.free[turn])
             tensors = dict(_views(self.buffers[turn], self.shapes[number]))
             for name, stored in self.kept[number].items() if number < len(self.kept) else self.from_file(number):
-                if isinstance(stored, InFP8):
-                    stored = stored.weight.float() * stored.scale
-                tensors[name].copy_(stored, non_blocking=True)
+                if isinstance(stored, InFP8):  # in place: a GPU multiplies in fp32 without a copy in fp32
+                    tensors[name].copy_(stored.weight).mul_(stored.scale)
+                else:
+                    tensors[name].copy_(stored, non_blocking=True)
             if self.stream:
                 ready = torch.cuda.Event()
                 ready.record()
@@ -206,16 +217,16 @@ class Buffers:
 
     def from_file(self, number: int) -> Iterator[tuple[str, Tensor | InFP8]]:
         """(name, tensor) on the device, as it is stored."""
-        part = self.parts[number]
-        stored = dict(zip(part, read_anew(part.values()), strict=True))
+        part = {name: _in_file(tensor) for name, tensor in self.parts[number].items()}
+        read = read_anew(chain(*part.values()))
         if self.stream:
-            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+            shapes = {k: (tensor.shape, tensor.dtype) for k, tensor in enumerate(read)}
             self.sent.synchronize()  # the pinned buffer is free again
             if self.pinned is None or self.pinned.numel() < _bytes(shapes):
                 self.pinned = torch.empty(_bytes(shapes), dtype=torch.uint8, pin_memory=True)
-            for name, view in _views(self.pinned, shapes):
-                stored[name] = view.copy_(stored[name])
-        for name, values in stored.items():
-            yield name, _stored(part[name], self.device, self.fp8, values)
+            read = [view.copy_(read[k]) for k, view in _views(self.pinned, shapes)]
+        rest = iter(read)
+        for name, held in part.items():
+            yield name, _stored(islice(rest, len(held)), self.device, self.fp8)
         if self.stream:
             self.sent.record()
