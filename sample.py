@@ -114,9 +114,11 @@ def run(given: Settings) -> None:
 
     models, failures = models_of(job), []
     for some in groups(gathered(not_drawn(own, records, settings))[0], MOST_AT_ONCE):
-        encoded = encode([settings.negative, *(picture.prompt for picture in some)], job)
+        kept = finished(some, records)
+        left = [picture.prompt for picture in some if picture not in kept]
+        encoded = encode([settings.negative, *left], job) if left else {}
         for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
-            for picture, image, failure, s_per_step in draw(group, job, encoded, models, records):
+            for picture, image, failure, s_per_step in draw(group, job, encoded, kept, models, records):
                 if settings.together and rank:  # the first rank writes
                     continue
                 if failure := failure or in_the_way(picture.path, records(picture)):  # another run may have drawn there
@@ -173,6 +175,12 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     return stages_of(settings.size, first, settings.start, step, schedule, bool(settings.redraw))
 
 
+def finished(pictures: list[Picture], records: Callable[[Picture], dict]) -> dict[Picture, Tensor | None]:
+    """The latents that an earlier run kept of these pictures; with --together, on all ranks those of the first one."""
+    latents = {picture: kept_latent(picture.path, records(picture)) for picture in pictures}
+    return {picture: latents[picture] for picture in gathered([p for p in pictures if latents[p] is not None])[0]}
+
+
 def encode(prompts: list[str], job: Job) -> dict[str, tuple[Tensor, Tensor]]:
     """Prompt -> context (1, L, C), pooled (1, P). T5 is read block by block, for all prompts; nothing of it stays."""
     settings, prompts = job.settings, list(dict.fromkeys(prompts))
@@ -221,18 +229,18 @@ def models_of(job: Job) -> Models:
     return Models(cache(transformer), cache(vae), job.plan.stays)
 
 
-def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], models: Models,
-         records: Callable[[Picture], dict]) -> Iterator[tuple[Picture, Tensor | None, str, float]]:
+def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], kept: dict[Picture, Tensor],
+         models: Models, records: Callable[[Picture], dict]) -> Iterator[tuple[Picture, Tensor | None, str, float]]:
     """(picture, image (3, H, W) in [-1, 1] or None, why there is none, seconds per step) of each, stage by stage.
 
-    A finished latent is kept in a file until its picture is written; what is kept from before is not drawn again.
+    A finished latent is kept in a file until its picture is written.
+
+    kept  the latents of an earlier run: these pictures are only decoded
     """
     settings, stages, pace = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
-    steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
-    latents = {picture: latent for picture in pictures
-               if (latent := kept_latent(picture.path, records(picture))) is not None}
-    left = gathered([picture for picture in pictures if picture not in latents])[0]
-    before, writes = dict.fromkeys(left), not (settings.together and launched()[0])  # latents; None: drawn from noise
+    steps, writes = max(1, sum(len(stage.sigmas) - 1 for stage in stages)), not (settings.together and launched()[0])
+    latents = {picture: kept[picture] for picture in pictures if picture in kept}
+    before = dict.fromkeys(picture for picture in pictures if picture not in kept)  # latents; None: drawn from noise
     if job.redrawn is not None and before:
         before = dict.fromkeys(before, enlarged(job.redrawn, stages[0], settings, models))
     for stage, following in zip(stages, [*stages[1:], None], strict=True):

@@ -547,8 +547,21 @@ def test_a_decode_that_is_killed_goes_on_from_its_latent(draw, tmp_path, monkeyp
         draw("--prompt", "a hill")
     [kept] = (tmp_path / "out").iterdir()
     assert kept.name == "000-a-hill-0.latent.safetensors"
-    monkeypatch.setattr(MMDiT, "forward", None)
+    monkeypatch.setattr(sample, "streamed", None)  # neither text encoders nor transformer are read
     assert pixels(draw("--prompt", "a hill")[0]) == pixels(whole) and not kept.exists()
+
+
+def test_texts_of_finished_latents_are_not_encoded(draw, tmp_path, monkeypatch):
+    prompts = "--prompt", "a hill", "--prompt", "a bay", "--prompt", "snow"
+    monkeypatch.setattr(sample, "MOST_AT_ONCE", 2)
+    whole = draw(*prompts, out="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(VAE, "decode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        draw(*prompts)
+    (tmp_path / "out" / "002-snow-0.latent.safetensors").unlink()
+    given, encode = [], SD3Text.encode
+    monkeypatch.setattr(SD3Text, "encode", lambda text, prompts: given.append(prompts) or encode(text, prompts))
+    assert [pixels(path) for path in draw(*prompts)] == [pixels(path) for path in whole] and given == [["", "snow"]]
 
 
 def test_a_latent_of_other_settings_is_never_taken_and_never_replaced(draw, tmp_path):
