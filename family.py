@@ -128,11 +128,12 @@ class Family:
                              "size that it can be trained at; correct them")
         return math.sqrt(math.prod(size_of(res))) / (2 * factor)
 
-    def check_guidance(self, guidance: float | None) -> None:
-        """ValueError if --guidance is given to a model that has no such input."""
+    def check_guidance(self, guidance: float | tuple[float, float] | None) -> None:
+        """ValueError if --guidance, a number or in training a range, is given to a model that has no such input."""
         if guidance is not None and self.guidance is None:
+            given = ",".join(f"{number:g}" for number in (guidance if isinstance(guidance, tuple) else (guidance,)))
             no_input = f"this is {self.name}, which has no guidance input; {self.without_guidance}"
-            raise ValueError(f"--guidance {guidance:g}: {no_input}")
+            raise ValueError(f"--guidance {given}: {no_input}")
 
     def check_schedule(self, steps: int, time_shift: float, given: str) -> str:
         """ValueError if noise levels coincide; a note if one step takes nearly all noise away. given: the flag."""

@@ -69,7 +69,7 @@ from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux, FluxConfig
 from layers import blocks_of
 from lora import with_lora
-from machine.memory import free_memory, peak_memory_gib
+from machine.memory import free_memory, peak_shown
 from machine.ranks import first_failure, gathered, join, leave
 from mmdit import MMDiT, MMDiTConfig
 from reading.pictures import read_picture, upright_size
@@ -125,7 +125,7 @@ def run(given: Settings) -> None:
                     failures.append(failed(picture, failure, settings))
                     continue
                 write_picture(picture.path, image, records(picture))
-                print(f"{picture.path}  {s_per_step:.2f} s/step  peak {peak_memory_gib(settings.device):.1f} GiB")
+                print(f"{picture.path}  {s_per_step:.2f} s/step  {peak_shown(settings.device)}")
     leave()
     for failure in failures[:-1]:
         print(f"error: {printable(failure)}", file=sys.stderr)

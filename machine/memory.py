@@ -43,11 +43,19 @@ def check_device(name: str | None) -> str:
 def peak_memory_gib(device: Device) -> float:
     """Peak memory of this process, GiB: torch's allocations on a CUDA device, else the resident set; 0 on Windows."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB
     if sys.platform == "win32":
         return 0.0
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def peak_shown(device: Device) -> str:
+    """The peak in words; of a card also what torch's allocator reserved, which the card must have."""
+    shown = f"peak {peak_memory_gib(device):.1f} GiB"
+    if torch.device(device).type == "cuda":
+        shown += f", {torch.cuda.max_memory_reserved(device) / GIB:.1f} reserved"
+    return shown
 
 
 def free_memory() -> None:

@@ -24,6 +24,12 @@ def test_peak_memory_is_above_zero_here_and_zero_on_windows(monkeypatch):
     assert memory.peak_memory_gib("cpu") == 0
 
 
+def test_the_peak_of_a_card_is_shown_with_what_is_reserved(monkeypatch):
+    for name, gib in (("allocated", 5), ("reserved", 6.5)):
+        monkeypatch.setattr(f"torch.cuda.max_memory_{name}", lambda device, gib=gib: gib * 2**30)
+    assert memory.peak_shown("cuda:1") == "peak 5.0 GiB, 6.5 reserved"
+
+
 def test_host_memory_is_the_smallest_limit_of_the_cgroups(monkeypatch, tmp_path):
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < memory.host_memory() <= physical

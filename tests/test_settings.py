@@ -105,7 +105,7 @@ def test_losses_are_settled_from_the_flags_that_name_them(settings):
     ({"huber_snr": "0.2,1,0.5,5,0"}, "--huber-snr is a setting of --objective snr_huber"),
     ({"beta": "2,4"}, "--beta is a setting of --density beta"),
     ({"sigma_range": "0.9999,1", "time_shift": 1}, "--sigma-range 0.9999,1: give a range with 0.1% of the sigmas"),
-    ({"guidance": "1,4"}, "--guidance 2.5: this is SD3, which has no guidance input")])
+    ({"guidance": "1,4"}, "--guidance 1,4: this is SD3, which has no guidance input")])
 def test_losses_that_contradict_are_refused_in_one_line(settings, changed, words):
     with pytest.raises(ValueError) as refusal:
         settle(settings(**changed), SD3)

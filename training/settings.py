@@ -242,7 +242,7 @@ SOURCE = ("model", "weights", "transformer")  # where the weights lie; a checkpo
 
 def settle(settings: Settings, family: Family) -> Settings:
     """Resolve unset settings from the recipe, then the model family; ValueError if two settings contradict."""
-    family.check_guidance(settings.guidance_shown)
+    family.check_guidance(settings.guidance)
     recipe = RECIPES[settings.recipe] if settings.recipe else OURS
     if not family.release_drops_latent_shift:
         recipe = recipe | {"latent_shift": True}
