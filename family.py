@@ -189,8 +189,8 @@ FLUX_UNDISTILLED = replace(
 OFFICIAL_VAE = VAEConfig((128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 16)
 PUBLISHED = {  # --model NAME without its folder: family and configuration
     "sd3": (SD3, MMDiTConfig()),
-    "sd3.5-medium": (SD3, MMDiTConfig(table_side=384, qk_norm=True, dual_attention=tuple(range(13)))),
-    "sd3.5-large": (SD3, MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True)),
+    "sd3.5-medium": (SD3_5_MEDIUM, MMDiTConfig(table_side=384, qk_norm=True, dual_attention=tuple(range(13)))),
+    "sd3.5-large": (SD3_5_LARGE, MMDiTConfig(hidden_size=2432, depth=38, mlp_hidden=9728, qk_norm=True)),
     "flux": (FLUX_DEV, FluxConfig()),
     "flux-schnell": (FLUX_SCHNELL, FluxConfig(guidance=False))}
 
@@ -361,6 +361,11 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
     return variant(family, weights, scheduler if scheduler is beside or family is own else None), weights, vae
 
 
+def published(model: str | None, weights: str | None) -> tuple[Family, MMDiTConfig | FluxConfig] | None:
+    """Family and configuration of a published --model whose folder is not here."""
+    return None if weights or model_folder(model).is_dir() else PUBLISHED.get(model)
+
+
 def describe(model: str | None, weights: str | None, transformer: str | None) -> tuple[
         Family, MMDiTConfig | FluxConfig, VAEConfig]:
     """Family and configurations of --model or --weights.
@@ -377,8 +382,8 @@ def describe(model: str | None, weights: str | None, transformer: str | None) ->
         manifest = Weights(tensors, {}, weights)
         family = family_of(manifest)
         return family, family.config(manifest.part("model.diffusion_model.")), OFFICIAL_VAE
-    if not weights and model in PUBLISHED and not model_folder(model).is_dir():
-        return *PUBLISHED[model], OFFICIAL_VAE
+    if known := published(model, weights):
+        return *known, OFFICIAL_VAE
     family, source, vae_path = find(model_folder(model, weights), transformer)
     return (family, family.config(source.part("model.diffusion_model.")),
             read_config(open_weights(vae_path).part("first_stage_model.")))

@@ -63,7 +63,7 @@ from drawing.plan import Plan, choose
 from drawing.settings import Settings, parse, settle, summary
 from drawing.stages import Stage, resized, stages_of
 from drawing.streaming import hoist, streamed
-from family import OFFICIAL_VAE, PUBLISHED, Family, check_widths, find, positioned, vae_for
+from family import OFFICIAL_VAE, Family, check_widths, find, positioned, published, vae_for
 from files import check_path, launched, memory_error, printable, run_command
 from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux, FluxConfig
@@ -141,9 +141,8 @@ def prepared(given: Settings) -> Job:
     for adapter in given.lora:
         check_path("lora", adapter)
     folder, vae, vae_config = model_folder(given.model, given.weights), None, OFFICIAL_VAE
-    if given.plan and given.model in PUBLISHED and not given.weights and not folder.is_dir():
-        family, config = PUBLISHED[given.model]
-        transformer = Weights({}, {}, "as published")
+    if given.plan and (known := published(given.model, given.weights)):
+        (family, config), transformer = known, Weights({}, {}, "as published")
     else:
         family, transformer, vae = find(folder, given.transformer)
         transformer = with_lora(transformer, given.lora)

@@ -19,6 +19,7 @@ from family import (
     FLUX_DEV,
     FLUX_SCHNELL,
     FLUX_UNDISTILLED,
+    PUBLISHED,
     SCHEDULER,
     SD3,
     SD3_5_LARGE,
@@ -60,11 +61,14 @@ def named(names) -> Weights:
 
 # ---- which family a file is of
 
-@pytest.mark.parametrize("file, family", [("sd3_medium", SD3), ("sd3.5_medium", SD3_5_MEDIUM),
-                                          ("sd3.5_large", SD3_5_LARGE), ("flux1-dev", FLUX_DEV),
-                                          ("flux1-schnell", FLUX_SCHNELL)])
-def test_family_is_decided_by_the_published_names(file, family):
-    assert family_of(named(published(file))) is family
+@pytest.mark.parametrize("file, family, model", [
+    ("sd3_medium", SD3, "sd3"), ("sd3.5_medium", SD3_5_MEDIUM, "sd3.5-medium"),
+    ("sd3.5_large", SD3_5_LARGE, "sd3.5-large"), ("flux1-dev", FLUX_DEV, "flux"),
+    ("flux1-schnell", FLUX_SCHNELL, "flux-schnell")])
+def test_family_is_decided_by_the_published_names(file, family, model):
+    weights = lazy(published(file))
+    assert family_of(weights) is family
+    assert PUBLISHED[model] == (family, family.config(weights.part("model.diffusion_model.")))
 
 
 @pytest.mark.parametrize("names, message", [
