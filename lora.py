@@ -32,6 +32,7 @@ NAME = re.compile(r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transfo
                   r"(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?")
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 UNREAD = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "modules_to_save")  # of PEFT's configuration
+BASE_CHANGED = re.compile("pissa|olora|loftq|corda", re.IGNORECASE)  # ways to begin that subtract from the model
 RECORDED = ("res", "factor", "t5_length", "positions", "trained_side")  # of our own files, instead of the transformer's
 SOFTWARE = "diffusion-4k"
 
@@ -75,12 +76,13 @@ class Update:
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the weight, within the place, in fp32."""
         up, down = (part.read().float().flatten(1) for part in (self.up, self.down))
-        if not (up.isfinite().all() and down.isfinite().all()):
-            raise ValueError(f"{self.source}: what it adds to {self.place.layer} holds NaN or Inf: the file is damaged "
-                             "or its training diverged")
         if self.place.how == "swap_halves":
             up = up.roll(len(up) // 2, 0)
-        return self.scale * (up[first - self.place.first:last - self.place.first] @ down)
+        added = self.scale * (up[first - self.place.first:last - self.place.first] @ down)
+        if not added.isfinite().all():
+            raise ValueError(f"{self.source}: what it adds to {self.place.layer} at a scale of {self.scale:g} holds "
+                             "NaN or Inf: the file is damaged, its training diverged, or its strength is too large")
+        return added
 
 
 def with_lora(weights: Weights, given: Sequence[str]) -> Weights:
@@ -109,6 +111,7 @@ def file_and_strength(given: str) -> tuple[str, float]:
     try:
         strength = float(number)
     except ValueError:  # the colon is part of a path
+        need(not os.path.isfile(file), "lora", given, "FILE:STRENGTH with a number such as 0.8")
         return given, 1.0
     need(math.isfinite(strength), "lora", given, "FILE:STRENGTH with a finite number")
     return file, strength
@@ -129,10 +132,11 @@ def updates_of(adapter: Weights, strength: float, weights: Weights) -> list[Upda
         if part in layers[place]:
             raise ValueError(f"{adapter.source}: {name} is there under two names")
         layers[place][part], names[place] = tensor, match["layer"]
-    if unknown or not adapter:
-        shown = f"{', '.join(unknown[:3])}; " * bool(unknown)
+    if not adapter:
+        raise ValueError(f"{adapter.source}: holds no tensors: download it again")
+    if unknown:
         raise ValueError(f"{adapter.source}: {len(unknown)} of {len(adapter)} tensors belong to no LoRA of "
-                         f"{weights.source}: {shown}give an adapter that was trained on this model")
+                         f"{weights.source}: {', '.join(unknown[:3])}; give an adapter that was trained on this model")
     config = _config(adapter)
     return [_update(adapter.source, place, names[place], parts, config, strength, weights)
             for place, parts in layers.items()]
@@ -173,7 +177,8 @@ def _config(adapter: Weights) -> dict:
         config = read_json(beside)
     else:
         config = {}
-    if other := next((key for key in UNREAD if config.get(key)), ""):
+    began = str(config.get("init_lora_weights"))
+    if other := next((key for key in UNREAD if config.get(key)), began if BASE_CHANGED.match(began) else ""):
         raise ValueError(f"{file}: was trained with {other}, which is not read; give a plain LoRA")
     return config
 

@@ -308,6 +308,8 @@ ADAPTERS = tuple((shows, what, MERGE) for shows, what, do in OTHERS if do in (ME
 
 # as above: refused where a LoRA is expected
 VARIANTS = (
+    (r"(^|\.)(x_embedder|img_in|pos_embed)(\.proj)?\.weight$|^(text_model|encoder|decoder|shared)\.",
+     "a model, no adapter", "give a transformer as --transformer, an autoencoder as --vae"),
     (r"\.dora_scale$|\.lora_magnitude_vector\b",       "a DoRA, whose matrices also have norms", PLAIN_LORA),
     (r"\.lora_mid\.",                                  "a LoCon with three factors", PLAIN_LORA),
     (r"\.lora_(B|up)\.(default\.)?bias$",              "a LoRA that also adds biases", PLAIN_LORA),

@@ -167,8 +167,10 @@ def test_strengths_add_up_and_a_colon_in_a_path_is_no_strength(bases, tmp_path):
     assert file_and_strength("C:\\a") == ("C:\\a", 1.0)
     (tmp_path / "x:2").touch()
     assert file_and_strength(str(tmp_path / "x:2")) == (str(tmp_path / "x:2"), 1.0)
-    with pytest.raises(ValueError, match="--lora a:nan: give FILE:STRENGTH"):
-        file_and_strength("a:nan")
+    (tmp_path / "b").touch()
+    for given, says in (("a:nan", "a finite number"), (f"{tmp_path / 'b'}:0,8", "a number such as 0.8")):
+        with pytest.raises(ValueError, match=f"--lora {given}: give FILE:STRENGTH with {says}"):
+            file_and_strength(given)
 
 
 @BOTH
@@ -247,7 +249,11 @@ WRONG = {  # what is changed: words of the message
     "control": (lambda f: f | {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(32)}, "replaces norms"),
     "biases": (lambda f: f | {f"{QKV}.lora_B.bias": torch.ones(192)}, "adds biases"),
     "text": (lambda f: f | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}, "text encoders"),
-    "empty": (lambda f: {"a": torch.ones(2)}, "1 of 1 tensors belong to no LoRA")}
+    "foreign": (lambda f: {"a": torch.ones(2)}, "1 of 1 tensors belong to no LoRA"),
+    "empty": (lambda f: {}, "holds no tensors"),
+    "transformer": (lambda f: {"img_in.weight": torch.ones(2, 2), "double_blocks.0.img_attn.norm.key_norm.scale":
+                               torch.ones(2)}, "a model, no adapter .*--transformer"),
+    "VAE": (lambda f: {"decoder.mid.attn_1.norm.weight": torch.ones(2)}, "a model, no adapter .*--vae")}
 
 
 @pytest.mark.parametrize("what", list(WRONG))
@@ -268,10 +274,19 @@ def test_adapters_of_the_other_family_and_damaged_ones_are_refused(bases, tmp_pa
     tensors = load_file(file)
     tensors["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"][0, 0] = torch.inf
     merged = with_lora(bases["flux"], [written(tmp_path / "style", tensors)])
-    with pytest.raises(ValueError, match=f"style: what it adds to {QKV} holds NaN or Inf"):
+    with pytest.raises(ValueError, match=f"style: what it adds to {QKV} at a scale of 1 holds NaN or Inf"):
         model_of("flux", merged)
-    config = {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": True})}
-    with pytest.raises(ValueError, match="style: was trained with use_rslora, which is not read"):
+    merged = with_lora(bases["flux"], [f"{file}:1e300"])
+    with pytest.raises(ValueError, match="style: .* at a scale of 1e.300 holds NaN or Inf: .*strength is too large"):
+        model_of("flux", merged)
+
+
+@pytest.mark.parametrize("key, value, says", [("use_rslora", True, "use_rslora"),
+                                              ("init_lora_weights", "pissa_niter_4", "pissa_niter_4")])
+def test_an_adapter_that_peft_would_apply_otherwise_is_refused(key, value, says, bases, tmp_path):
+    tensors = in_style("PEFT", adapter_of(adapted_model("flux", bases["flux"])), bases["flux"])
+    config = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value})}
+    with pytest.raises(ValueError, match=f"style: was trained with {says}, which is not read"):
         with_lora(bases["flux"], [written(tmp_path / "style", tensors, config)])
 
 
