@@ -118,14 +118,18 @@ class Weights(dict[str, LazyTensor]):
                  if name.endswith(suffix) and len(t.shape) == axes]
         return mode(sizes) if sizes else self.shape_of(otherwise, axes, kind)[axis]
 
-    def depth(self, prefix: str) -> int:
-        """How many numbered blocks there are under a prefix such as "double_blocks."; ValueError if one is missing."""
+    def depth(self, prefix: str, published: int | None = None) -> int:
+        """How many numbered blocks there are under a prefix such as "double_blocks."; ValueError if one is missing, or
+        if there are not as many as in the published file."""
         depth = names.depth(self, prefix)
         there = {name.removeprefix(prefix).split(".")[0] for name in self if name.startswith(prefix)}
         if gap := next((number for number in map(str, range(depth)) if number not in there), ""):
             raise ValueError(f"{self.source}: holds {prefix}{depth - 1}, but {prefix}{gap} is missing")
         if depth > MOST_BLOCKS:
             raise ValueError(f"{self.source}: {depth} {prefix[:-1]}; at most {MOST_BLOCKS} are read")
+        if published not in (None, depth):
+            raise ValueError(f"{self.source}: {depth} {prefix[:-1]}, where the published file of its width has "
+                             f"{published}: it is not complete, download it again")
         return depth
 
     def number(self, *keys: str, otherwise: float | None = None, integer: bool = False) -> float | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from checkpoint import FLUX_DOWNLOAD, SD3_DOWNLOAD, Device, Filled, LazyTensor, Weights, filled, open_weights
 from tokenizer import CLIPTokenizer, T5Tokenizer, check_prompts
 
+DEPTHS = {768: 12, 1280: 32, 4096: 24}  # of the official encoders, by their width
 EOS = 49407            # last id of CLIP's vocabulary
 LEGACY_EOS = 2         # what old config.json files of CLIP record, wrongly
 CLIP_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")  # in re-exports: 0, 1, 2, … and a temperature
@@ -123,8 +124,9 @@ class CLIPText(nn.Module):
             eos = weights.number("eos_token_id", otherwise=LEGACY_EOS, integer=True)
             eos = min(EOS, vocabulary - 1) if eos == LEGACY_EOS else eos
         weights.need(0 <= eos < vocabulary, "eos_token_id", eos, f"an id of its vocabulary, 0 to {vocabulary - 1}")
-        sizes = vocabulary, positions, width, mlp_width, weights.depth("text_model.encoder.layers."), num_heads
-        clip = filled(lambda: cls(*sizes, activation, eos, projection), weights, device, dtype)
+        depth = weights.depth("text_model.encoder.layers.", DEPTHS.get(width))
+        sizes = vocabulary, positions, width, mlp_width, depth, num_heads, activation, eos, projection
+        clip = filled(lambda: cls(*sizes), weights, device, dtype)
         return clip.requires_grad_(False).eval()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +235,7 @@ class T5Encoder(nn.Module):
                      table[0], f"4 to {4 * T5_MAX_DISTANCE - 1} buckets")
         length = weights.number("length", integer=True)
         check_t5_length(length, f"{weights.source}: ")
-        sizes = vocabulary, width, inner, mlp_width, weights.depth("encoder.block."), table
+        sizes = vocabulary, width, inner, mlp_width, weights.depth("encoder.block.", DEPTHS.get(width)), table
         return filled(lambda: cls(*sizes, length), weights, device, dtype).requires_grad_(False).eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -337,8 +339,7 @@ class SD3Text:
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> context (B, L_clip + t5_length, W), pooled (B, W_l + P_g); the empty string is a prompt."""
-        prompts = check_prompts(prompts)
-        to_l, to_g, to_t5 = self.tokenizers
+        prompts, (to_l, to_g, to_t5) = check_prompts(prompts), self.tokenizers
         tokens_l = to_l(prompts, self.clip_l.length).to(self.device)
         last, context_l, _ = each(self.clip_l, tokens_l)
         pooled_l = self.clip_l.at_eos(last, tokens_l)  # SD3 takes it unprojected, even if the file has a projection
@@ -412,8 +413,7 @@ class FluxText:
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> context (B, t5_length, W), pooled (B, W_l), unprojected; the empty string is a prompt."""
-        prompts = check_prompts(prompts)
-        to_clip, to_t5 = self.tokenizers
+        prompts, (to_clip, to_t5) = check_prompts(prompts), self.tokenizers
         tokens = to_clip(prompts, self.clip.length).to(self.device)
         last, *_ = each(self.clip, tokens)
         return self.t5(to_t5(prompts, self.t5_length).to(self.device)), self.clip.at_eos(last, tokens)

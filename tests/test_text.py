@@ -131,6 +131,15 @@ def test_encoder_refuses_and_names_one_wrong_tensor(name, encoder, damage, monke
         encoder.load(name)
 
 
+@pytest.mark.parametrize(("name", "encoder"), PUBLISHED)
+def test_encoder_without_its_last_block_is_refused(name, encoder, monkeypatch):
+    weights, depth = manifest(name, monkeypatch), {"clip_l": 12, "clip_g": 32, "t5xxl": 24}[name]
+    for victim in [k for k in weights if f".{depth - 1}." in k]:
+        del weights[victim]
+    with pytest.raises(ValueError, match=f"{name}.safetensors: {depth - 1} .*published file of its width has {depth}"):
+        encoder.load(name)
+
+
 @pytest.mark.parametrize(("name", "encoder"), [PUBLISHED[0], PUBLISHED[2]])
 def test_encoder_names_whichever_tensor_is_missing(name, encoder, monkeypatch):
     weights = manifest(name, monkeypatch)
