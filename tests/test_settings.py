@@ -117,6 +117,10 @@ def test_losses_that_contradict_are_refused_in_one_line(settings, changed, words
     ({"levels": 3}, "--res 64: give a multiple of 128 at --factor 16 --levels 3"),
     ({"validate_every": 5}, "--validate-every: give --validate DIR"),
     ({"validate": "x", "validate_every": 0}, "--validate-every 0: give 1 or more"),
+    ({"huber": 1e-30}, "--huber 1e-30: give 0 for the squared error, or 0.0001 to 10,000"),
+    ({"bands": "1,1,1,1e30"}, "--bands 1,1,1,1e+30: give weights of at most 1,000,000"),
+    ({"bands": "0,0,0,0"}, "at least one above 0"),
+    ({"time_shift": 1e10}, "--time-shift 10000000000.0: give 0.001 to 1,000"),
     ({"guidance": -1.0}, "--guidance -1.0: give a number from 0")])
 def test_levels_and_intervals_out_of_range_are_refused(settings, changed, words):
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -124,7 +128,7 @@ def test_levels_and_intervals_out_of_range_are_refused(settings, changed, words)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--bands", "1,1,x,1"], "four numbers from 0"), (["--time-shift", "three"], 'a number above 0, or "tokens"'),
+    (["--bands", "1,1,x,1"], "four numbers from 0"), (["--time-shift", "three"], '0.001 to 1,000, or "tokens"'),
     (["--huber-snr", "1,0.2,0.5,5,0"], "five numbers from 0 for c_min,c_max,a,g,b, 0 < c_min <= c_max, g > 0"),
     (["--beta", "0,4"], "two integers from 0 for A,B, at least 1"), (["--beta", "2.5,4"], "two integers"),
     (["--sigma-range", "0.6,0.5"], "two numbers from 0 for LOW,HIGH, LOW < HIGH <= 1"),

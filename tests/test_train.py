@@ -318,12 +318,13 @@ def test_out_that_would_change_what_is_read_is_refused(settings, photos, model, 
 
 
 def test_loss_that_is_nan_ends_the_run_and_leaves_the_last_checkpoint(settings, tmp_path, monkeypatch):
-    factors, formula = iter([1, 1, 1, 1, float("nan")]), train.objective
+    factors, formula = iter([1, 1, 1, 1, float("nan"), float("nan")]), train.objective
     monkeypatch.setattr(train, "objective", lambda *arguments: formula(*arguments) * next(factors))
     message = refusal_of(settings)
     assert "step 4: gradient norm nan" in message and all(f"{k}.png 0." in message for k in range(4))
     assert f"the last good checkpoint is in {tmp_path}/out" in message
     assert steps_of(tmp_path / "out") == 3 and all(t.isfinite().all() for t in state_of(tmp_path / "out").values())
+    assert "the last good checkpoint" not in refusal_of(settings, out=tmp_path / "first")
 
 
 @pytest.mark.parametrize("steps, save_dtype, reasons", [
@@ -382,7 +383,7 @@ def test_missing_file_is_named(settings, tmp_path, changed, reason):
     ({"res": 24, "factor": 8}, "--res 24: give a multiple of 16 at --factor 8"),
     ({"steps": 0}, "--steps 0: give 1 or more"), ({"batch": 0}, "1 or more"), ({"save_every": 0}, "1 or more"),
     ({"log_every": 0}, "1 or more"), ({"threads": 0}, "1 or more"), ({"keep": 0}, "1 or more"),
-    ({"clip": 0.0}, "a number above 0"), ({"time_shift": 0.0}, "a number above 0"), ({"huber": -1.0}, "0 or more"),
+    ({"clip": 0.0}, "a number above 0"), ({"time_shift": 0.0}, "0.001 to 1,000"), ({"huber": -1.0}, "0 or more"),
     ({"ema": 1.5}, "a decay below 1"), ({"drop_caption": 2.0}, "a probability"),
     ({"accumulate": 0}, "--accumulate 0: give 1 or more"), ({"batch": 10**12}, "1 or more, at most 65,536"),
     ({"lr": math.inf}, "--lr inf: give 0 or more"), ({"seed": 2**32 + 7}, "--seed 4294967303: give 0 to 2^32 - 1"),
@@ -392,7 +393,7 @@ def test_missing_file_is_named(settings, tmp_path, changed, reason):
     ({"offload": True, "shard": "zero2", "state": "bf16"}, "--offload --state bf16: random rounding takes a CPU"),
     ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
-    ({"bands": "0,0,0,0"}, "--bands 0,0,0,0: give at least one weight above 0"),
+    ({"bands": "0,0,0,0"}, "--bands 0,0,0,0: give weights of at most 1,000,000"),
     ({"device": "foo"}, "--device foo: this machine has cpu")])
 def test_settings_out_of_range_are_refused(settings, tmp_path, changed, reason):
     assert reason in refusal_of(settings, **changed)

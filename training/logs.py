@@ -133,6 +133,7 @@ def what_diverged(step: int, norm: Tensor, parts: Sequence[Part], losses: Sequen
             for picture, sigma, loss in zip(part.pictures, part.sigma.tolist(), of_part.tolist(), strict=True)]
     batch = sum(gathered(mine)[::settings.sequence], [])
     bad = [row for row in batch if not math.isfinite(row[2])] or batch
+    saved = any((Path(settings.out) / "checkpoints").glob("step-*"))
     return (f"step {step}: gradient norm {norm.item()}, velocity loss {sum(row[2] for row in batch) / len(batch):.4g}; "
             f"picture, sigma, loss: {', '.join(f'{name} {sigma:.3f} {loss:.3g}' for name, sigma, loss in bad[:8])}; "
-            f"the last good checkpoint is in {settings.out}/checkpoints; try a smaller --lr")
+            f"{f'the last good checkpoint is in {settings.out}/checkpoints; ' * saved}try a smaller --lr")

@@ -317,9 +317,10 @@ def same_run(folder: Path, identity: Mapping[str, object], settings: Settings) -
     about, now = read_json(folder / ABOUT), json.loads(json.dumps(dict(identity)))
     parts = ("model", "settings", "data", *(["weights"] if "weights" in about else []))
     then = {part: entry(about, part, dict, folder / ABOUT) for part in parts}
-    if any(now["model"].get(key) != value for key, value in then["model"].items() if key != "family"):
-        raise ValueError(f"{folder}: is of another model, {then['model']}; here it is {identity['model']}; "
-                         "use another --out")
+    other = {key: value for key, value in then["model"].items() if now["model"].get(key) != value}
+    if other.keys() - {"family"}:
+        shown = ", ".join(f"{key} {value} -> {now['model'].get(key)}" for key, value in other.items())
+        raise ValueError(f"{folder}: is of another model ({shown}); use another --out")
     weights = then.get("weights")  # older checkpoints know them by their place only
     compared = IDENTITY + (SOURCE if weights is None else ())
     same_settings(folder, {name: then["settings"].get(name, LATER.get(name)) for name in compared},

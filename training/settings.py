@@ -82,7 +82,7 @@ def shift_or_tokens(text: str) -> float | str:
     try:
         return text if text == "tokens" else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r}: a number above 0, or "tokens"') from None
+        raise argparse.ArgumentTypeError(f'{text!r}: 0.001 to 1,000, or "tokens"') from None
 
 
 def ranks_and_gigabytes(text: str) -> Machine:
@@ -297,8 +297,8 @@ def check(s: Settings, ranks: int) -> None:
     need(s.batch % (groups * s.accumulate) == 0, "batch", s.batch, f"a multiple of {groups * s.accumulate}, {groups} "
          f"{'ranks' if s.sequence == 1 else 'groups of ranks'} times --accumulate {s.accumulate}")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
-    need(s.time_shift in (None, "tokens") or 0 < s.time_shift < math.inf, "time-shift", s.time_shift,
-         'a number above 0, or "tokens"')
+    need(s.time_shift in (None, "tokens") or 1e-3 <= s.time_shift <= 1e3, "time-shift", s.time_shift,
+         '0.001 to 1,000, or "tokens"')
     need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(s.guidance is None or 0 <= s.guidance_shown < math.inf, "guidance", s.guidance, "a number from 0")
     need(s.validate_every is None or s.validate_every >= 1, "validate-every", s.validate_every, "1 or more")
@@ -307,7 +307,9 @@ def check(s: Settings, ranks: int) -> None:
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
     if s.offload and s.state == "bf16":
         raise ValueError("--offload --state bf16: random rounding takes a CPU as long as 20 steps; give one of them")
-    need(any(s.bands), "bands", ",".join(f"{weight:g}" for weight in s.bands), "at least one weight above 0")
+    need(0 < max(s.bands) <= 1e6, "bands", ",".join(f"{weight:g}" for weight in s.bands),
+         "weights of at most 1,000,000, at least one above 0")
+    need(not s.huber or 1e-4 <= s.huber <= 1e4, "huber", s.huber, "0 for the squared error, or 0.0001 to 10,000")
     need(s.lora is None or 1 <= s.lora <= 4096, "lora", s.lora, "a rank, 1 to 4,096")
     need(s.lora or not s.lora_init, "lora-init", s.lora_init, "it with --lora RANK")
     need(0 <= s.ema < 1, "ema", s.ema, "0 for none, or a decay below 1")
