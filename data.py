@@ -239,6 +239,9 @@ def stats(folders: list[str], plot_file: str | None) -> int:
     if plot_file:
         check_path("plot", plot_file)
         need(find_spec("matplotlib") is not None, "plot", plot_file, "it where matplotlib is installed")
+        fits = Path(plot_file).suffix in (".png", ".svg", ".pdf")
+        need(fits, "plot", plot_file, "a name that ends in .png, .svg, .pdf")
+        writable(Path(plot_file).parent, "--plot")
     errors: list[str] = []
     listed = [(folder, read_folder(folder, complete=False)) for folder in folders]
     found = [statistics(folder, items, errors) for folder, items in listed]

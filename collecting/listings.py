@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from files import entry, in_utf8, parse_json, read_text
-from reading.pictures import FORMATS
+from reading.pictures import suffixes
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
 ALMOST = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".xlsx")  # what else captions come in
@@ -74,9 +72,11 @@ def _captions(row: dict, where: str) -> tuple[str, ...]:
 
 def _pictures_below(folder: Path) -> list[Path]:
     """The files with the suffix of a picture in a folder and the folders below it, but for hidden ones."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes() and not path.is_dir()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    for path in found:
+        in_utf8(path)
+    return found
 
 
 def rows_of(listing: Path) -> Iterator[tuple[str, dict]]:

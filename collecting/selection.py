@@ -110,10 +110,17 @@ def duplicates(rows: Sequence[Mapping], distance: int) -> dict[int, int]:
 
 
 def write_selection(out: Path, items: Mapping[str, Item], rows: Sequence[Mapping]) -> int:
-    """Write links to the pictures without reasons, their metadata.jsonl, and all rows; returns how many are kept."""
+    """Write links to the pictures without reasons, their metadata.jsonl, and all rows; returns how many are kept.
+
+    raises  ValueError, before anything is changed, that names a file of others where a link is to be
+    """
+    kept = {row["file_name"]: items[row["file_name"]] for row in rows if not row["reasons"]}
+    for name in kept:
+        if (out / name).exists() and not (out / name).is_symlink():
+            raise ValueError(f"{out / name}: a file, where a link of this selection is to be; move it, or give another "
+                             "--out")
     for link in [path for path in out.rglob("*") if path.is_symlink()]:  # of an earlier selection
         link.unlink()
-    kept = {row["file_name"]: items[row["file_name"]] for row in rows if not row["reasons"]}
     for name, item in kept.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).symlink_to(item.path.resolve())

@@ -10,20 +10,24 @@ Check     python -m pytest tests/test_shards.py
 """
 
 import importlib
-import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
-from collecting.listings import rows_of
+from collecting.listings import rows_of, text_of
 from files import MOST_NAME, printable, replacing, writable
+from reading.pictures import suffixes
 
 AT_ONCE = 8  # rows in memory
+PICTURES = r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary"  # types as pyarrow spells them
+TEXTS = r"(large_)?string|dictionary<values=(large_)?string"
+SUFFIXES = {".png": rb"\x89PNG", ".jpeg": rb"\xff\xd8\xff", ".webp": rb"RIFF....WEBP", ".avif": rb"....ftypavi",
+            ".gif": rb"GIF8", ".tiff": rb"II\*\0|MM\0\*", ".bmp": rb"BM"}  # of contents that begin so
 
 
 def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -> int:
@@ -36,7 +40,7 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     tables = [_opened(shard, caption) for shard in shards]
     writable(out, "--out")
     listing = out / "metadata.jsonl"
-    rows = {row.get("file_name"): row for _, row in rows_of(listing)} if listing.exists() else {}
+    rows = {text_of(row, "file_name", at): row for at, row in rows_of(listing)} if listing.exists() else {}
     with tqdm(total=sum(table.metadata.num_rows for table, _ in tables), desc="pictures", file=sys.stderr) as bar:
         for shard, (table, image) in zip(shards, tables, strict=True):
             for number, (content, path, text) in enumerate(_rows(shard, table, image, caption)):
@@ -54,21 +58,21 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
 def _opened(shard: Path, caption: str) -> tuple[Any, str]:
     """The table, and the name of its column of pictures."""
     try:
-        parquet, types = (importlib.import_module(f"pyarrow.{name}") for name in ("parquet", "types"))
+        parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise ValueError(f"{shard}: reading Parquet needs pyarrow; pip install pyarrow") from None
     try:
         table = parquet.ParquetFile(shard)
     except (OSError, ValueError) as error:  # pyarrow's errors are among them
         raise ValueError(f"{shard}: not a Parquet file that can be read ({error})") from None
-    kinds = {column.name: column.type for column in table.schema_arrow}
-    images = [name for name, kind in kinds.items() if types.is_binary(kind) or types.is_large_binary(kind)
-              or types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
-    if not images:
-        raise ValueError(f"{shard}: no column with bytes of pictures; it has {', '.join(kinds)}")
-    if caption not in kinds or not (types.is_string(kinds[caption]) or types.is_large_string(kinds[caption])):
-        raise ValueError(f"{shard}: no column {caption!r} of captions; it has {', '.join(kinds)}: name one with --text")
-    return table, images[0]
+    kinds = {column.name: str(column.type) for column in table.schema_arrow}
+    images = [name for name, kind in kinds.items() if re.match(PICTURES, kind)]
+    has = printable(", ".join(f"{name} ({kind})" for name, kind in kinds.items()))
+    if len(images) != 1 and "image" not in images:
+        raise ValueError(f"{shard}: {len(images)} columns with bytes of pictures, none called image; it has {has}")
+    if not re.match(TEXTS, kinds.get(caption, "")):
+        raise ValueError(f"{shard}: no column {caption!r} of captions; it has {has}: name one of strings with --text")
+    return table, "image" if "image" in images else images[0]
 
 
 def _rows(shard: Path, table: Any, image: str, caption: str) -> Iterator[tuple[bytes | None, str, str]]:
@@ -77,7 +81,8 @@ def _rows(shard: Path, table: Any, image: str, caption: str) -> Iterator[tuple[b
         for batch in table.iter_batches(AT_ONCE, columns=[image, caption], use_threads=False):
             for row in batch.to_pylist():
                 stored = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
-                yield stored["bytes"], stored.get("path") or "", row[caption] or ""
+                path = stored.get("path")
+                yield stored["bytes"], path if isinstance(path, str) else "", row[caption] or ""
     except (OSError, ValueError) as error:
         raise ValueError(f"{shard}: damaged ({error}); download it again, and run the same command") from None
 
@@ -85,9 +90,11 @@ def _rows(shard: Path, table: Any, image: str, caption: str) -> Iterator[tuple[b
 def _written(out: Path, content: bytes, path: str, number: str) -> str:
     """Write a picture and return its name: that of `path`, or else, if another file has it, one with `number`."""
     given = path.replace("\\", "/").rpartition("/")[2]
-    if not given.isprintable() or given.startswith(".") or len(given.encode()) > MOST_NAME - len(number):
+    if (not given.isprintable() or given.startswith(".") or len(given.encode()) > MOST_NAME - len(number)
+            or Path(given).suffix.lower() not in suffixes()):  # such as that of the listing
         given = ""
-    for name in (given, f"{number}_{given}") if given else (f"{number}{_suffix(content)}",):
+    begins = next((suffix for suffix, starts in SUFFIXES.items() if re.match(starts, content, re.DOTALL)), ".unknown")
+    for name in (given, f"{number}_{given}") if given else (f"{number}{begins}",):
         if not (out / name).exists():
             with replacing(out / name) as temporary:
                 temporary.write_bytes(content)
@@ -95,11 +102,3 @@ def _written(out: Path, content: bytes, path: str, number: str) -> str:
         if (out / name).read_bytes() == content:
             return name
     raise ValueError(f"--out {out}: {printable(name)} is there with other content; name an empty folder")
-
-
-def _suffix(content: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return f".{picture.format.lower()}"
-    except OSError:
-        return ".unknown"

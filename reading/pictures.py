@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 from PIL import Image, UnidentifiedImageError
 from PIL import PngImagePlugin as Png
@@ -40,6 +41,12 @@ FOREIGN = (  # what a file that is not read looks like and what to do; where, wi
     (f"an icon: {CONVERT}", 0, (b"\0\0\1\0",)),
     ("a damaged TIFF, or one of rare samples: save it as 8-bit RGB", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")))
 LOCK, USUAL = threading.Lock(), []  # Pillow's own limits, once for each thread that reads
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Of the names of files in FORMATS, in lower case."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 
 
 def upright_size(path: str | os.PathLike) -> tuple[int, int]:

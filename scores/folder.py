@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from files import printable
-from reading.pictures import FORMATS, read_picture
+from reading.pictures import FORMATS, read_picture, suffixes
 
 BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
@@ -36,10 +35,9 @@ def find_pictures(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 def _pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder by suffix."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
     shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes]
-    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes]
+    others = [path for path in shown if not path.is_dir() and path.suffix.lower() not in suffixes()]
+    pictures = [path for path in shown if not path.is_dir() and path.suffix.lower() in suffixes()]
     if not pictures:
         folders = ", ".join([path.name for path in shown if path.is_dir()][:4])
         has = f"; it has {len(others)} other files" if others else ""

@@ -1,6 +1,7 @@
 """Folders read before they are complete: without a listing, with rows and pictures that lack a caption."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -34,6 +35,14 @@ def test_listed_pictures_come_first_and_a_row_may_lack_its_caption(folder):
                                               ("a.JPG", ())]
     with pytest.raises(ValueError, match="metadata.jsonl:2: text is empty"):
         read_folder(folder)
+
+
+def test_a_picture_that_a_link_does_not_lead_to_is_kept_and_one_whose_name_no_listing_can_hold_refused(folder):
+    (folder / "gone.png").symlink_to("nowhere.png")
+    assert "gone.png" in captions(folder)
+    open(os.path.join(os.fsencode(folder), b"\xff.png"), "wb").close()
+    with pytest.raises(ValueError, match="this path is not UTF-8"):
+        read_folder(folder, complete=False)
 
 
 def test_a_listing_in_error_is_refused_all_the_same(folder, tmp_path):

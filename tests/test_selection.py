@@ -15,7 +15,7 @@ from skimage.measure import shannon_entropy
 import data
 from collecting import selection
 from collecting.page import page
-from collecting.selection import FLAT, duplicates, patch_variances, perceptual_hash
+from collecting.selection import FLAT, duplicates, patch_variances, perceptual_hash, write_selection
 from scores import folder as folder_of_scores
 
 LIMITS = {"short": 96.0, "entropy": 6.5, "sharpness": 10.0, "glcm": 4.0, "flat": 0.5}
@@ -197,6 +197,20 @@ def test_selection_never_writes_into_another_folder(folder, tmp_path):
                               ("distance", "65", "give 0 to 64 bits"), ("workers", "0", "give 1 or more")):
         assert says in select(folder, tmp_path / "new", tmp_path / "cache", f"--{flag}", value)
     assert not (tmp_path / "new").exists() and not (tmp_path / "cache").exists() and not (folder / "below").exists()
+
+
+def test_a_file_of_others_in_the_place_of_a_link_is_named_before_links_are_removed(tmp_path):
+    names = [f"{k}.png" for k in range(3)]
+    items = {name: data.Item(tmp_path / name, ("text",)) for name in names}
+    rows = [{"file_name": name, "reasons": [], "hash": 0} for name in names]
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write_selection(out, items, rows) == 3
+    (out / "2.png").unlink()
+    (out / "2.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="2.png: a file, where a link of this selection is to be"):
+        write_selection(out, items, rows)
+    assert (out / "0.png").is_symlink() and (out / "2.png").read_bytes() == b"mine"
 
 
 def test_processes_give_the_same_numbers(folder, tmp_path):

@@ -70,12 +70,36 @@ def test_plain_bytes_another_column_and_missing_captions_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../../outside.jpg", "/etc/outside.jpg", "..\\outside.jpg", "..", ".hidden.jpg",
-                                  "a\n.jpg", "x" * 300 + ".jpg"])
-def test_no_path_leads_out_of_the_folder(tmp_path, path):
+                                  "a\n.jpg", "x" * 300 + ".jpg", "metadata.jsonl", "metadata.csv", "~", "none"])
+def test_no_path_leads_out_of_the_folder_or_to_anything_but_a_picture(tmp_path, path):
     file = shard(tmp_path / "a.parquet", [{"bytes": packed(0), "path": path}], ["one"])
     assert unpack(file, "--out", tmp_path / "out") == 0
     (item,) = read_folder(tmp_path / "out")
     assert item.path.name in ("outside.jpg", "a_000000.jpeg") and item.path.parent == tmp_path / "out"
+
+
+def test_of_several_pictures_image_is_taken_and_captions_may_be_categories(tmp_path):
+    texts = pa.array(["one", "two", "one"]).dictionary_encode()
+    table = pa.table({"mask": [packed(7)] * 3, "image": [packed(k) for k in range(3)], "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert unpack(tmp_path / "a.parquet", "--out", tmp_path / "out") == 0
+    items = read_folder(tmp_path / "out")
+    assert [item.captions for item in items] == [("one",), ("two",), ("one",)]
+    assert [item.path.read_bytes() for item in items] == [packed(k) for k in range(3)]
+
+
+@pytest.mark.parametrize("image", [{"bytes": packed(0), "path": 3}, {"bytes": packed(0)}])
+def test_a_path_that_is_no_text_is_none(tmp_path, image):
+    assert unpack(shard(tmp_path / "a.parquet", [image], ["one"]), "--out", tmp_path / "out") == 0
+    assert read_folder(tmp_path / "out")[0].path.name == "a_000000.jpeg"
+
+
+def test_a_listing_of_others_is_refused_rather_than_cut(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metadata.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    file = shard(tmp_path / "a.parquet", [packed(0)], ["one"])
+    assert 'metadata.jsonl:1: no "file_name"' in unpack(file, "--out", tmp_path / "out")
+    assert len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 2
 
 
 def test_rows_without_a_picture_are_named(tmp_path, capsys):
@@ -107,11 +131,17 @@ def test_other_files_are_refused_before_anything_is_written(tmp_path, monkeypatc
     (tmp_path / "text.parquet").write_text("no table")
     numbers = tmp_path / "numbers.parquet"
     parquet.write_table(pa.table({"text": ["one"]}), numbers)
+    for name, columns in (("two", {"jpg_0": [packed(0)], "jpg_1": [packed(1)], "text": ["one"]}),
+                          ("list", {"image": [packed(0)], "text": [["one", "two"]]})):
+        parquet.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
     good = shard(tmp_path / "good.parquet", [packed(0)], ["one"])
     for file, says in (("text.parquet", "not a Parquet file"), ("gone.parquet", "not a Parquet file that can be read"),
-                       ("numbers.parquet", "no column with bytes of pictures; it has text")):
+                       ("numbers.parquet", "0 columns with bytes of pictures, none called image; it has text (string)"),
+                       ("two.parquet", "2 columns with bytes of pictures"),
+                       ("list.parquet", "no column 'text' of captions; it has image (binary), text (list<")):
         assert says in unpack(good, tmp_path / file, "--out", tmp_path / "out")
-    assert "it has id, image, text: name one with --text" in unpack(good, "--text", "words", "--out", tmp_path / "out")
+    says = "it has id (int64), image (binary), text (string): name one of strings with --text"
+    assert says in unpack(good, "--text", "words", "--out", tmp_path / "out")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     assert "reading Parquet needs pyarrow" in unpack(good, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -80,7 +80,8 @@ def test_plot_is_written_where_matplotlib_is_installed(folder, tmp_path, capsys)
     code, _ = stats(capsys, folder, folder, "--plot", tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
         assert code == 0 and plot.size == (900, 640)
-    assert "is not supported" in stats(capsys, folder, "--plot", tmp_path / "plot.unknown")[0]
+    code, text = stats(capsys, folder, "--plot", tmp_path / "plot.unknown")
+    assert "give a name that ends in .png, .svg, .pdf" in code and not text  # before any work
 
 
 def test_plot_is_refused_without_matplotlib(folder, capsys, monkeypatch):
