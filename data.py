@@ -292,7 +292,7 @@ def caption(folder: str, out: str | None, every: bool, endpoint: str, model: str
             per_minute: float, at_once: int, timeout: float, price: list[float] | None, dry_run: bool) -> int:
     """Ask an endpoint for the captions that a folder lacks; returns 1 if one is still missing, else 0."""
     need(side >= 64, "side", side, "64 or more pixels")
-    need(at_once >= 1, "at-once", at_once, "1 or more")
+    need(1 <= at_once <= 256, "at-once", at_once, "1 to 256")
     opened = open_endpoint(endpoint, model, key_variable, per_minute, timeout)
     check_path("out", out or folder)
     file, errors = Path(out or Path(folder) / "captions.jsonl"), []

@@ -14,6 +14,7 @@ import email.utils
 import http.client
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -31,7 +32,7 @@ from urllib.parse import urlsplit, urlunsplit
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
-from files import need, parse_json, printable
+from files import need, parse_json, printable, regular
 
 try:
     import fcntl
@@ -94,12 +95,16 @@ def open_endpoint(url: str, model: str, key_variable: str = "OPENAI_API_KEY", pe
 
     raises  ValueError that names the flag or the variable
     """
-    need(per_minute > 0, "per-minute", per_minute, "a number above 0")
-    need(timeout_s > 0, "timeout", timeout_s, "seconds above 0")
-    parts = urlsplit(url)
+    need(0.01 <= per_minute, "per-minute", per_minute, "0.01 or more")
+    need(0 < timeout_s <= 86_400, "timeout", timeout_s, "seconds above 0, at most 86,400")
     accepted = "give one such as https://api.openai.com/v1 or http://localhost:8000/v1"
-    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or " " in url:
-        raise ValueError(f"--endpoint {printable(url)}: no address; {accepted}")
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+    except ValueError:  # of brackets and of the port
+        fits = False
+    if not fits or " " in url:
+        raise ValueError(f"--endpoint {printable(_shown(url))}: no address; {accepted}")
     if "@" in parts.netloc:
         raise ValueError(f"--endpoint: has a password in it; {accepted}, and the key in {key_variable}")
     key = os.environ.get(key_variable, "").strip()
@@ -115,7 +120,7 @@ def open_endpoint(url: str, model: str, key_variable: str = "OPENAI_API_KEY", pe
 
 def _shown(url: str) -> str:
     """An address without its query, in which some services expect a key."""
-    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
+    return url.partition("?")[0].partition("#")[0]
 
 
 # ---- questions
@@ -152,6 +157,7 @@ def estimate(requests: int, tokens_in: int, tokens_out: int, price: Sequence[flo
     """
     line = f"{requests:,} requests, about {tokens_in:,} tokens of input and at most {tokens_out:,} of output"
     if price:
+        need(all(0 <= dollars < math.inf for dollars in price), "price", f"{price[0]:g} {price[1]:g}", "numbers from 0")
         line += f": about ${(tokens_in * price[0] + tokens_out * price[1]) / 1e6:,.2f} at most"
     return line
 
@@ -257,14 +263,16 @@ def _answer(content: bytes) -> Answer:
         body = parse_json(content.decode(), "body")
         choice = body["choices"][0]
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
-        usage = body.get("usage") or {}
-        tokens = [usage.get(f"{kind}_tokens", 0) for kind in ("prompt", "completion")]
-        if not isinstance(text, str | None) or not all(isinstance(number, int) for number in tokens):
-            raise TypeError
-    except (ValueError, LookupError, TypeError, AttributeError):
+        if isinstance(text, list):  # of parts, as some services have it
+            text = "".join(part["text"] for part in text if part.get("type") == "text")
+        text = (text or "").rpartition("</think>")[2]  # what comes before it is thinking aloud
+        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+        counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion")]
+        tokens = [int(number) if isinstance(number, int | float) else 0 for number in counts]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         shown = " ".join(content[:200].decode("utf-8", "replace").split())
         raise _Again(f"no chat completion ({shown})", 0.0) from None
-    if finish in ("length", "content_filter") or not (text or "").strip():
+    if finish in ("length", "content_filter") or not text.strip():
         raise ValueError(f"the answer is empty or cut off (finish_reason {finish})")
     return Answer(text, *tokens)
 
@@ -336,7 +344,10 @@ def _parsed(endpoint: Endpoint, messages: list[dict], parse: Callable[[str], dic
 
 def read_records(file: Path, name: str = "id") -> dict[str, dict]:
     """id -> record of a file of answers, {} if it is absent; ValueError names a line that is none."""
-    return _records(file.read_bytes(), file, name)[0] if file.exists() else {}
+    if not file.exists():
+        return {}
+    regular(file)
+    return _records(file.read_bytes(), file, name)[0]
 
 
 def _records(content: bytes, file: Path, name: str) -> tuple[dict[str, dict], int]:

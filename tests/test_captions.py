@@ -139,7 +139,8 @@ def test_a_kill_loses_nothing_and_nothing_is_asked_twice(folder, server, capsys)
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--side", "9"], "--side 9: give 64"), (["--at-once", "0"], "--at-once 0: give 1"),
+    (["--side", "9"], "--side 9: give 64"), (["--at-once", "0"], "--at-once 0: give 1 to 256"),
+    (["--timeout", "inf"], "--timeout inf: give seconds"), (["--price", "nan", "1"], "--price nan 1: give numbers"),
     (["--per-minute", "0"], "--per-minute 0"), (["--endpoint", "ftp://x"], "--endpoint ftp://x: no address"),
     (["--endpoint", "http://example.org/v1"], "would send the key in OPENAI_API_KEY in clear"),
     (["--out", "https://example.org/a.jsonl"], "--out https")])

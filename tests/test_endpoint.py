@@ -64,6 +64,16 @@ def test_what_may_pass_is_asked_again(server, failures, capsys):
     assert shown.count("note: ") == len(failures) and KEY not in shown
 
 
+@pytest.mark.parametrize("message, usage", [
+    ({"content": [{"type": "text", "text": "seen: a"}]}, {}),
+    ({"content": "<think>it may be b\n</think>seen: a"}, None), ({"content": "or c</think>seen: a"}, [1]),
+    ({"content": "seen: a"}, {"prompt_tokens": None, "completion_tokens": 7.0})])
+def test_answers_in_parts_after_thinking_or_without_counts_are_read(server, message, usage):
+    server.plan[:] = [(200, {}, json.dumps({"choices": [{"message": message}], "usage": usage}).encode())]
+    answer = ask(connect(server), question("a"))
+    assert answer.text == "seen: a" and answer.tokens_in == 0 and len(server.bodies) == 1
+
+
 def test_waits_double_and_are_never_shorter_than_retry_after(server, monkeypatch):
     monkeypatch.setattr(module, "PAUSE_S", 0.1)
     later = email.utils.format_datetime(email.utils.localtime(), usegmt=False)  # a date that has passed
@@ -117,6 +127,7 @@ def test_requests_keep_to_the_rate(server, tmp_path):
 
 @pytest.mark.parametrize("url, key, says", [
     ("api.openai.com/v1", KEY, "no address"), ("ftp://host/v1", KEY, "no address"), ("http://", KEY, "no address"),
+    ("http://[::1/v1", KEY, "--endpoint .*no address"), ("http://host:a/v1?key=" + KEY, KEY, "no address"),
     ("https://me:word@host/v1", KEY, "a password in it"), ("http://host/v1", KEY, "would send the key .* in clear"),
     ("https://host/v1", "sk-\n1", "no key has"), ("https://host/v1", "ключ", "no key has")])
 def test_addresses_and_keys_are_checked_before_anything_is_sent(monkeypatch, url, key, says):
@@ -186,6 +197,8 @@ def test_a_file_of_anything_else_is_left_as_it_is(server, tmp_path, content):
     with pytest.raises(ValueError, match="notes.txt:1: .*name another"):
         ask_all(connect(server), questions("ab"), file, dict_of, [])
     assert file.read_bytes() == content and not server.bodies
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        read_records(tmp_path)
 
 
 def test_odd_letters_are_recorded_and_read_again(server, tmp_path):
