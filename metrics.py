@@ -37,7 +37,7 @@ from scores.grid import grid_note, grid_scores
 from scores.intervals import bootstrap_rows, of_halves
 from scores.jpeg import compression_ratio, jpeg_size
 from scores.pairing import pair_captions
-from scores.preference import PREFER_COLUMNS, captions_of, preference
+from scores.preference import PREFER_COLUMNS, can_be_read, captions_of, preference
 from scores.protocol import protocol_lines, protocol_of
 from scores.ratings import correlate
 from scores.results import Results, each, identity, results_folder
@@ -254,7 +254,8 @@ def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, 
     from scores import sets
 
     device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
-    pairs = pair_names(a, b, notes)
+    pairs, originals = pair_names(a, b, notes), find_pictures([reference]) if reference else []
+    captions = pair_captions(prompts, list(pairs), notes) if prompts else {}
     rows = details([*pairs, *pairs.values()], results, workers, errors)
     pairs = {x: y for x, y in pairs.items() if x in rows and y in rows}
     if not pairs:
@@ -264,16 +265,16 @@ def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, 
         notes.append(f"note: {len(differ)} pairs are not of one size, which changes every score: {differ[0]}")
     compared, sides = versus_details([(rows[x], rows[y]) for x, y in pairs.items()]), (list(pairs), [*pairs.values()])
     left_out = partial(or_left_out, notes=notes, errors=errors)
-    captions = pair_captions(prompts, sides[0], notes) if prompts else {}
+    captions = {x: text for x, text in captions.items() if x in pairs}
     texts = [captions, {pairs[x]: text for x, text in captions.items()}]
     scored = [sets.picture_scores(side, text, weights, device, results, [], left_out)
               for side, text in zip(sides, texts, strict=True)]
     compared += [versus(name, "higher", *(side[name] for side in scored)) for name in scored[0] if name in scored[1]]
-    if reference and (inception := left_out("FID", compute=partial(sets.Extractor, weights, device))):
+    if originals and (inception := left_out("FID", compute=partial(sets.Extractor, weights, device))):
         res = res or min(map(min, size_of.values()))
         features = partial(sets.set_features, res=res, results=results, inception=inception, errors=errors)
         compared += left_out("FID", compute=lambda: sets.fid_differences(
-            *map(features, (*sides, find_pictures([reference]))), results)) or []
+            *map(features, (*sides, originals)), results)) or []
     names = [row["metric"] for row in compared]
     protocol = protocol_of(names, "bootstrap", *(["halves"] if "fid" in names else []), "wilson")
     lines = [f"{len(pairs)} pairs; a: {a}, b: {b}", table(compared, VERSUS_COLUMNS), *dict.fromkeys(notes)]
@@ -288,12 +289,14 @@ def run_prefer(a: Path, b: Path, prompts: Path | None, out: Path, endpoint: str,
     need(side >= 64, "side", side, "64 pixels or more")
     need(1 <= at_once <= 256, "at-once", at_once, "1 to 256")
     asked, notes, errors = open_endpoint(endpoint, model, key_variable, per_minute, timeout), [], []
-    pairs = pair_names(a, b, notes)
+    pairs = {x: y for x, y in pair_names(a, b, notes).items() if can_be_read((x, y), errors)}
+    if not pairs:
+        return conclude(as_json, {"notes": notes}, NOTHING, errors)
     captions = captions_of(list(pairs), prompts, notes)
     rows = preference(pairs, captions, asked, out, side, at_once, price, dry_run, notes, errors,
                       partial(print, file=sys.stdout if dry_run else sys.stderr, flush=True))
     if dry_run:
-        return
+        return conclude(False, {}, f"{len(pairs)} pairs", errors)
     protocol = protocol_of(["prefer"])
     lines = [f"{len(pairs)} pairs; a: {a}, b: {b}", table(rows, PREFER_COLUMNS), *notes, *protocol_lines(protocol)]
     report = {"pairs": len(pairs), "questions": rows, "notes": notes, "protocol": protocol}

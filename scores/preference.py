@@ -50,6 +50,15 @@ def parse(answer: str) -> dict:
     return {"answer": answer} | {name: choice.lower() for name, (_, _, choice, _) in zip(ASKED, found, strict=True)}
 
 
+def can_be_read(pictures: Sequence[Path], errors: list[str]) -> bool:
+    """Whether all of these are pictures, by their headers; `errors` gets the line of the first that is none."""
+    try:
+        return bool(list(map(upright_size, pictures)))
+    except ValueError as error:
+        errors.append(str(error))
+        return False
+
+
 def captions_of(pictures: Sequence[Path], prompts: Path | None, notes: list[str]) -> dict[Path, str]:
     """Picture -> prompt, of a listing, or as sample.py records it; ValueError names a picture without."""
     if prompts:

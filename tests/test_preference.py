@@ -156,6 +156,14 @@ def test_prefer_survives_a_bad_server_and_names_what_has_no_answer(prefer, serve
     assert "401, the key is refused" in str(code) and "\n" not in str(code)
 
 
+def test_prefer_names_a_broken_picture_and_asks_about_the_others(prefer, server, sets):
+    (sets / "a" / "1 x.png").write_bytes(b"half a picture")
+    for flags, asked in ((("--dry-run",), 0), ((), 4)):
+        code, out, err = prefer("--prompts", sets / "metadata.jsonl", *flags)
+        assert code == 1 and "2 pairs" in out and f"error: {sets}/a/1 x.png: not a" in err
+        assert len(server.bodies) == asked
+
+
 @pytest.mark.parametrize("flags, says", [
     (("--side", 8), "--side 8: give 64"), (("--at-once", 0), "--at-once 0: give 1"),
     (("--per-minute", 0), "--per-minute 0.0: give"), ((), "records no prompt; give --prompts")])

@@ -73,6 +73,13 @@ def test_compare_prints_every_metric_with_its_protocol(command, fake_networks, t
     assert shown[0].startswith("5 pairs") and sum(line.startswith("fid: Fréchet") for line in shown) == 1
 
 
+def test_compare_names_a_missing_listing_or_reference_before_it_measures(command, tmp_path, monkeypatch):  # noqa: F811
+    a = write(tmp_path / "a", ["0.png"])
+    monkeypatch.setattr("metrics.details", None)
+    for flag in ("--prompts", "--reference"):
+        assert f"{tmp_path}/nowhere: no such file" in command("compare", a, a, flag, tmp_path / "nowhere")[2][0]
+
+
 def test_every_figure_of_set_has_an_interval_and_a_protocol(command, fake_networks, tmp_path):  # noqa: F811
     names = [f"{k}.png" for k in range(8)]
     a, b = write(tmp_path / "a", names), write(tmp_path / "b", names, seed=1, noise=60)
