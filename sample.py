@@ -119,7 +119,7 @@ def run(given: Settings) -> None:
         encoded = encode([settings.negative, *left], job) if left else {}
         for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
             for picture, image, failure, s_per_step in draw(group, job, encoded, kept, models, records):
-                if settings.together and rank:  # the first rank writes
+                if settings.follows:
                     continue
                 if failure := failure or in_the_way(picture.path, records(picture)):  # another run may have drawn there
                     failures.append(failed(picture, failure, settings))
@@ -162,8 +162,7 @@ def prepared(given: Settings) -> Job:
 
 def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     """The stages of every picture; a time shift by tokens is that of each stage."""
-    step = 2 * settings.factor
-    by_tokens = settings.time_shift == family.by_tokens(math.prod(settings.size) // step**2)
+    by_tokens = settings.time_shift == family.by_tokens(math.prod(settings.size) // settings.step**2)
 
     def schedule(tokens: int) -> Tensor:
         return family.sigmas(settings.steps, family.by_tokens(tokens) if by_tokens else settings.time_shift)
@@ -171,7 +170,7 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     first = None if settings.first == "none" else int(settings.first)
     if settings.redraw:
         first = math.sqrt(math.prod(upright_size(settings.redraw)))
-    return stages_of(settings.size, first, settings.start, step, schedule, bool(settings.redraw))
+    return stages_of(settings.size, first, settings.start, settings.step, schedule, bool(settings.redraw))
 
 
 def finished(pictures: list[Picture], records: Callable[[Picture], dict]) -> dict[Picture, Tensor | None]:
@@ -237,7 +236,7 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
     kept  the latents of an earlier run: these pictures are only decoded
     """
     settings, stages, pace = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
-    steps, writes = max(1, sum(len(stage.sigmas) - 1 for stage in stages)), not (settings.together and launched()[0])
+    steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
     latents = {picture: kept[picture] for picture in pictures if picture in kept}
     before = dict.fromkeys(picture for picture in pictures if picture not in kept)  # latents; None: drawn from noise
     if job.redrawn is not None and before:
@@ -248,7 +247,7 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
             began = time.perf_counter()
             drawn[picture] = sample(picture, latent, stage, encoded, job, models.transformer())
             pace[picture] += (time.perf_counter() - began) / steps
-            if not following and drawn[picture].isfinite().all() and writes:
+            if not following and drawn[picture].isfinite().all() and not settings.follows:
                 keep_latent(picture.path, drawn[picture], records(picture))
         models.release()
         if not following:
@@ -262,7 +261,7 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
             else:
                 before[picture] = enlarged(image, following, settings, models)
         models.release()
-    for picture, latent in latents.items() if writes else ():
+    for picture, latent in () if settings.follows else latents.items():
         image, failure = decode(latent, settings, models)
         yield picture, image, failure, pace[picture]
     models.release()

@@ -146,33 +146,34 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
 def records_by(settings: Settings, transformer: Weights, vae: Path) -> Callable[[Picture], dict[str, object]]:
     """How pictures are drawn, for their metadata: enough to draw them again, without the folders of this machine.
 
-    returns  function of a Picture
+    returns  function of a Picture; None is compared with what is there, and not written
     """
     (width, height), source = settings.size, Path(transformer.source)
     read = {"weights": source, "vae": vae, "from": settings.redraw}
     adapters = [f"{Path(file).name}:{strength:g} {fingerprint(file)}"
                 for file, strength in map(file_and_strength, settings.lora)]
+    staged = settings.first != "none"
     about = {"model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
-             **{name: fingerprint(file) for name, file in read.items() if file},
+             **{name: file and fingerprint(file) for name, file in read.items()},
              "lora": ", ".join(adapters) or None, "res": f"{width}x{height}", "factor": settings.factor,
              "steps": settings.steps, "solver": settings.solver if settings.solver != "euler" else None,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
              "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
              "trained_side": settings.trained_side, "dtype": settings.dtype,
              "vae_dtype": settings.vae_dtype if settings.vae_dtype != settings.dtype else None,
-             "store": settings.store, "software": "diffusion-4k"}
-    if settings.first != "none":
-        about |= {"first": settings.first, "start": settings.start}
-    if settings.redraw:
-        about |= {"start": settings.start}
-    about = {name: value for name, value in about.items() if value is not None}
+             "store": settings.store, "software": "diffusion-4k", "first": settings.first if staged else None,
+             "start": settings.start if staged or settings.redraw else None}
     return lambda picture: {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed} | about
+
+
+def written(records: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in records.items() if value is not None}
 
 
 def exif_of(records: dict[str, object]) -> Image.Exif:
     """The metadata of JPEG and WebP: JSON in the image description."""
     exif = Image.Exif()
-    exif[0x010E] = json.dumps(records)
+    exif[0x010E] = json.dumps(written(records))
     return exif
 
 
@@ -197,14 +198,16 @@ def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[s
 
 def in_the_way(path: Path, records: dict[str, object]) -> str:
     """What a picture, or its latent, would replace, if that is not of the same picture."""
-    for file, records_there in ((path, recorded), (latent_file(path), latent_records)):
-        there = records_there(file) if file.exists() else {name: str(value) for name, value in records.items()}
-        name = next((name for name, value in records.items() if there.get(name) != str(value)), "")
-        if name and "software" not in there:
-            return f"{'' if file == path else file.name + ' '}exists and records nothing of this program"
-        if name:
-            return (f"{'' if file == path else file.name + ' '}exists and was drawn with {name} "
-                    f"{there.get(name, '')[:80]!r}, not {str(records[name])[:80]!r}")
+    for file, recorded_in in ((path, recorded), (latent_file(path), latent_records)):
+        if not file.exists():
+            continue
+        there, exists = recorded_in(file), "exists" if file == path else f"{file.name} exists"
+        for name, value in records.items():
+            was, given = there.get(name, ""), "" if value is None else str(value)
+            if was != given and "software" not in there:
+                return f"{exists} and records nothing of this program"
+            if was != given:
+                return f"{exists} and was drawn with {name} {was[:80]!r}, not {given[:80]!r}"
     return ""
 
 
@@ -213,7 +216,7 @@ def not_drawn(pictures: list[Picture], records: Callable[[Picture], dict[str, ob
     """Pictures of a list, --prompts, but for those that are there, drawn with the same settings; says how many are."""
     left = [picture for picture in pictures if not settings.prompts or not picture.path.exists()
             or in_the_way(picture.path, records(picture))]
-    if len(left) < len(pictures):
+    if len(left) < len(pictures) and not settings.follows:
         print(f"{len(pictures) - len(left)} of {len(pictures)} pictures are there already")
     return left
 
@@ -229,7 +232,7 @@ def latent_file(path: Path) -> Path:
 
 
 def keep_latent(path: Path, latent: Tensor, records: dict[str, object]) -> None:
-    save(latent_file(path), {"latent": latent}, records)
+    save(latent_file(path), {"latent": latent}, written(records))
 
 
 def latent_records(file: Path) -> dict[str, str]:
@@ -250,7 +253,7 @@ def kept_latent(path: Path, records: dict[str, object]) -> Tensor | None:
 def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None:
     """Write an image (3, H, W) in [-1, 1] and how it was drawn, complete or not at all; the OSError names it."""
     entries = PngImagePlugin.PngInfo()
-    for name, value in records.items():
+    for name, value in written(records).items():
         entries.add_itxt(name, str(value))
     options = {"pnginfo": entries} if path.suffix.lower() == ".png" else {"quality": 95, "exif": exif_of(records)}
     try:

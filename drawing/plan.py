@@ -1,4 +1,4 @@
-"""How much memory a picture takes, stage by stage, before a weight is read; and what is done so that it suffices.
+"""How much memory a picture takes, phase by phase, before a weight is read; and what is done so that it suffices.
 
 Phases      the text encoders, then the transformer, then the VAE. In a large memory the transformer stays while the VAE
             works, so that each picture is complete before the next; in a smaller one all pictures of a phase are made,
@@ -82,7 +82,7 @@ def memory_of(given: str | None, device: str) -> int:
 def choose(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_config: VAEConfig,
            stages: list[Stage]) -> Plan:
     """The fastest plan that fits into the memory there is; ValueError if none fits into the one that was given."""
-    outside, of_blocks, _ = sizes_of(family, config)
+    outside, of_blocks, _ = parameters_of(family, config)
     small, blocks = outside + sum(every for _, every in of_blocks) < SMALL_MODEL, len(of_blocks)
     if small and settings.device == "cpu" and settings.memory is None and not settings.plan:
         return Plan()
@@ -102,8 +102,9 @@ def choose(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig,
 
 
 @cache
-def sizes_of(family: Family, config: MMDiTConfig | FluxConfig) -> tuple[int, tuple[tuple[int, int], ...], int]:
-    """Parameters outside the blocks; (matrices, all) of each block; outputs of all modulations. Modulations apart."""
+def parameters_of(family: Family, config: MMDiTConfig | FluxConfig) -> tuple[int, tuple[tuple[int, int], ...], int]:
+    """Parameters without those of modulations: outside the blocks, and (in matrices, all) of each block; then how many
+    numbers all modulations give."""
     with torch.device("meta"):
         model = family.model(config)
     modulations = [m for m in model.modules() if isinstance(m, Modulation)]
@@ -119,25 +120,25 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
             stages: list[Stage], batched: bool, resident: int | None) -> tuple[tuple[str, int], ...]:
     """(phase: what, bytes) for one way of drawing."""
     dtype, vae_dtype = DTYPES[settings.dtype], DTYPES[settings.vae_dtype]
-    outside, blocks, outputs = sizes_of(family, config)
+    outside, blocks, outputs = parameters_of(family, config)
     there = blocks[:resident]
     weights = dtype.itemsize * outside + sum(
         matrices + dtype.itemsize * (every - matrices) if settings.store == "fp8" else dtype.itemsize * every
         for matrices, every in there)
     in_turn = blocks if settings.store == "fp8" else blocks[len(there):]
-    pictures, levels = 1 if settings.cfg == 1 else 2, max(len(stage.sigmas) for stage in stages)
+    passes, levels = 1 if settings.cfg == 1 else 2, max(len(stage.sigmas) for stage in stages)
     ranks = launched()[1] if settings.together else 1  # which share the tokens
-    step = 2 * settings.factor * ranks
+    step = settings.step * ranks
     text = 0
     if config.context_dim == TEXT_WIDTH:  # embeddings, the first block and two buffers; CLIP
         text = T5_EMBEDDINGS + 3 * T5_BLOCK + CLIPS[family.text]
     rows = {"text: encoders": text * (4 if settings.dtype == "fp32" else 2),
             "latent: resident weights": weights,
             "latent: buffers of two blocks": 2 * dtype.itemsize * max((every for _, every in in_turn), default=0),
-            "latent: modulations of all steps": dtype.itemsize * pictures * levels * outputs,
+            "latent: modulations of all steps": dtype.itemsize * passes * levels * outputs,
             "latent: activations": max(activation_bytes(
                 family, config, dtype, stage.height // settings.factor, 2 * -(-stage.width // step),
-                pictures if batched else 1, -(-family.text_tokens(settings.t5_length) // ranks)) for stage in stages),
+                passes if batched else 1, -(-family.text_tokens(settings.t5_length) // ranks)) for stage in stages),
             "picture: VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
             "picture: decoding": max(decoding_bytes(vae_config, vae_dtype, stage.width, stage.height, settings.factor)
                                      for stage in stages)}

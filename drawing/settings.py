@@ -26,6 +26,7 @@ from mmdit import MMDiTConfig
 from reading.pictures import upright_size
 
 MOST_PICTURES = 100_000
+BEYOND = 1.001  # times the trained side: sides that were rounded are not larger
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ class Settings:
         """Width and height in pixels."""
         return size_of(self.res)
 
+    @property
+    def step(self) -> int:
+        """Pixels per side of an image token: sides are multiples of it."""
+        return 2 * self.factor
+
+    @property
+    def follows(self) -> bool:
+        """Whether this rank draws with the first one, which alone writes and tells."""
+        return self.together and launched()[0] > 0
+
 
 def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTConfig | FluxConfig) -> Settings:
     """Fill in what was not given: from the file's metadata, then the family; ValueError if it cannot be drawn."""
@@ -100,12 +111,18 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
         flag = f"--mu {mu:g}"
     else:
         flag = f"--time-shift {settings.time_shift:g}" + (recorded if shift is None else "")
-    first = tokens if settings.first == "none" else (int(settings.first) // (2 * settings.factor))**2
+    first = tokens if settings.first == "none" else (int(settings.first) // settings.step)**2
     if given.together:
         check_ranks(launched()[1], config.num_heads, family.text_tokens(settings.t5_length), first)
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
-        print(note, file=sys.stderr)
+        remark(note)
     return settings
+
+
+def remark(note: str) -> None:
+    """Print a note once for all ranks."""
+    if not launched()[0]:
+        print(note, file=sys.stderr)
 
 
 def of_rank() -> str | None:
@@ -119,33 +136,34 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
 
     Stages draw with the recorded rule of positions, else with interpolated ones.
     """
-    step, mean, first, trained = 2 * settings.factor, math.sqrt(math.prod(settings.size)), settings.first, None
+    step, first, trained = settings.step, settings.first, None
+    side = math.sqrt(math.prod(settings.size))  # pixels, of a square of this area
     need(0 <= settings.start <= 1, "start", f"{settings.start:g}", "0 to 1")
     need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
     if "res" in transformer.metadata:
         trained = family.trained_side(transformer) * step  # pixels, at the present factor
+    larger = side > BEYOND * (trained or family.res)
     if settings.redraw:
-        check_proportions(settings, step)
+        check_proportions(settings)
         first, trained = "none", trained or family.res
-    elif first is None and trained:
-        first = str(max(1, round(trained / step)) * step) if mean > 1.001 * trained else "none"
     elif first is None:
-        if mean > family.res:
-            print(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
-                  f"contents repeat, give --first {family.res}", file=sys.stderr)
-        first = "none"
-    rule, stages = settings.positions, first != "none" and mean > pixels_of(first, step)
-    if rule is None and (stages or settings.redraw and mean > 1.001 * trained):
+        first = str(max(1, round(trained / step)) * step) if larger and trained else "none"
+        if larger and not trained:
+            remark(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
+                   f"contents repeat, give --first {family.res}")
+    rule, stages = settings.positions, first != "none" and side > pixels_of(first, step)
+    if rule is None and (stages or settings.redraw and larger):
         rule = recorded.rule if recorded != STOCK else "pi"
     tokens = int(first) // step if stages else round((trained or 0) / step)
-    side = settings.trained_side
-    if side is None and rule:
-        side = recorded.side or tokens
-    return replace(settings, first=first if stages else "none", positions=rule, trained_side=side)
+    trained_side = settings.trained_side
+    if trained_side is None and rule:
+        trained_side = recorded.side or tokens
+    return replace(settings, first=first if stages else "none", positions=rule, trained_side=trained_side)
 
 
-def check_proportions(settings: Settings, step: int) -> None:
+def check_proportions(settings: Settings) -> None:
     """ValueError if --res would distort the picture of --from; it names the size of equal area that does not."""
+    step = settings.step
     width, height = upright_size(settings.redraw)
     scale = math.sqrt(math.prod(settings.size) / (width * height))
     fits = [max(step, round(side * scale / step) * step) for side in (width, height)]

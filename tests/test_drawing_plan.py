@@ -5,7 +5,7 @@ import torch
 
 import sample
 from drawing import plan as plans
-from drawing.plan import sizes_of
+from drawing.plan import parameters_of
 from family import PUBLISHED
 from layers import blocks_of
 from machine.memory import GIB
@@ -34,7 +34,7 @@ def test_bytes_are_those_of_the_tensors_of_a_streamed_model():
     there = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert size(job.plan, "latent: resident weights") == there
     model.pos_embed = None
-    assert sum(of_all for _, of_all in sizes_of(job.family, job.config)[1]) * 4 == sum(
+    assert sum(of_all for _, of_all in parameters_of(job.family, job.config)[1]) * 4 == sum(
         p.nbytes for block in blocks_of(model) for p in block.parameters())
 
 

@@ -414,6 +414,14 @@ def test_a_picture_of_other_settings_is_not_replaced(draw, refusal, tmp_path, ch
         "--prompt", "a hill", *changed, out=given.name)
 
 
+@pytest.mark.parametrize("flags", [("--solver", "ab2"), ("--store", "fp8"), ("--vae-dtype", "bf16")])
+def test_a_picture_of_a_setting_that_is_no_longer_given_is_drawn_anew(draw, tmp_path, flags):
+    (tmp_path / "prompts.txt").write_text("a hill")
+    [first] = draw("--prompts", tmp_path / "prompts.txt", *flags)
+    second, first = draw("--prompts", tmp_path / "prompts.txt")
+    assert second.name == "000-a-hill-0-2.png" and pixels(first) != pixels(second)
+
+
 @pytest.mark.parametrize("out", ["picture.png", "picture.jpg", "picture.webp"])
 def test_a_picture_of_another_prompt_or_program_is_not_replaced(draw, refusal, out):
     [path] = draw("--prompt", "a hill", out=out)
@@ -780,9 +788,13 @@ def test_a_model_that_is_not_there_is_refused_with_the_download_command(refusal,
 
 
 @pytest.mark.parametrize("name", ["tiny-flux"])
-def test_large_sides_of_flux_are_drawn_with_a_note_that_the_schedule_blurs(settled, capsys):
+def test_large_sides_of_flux_are_drawn_with_a_note_that_the_schedule_blurs(settled, capsys, monkeypatch):
     assert settled("--res", "8192x4096").size == (8192, 4096)  # 32,768 tokens: mu = 0.5 + 0.65 * 32,512 / 3840
     assert "note: time shift 404.8, mu 6.00: the last noise level before 0 is 0.998" in capsys.readouterr().err
+    for name, number in (("RANK", "1"), ("WORLD_SIZE", "2")):  # the first rank tells it
+        monkeypatch.setenv(name, number)
+    settled("--res", "8192x4096")
+    assert not capsys.readouterr().err
     for flags in (("--res", "4096", "--steps", 28), ("--res", "8192", "--mu", "1.15"), ("--res", "8192", "--steps", 1)):
         settled(*flags)
         assert not capsys.readouterr().err
