@@ -47,7 +47,6 @@ from torch import Tensor
 from checkpoint import DTYPES, Weights, model_folder, open_weights
 from drawing.pictures import (
     Picture,
-    check_records,
     groups,
     in_the_way,
     keep_latent,
@@ -57,6 +56,7 @@ from drawing.pictures import (
     not_drawn,
     read_prompts,
     records_by,
+    with_free_names,
     write_picture,
 )
 from drawing.plan import Plan, choose
@@ -103,7 +103,7 @@ def run(given: Settings) -> None:
     if settings.plan:
         return print(f"{about}\n{job.plan.table()}")
     records = records_by(settings, job.transformer, job.vae)
-    pictures = check_records(name_pictures(read_prompts(settings), settings), records)
+    pictures = with_free_names(name_pictures(read_prompts(settings), settings), records)
     rank, ranks = launched()
     if settings.together:  # ranks do the same: by the plan of the one with the least memory, on the first one's files
         join(torch.device(settings.device), sharded=False)
@@ -237,30 +237,30 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
     """
     settings, stages, pace = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
     steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
-    latents = {picture: kept[picture] for picture in pictures if picture in kept}
-    before = dict.fromkeys(picture for picture in pictures if picture not in kept)  # latents; None: drawn from noise
+    # latents before and after a stage; None: drawn from noise
+    before, drawn = dict.fromkeys(picture for picture in pictures if picture not in kept), {}
     if job.redrawn is not None and before:
         before = dict.fromkeys(before, enlarged(job.redrawn, stages[0], settings, models))
-    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        models.release()
+    for stage in stages:
+        if stage is not stages[0]:
+            before = {}
+            for picture, latent in drawn.items():
+                image, failure = decode(latent, settings, models)
+                if failure := first_failure(failure):
+                    yield picture, None, failure, pace[picture]
+                else:
+                    before[picture] = enlarged(image, stage, settings, models)
+            models.release()
         drawn = {}
         for picture, latent in before.items():
             began = time.perf_counter()
             drawn[picture] = sample(picture, latent, stage, encoded, job, models.transformer())
             pace[picture] += (time.perf_counter() - began) / steps
-            if not following and drawn[picture].isfinite().all() and not settings.follows:
+            if stage is stages[-1] and drawn[picture].isfinite().all() and not settings.follows:
                 keep_latent(picture.path, drawn[picture], records(picture))
         models.release()
-        if not following:
-            latents |= drawn
-            break
-        before = {}
-        for picture, latent in drawn.items():
-            image, failure = decode(latent, settings, models)
-            if failure := first_failure(failure):
-                yield picture, None, failure, pace[picture]
-            else:
-                before[picture] = enlarged(image, following, settings, models)
-        models.release()
+    latents = {picture: kept[picture] for picture in pictures if picture in kept} | drawn
     for picture, latent in () if settings.follows else latents.items():
         image, failure = decode(latent, settings, models)
         yield picture, image, failure, pace[picture]

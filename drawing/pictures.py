@@ -177,14 +177,14 @@ def exif_of(records: dict[str, object]) -> Image.Exif:
     return exif
 
 
-def check_records(pictures: Sequence[Picture], about: Callable[[Picture], dict[str, object]]) -> list[Picture]:
+def with_free_names(pictures: Sequence[Picture], records_of: Callable[[Picture], dict[str, object]]) -> list[Picture]:
     """The pictures under names that replace no other picture: NAME-2.png where NAME.png is drawn with other settings.
 
     raises  ValueError, before drawing, that names what JPEG cannot record or what a given name would replace
     """
     free = []
     for picture in pictures:
-        path, records, number = picture.path, about(picture), 1
+        path, records, number = picture.path, records_of(picture), 1
         if path.suffix.lower() in (".jpg", ".jpeg") and (size := len(exif_of(records).tobytes())) > MOST_EXIF:
             raise ValueError(f"--out {path}: prompts and settings take {size:,} bytes, JPEG's metadata at most "
                              f"{MOST_EXIF:,}; name a .png, or shorten the prompt")
