@@ -100,6 +100,7 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
     device = check_device((of_rank() if given.device in (None, "cuda") else None) or given.device)
     dtype = given.dtype or ("fp32" if device == "cpu" and not given.plan else "bf16")
     settings = replace(given, device=device, dtype=dtype, vae_dtype=given.vae_dtype or dtype, **asdict(sampling))
+    need(settings.offset is None or settings.factor == 16, "offset", settings.offset, "it with --factor 16")
     settings = staged(settings, family, transformer, config.positions)
     config = positioned(config, settings.positions, settings.trained_side)
     recorded = f" (recorded by {transformer.source})"

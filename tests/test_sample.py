@@ -725,6 +725,7 @@ def test_a_resolution_that_cannot_be_drawn_is_refused(refusal, no_loading, tmp_p
     (("--time-shift", "1e10"), "--time-shift 1e+10: some of the 2 noise levels coincide"),
     (("--mu", "60"), "--mu 60: some of the 2 noise levels coincide"),
     (("--mu", "nan"), "--mu nan: give the logarithm of a time shift"),
+    (("--offset", "1", "--factor", "8"), "--offset 1: give it with --factor 16"),
     (("--negative", "\udcff"), "not UTF-8")])
 def test_a_setting_out_of_range_is_refused(refusal, no_loading, tmp_path, arguments, says):
     assert says in refusal("--prompt", "a hill", *arguments)
