@@ -133,10 +133,22 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise OSError(f"{path}: a folder, where a file is to be written; remove or rename it")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an error of the system that names no file, as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def is_temporary(path: Path) -> bool:

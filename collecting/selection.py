@@ -14,7 +14,7 @@ Check     python -m pytest tests/test_selection.py
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +119,9 @@ def write_selection(out: Path, items: Mapping[str, Item], rows: Sequence[Mapping
         if (out / name).exists() and not (out / name).is_symlink():
             raise ValueError(f"{out / name}: a file, where a link of this selection is to be; move it, or give another "
                              "--out")
+    numbers = ({name: None if value != value else value for name, value in row.items() if name != "thumbnail"}
+               | {"hash": f"{row['hash']:016x}"} for row in rows)  # JSON has no NaN
+    _write_lines(out / "select.jsonl", numbers)  # first: it marks the folder as one that may be written again
     for link in [path for path in out.rglob("*") if path.is_symlink()]:  # of an earlier selection
         link.unlink()
     for name, item in kept.items():
@@ -126,9 +129,10 @@ def write_selection(out: Path, items: Mapping[str, Item], rows: Sequence[Mapping
         (out / name).symlink_to(item.path.resolve())
     listed = ({"file_name": name, "text": item.captions[0]} | ({"alt": item.captions[1:]} if item.captions[1:] else {})
               for name, item in kept.items())
-    numbers = ({name: None if value != value else value for name, value in row.items() if name != "thumbnail"}
-               | {"hash": f"{row['hash']:016x}"} for row in rows)  # JSON has no NaN
-    for name, lines in (("metadata.jsonl", listed), ("select.jsonl", numbers)):
-        with replacing(out / name) as temporary:
-            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    _write_lines(out / "metadata.jsonl", listed)
     return len(kept)
+
+
+def _write_lines(file: Path, rows: Iterable[Mapping]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

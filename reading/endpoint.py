@@ -32,7 +32,7 @@ from urllib.parse import urlsplit, urlunsplit
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
-from files import need, parse_json, printable, regular
+from files import naming, need, parse_json, printable, regular
 
 try:
     import fcntl
@@ -376,7 +376,7 @@ def _appending(file: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, dict
         out = open(file, "a+b")
     except OSError as error:
         raise OSError(f"{file}: cannot be written ({error.strerror})") from None
-    with out:
+    with out, naming(file):
         try:
             if fcntl:
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """JSON from outside, files written whole, how a command ends."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -80,6 +81,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="full"), replacing(file) as temporary:
         temporary.write_text("ne")
         raise OSError("full")
+    with pytest.raises(OSError, match="No space left on device: '.*a.csv'"), replacing(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert [f.name for f in tmp_path.iterdir()] == ["a.csv"] and file.read_text() == "old"
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -199,12 +201,16 @@ def test_selection_never_writes_into_another_folder(folder, tmp_path):
     assert not (tmp_path / "new").exists() and not (tmp_path / "cache").exists() and not (folder / "below").exists()
 
 
-def test_a_file_of_others_in_the_place_of_a_link_is_named_before_links_are_removed(tmp_path):
+def test_a_selection_cut_off_is_repeated_and_a_file_of_others_in_its_place_is_named(tmp_path, monkeypatch):
     names = [f"{k}.png" for k in range(3)]
     items = {name: data.Item(tmp_path / name, ("text",)) for name in names}
     rows = [{"file_name": name, "reasons": [], "hash": 0} for name in names]
     out = tmp_path / "out"
     out.mkdir()
+    with monkeypatch.context() as full, pytest.raises(OSError, match="full"):
+        full.setattr(Path, "symlink_to", Mock(side_effect=OSError("full")))
+        write_selection(out, items, rows)
+    assert [path.name for path in out.iterdir()] == ["select.jsonl"]  # by which the command knows its own folder
     assert write_selection(out, items, rows) == 3
     (out / "2.png").unlink()
     (out / "2.png").write_bytes(b"mine")
