@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import DTYPES, Weights, model_folder, open_weights
+from checkpoint import DTYPES, Weights, check_names, model_folder, open_weights
 from drawing.pictures import (
     Picture,
     groups,
@@ -73,7 +73,7 @@ from machine.memory import free_memory, peak_shown
 from machine.ranks import first_failure, gathered, join, leave
 from mmdit import MMDiT, MMDiTConfig
 from reading.pictures import read_picture, upright_size
-from vae import VAE, VAEConfig, read_config, to_image
+from vae import VAE, VAEConfig, read_config, read_scale, to_image
 
 MOST_AT_ONCE = 256  # pictures whose texts and latents are held together
 WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
@@ -151,13 +151,25 @@ def prepared(given: Settings) -> Job:
     config, stages = positioned(config, settings.positions, settings.trained_side), plan_stages(settings, family)
     if vae:  # a missing or broken file is named before the text encoders are read
         vae = Path(given.vae) if given.vae else vae_for(folder, vae, settings.factor)
-        vae_config = read_config(open_weights(vae).part("first_stage_model."))
+        vae_config = check_files(family, config, transformer, open_weights(vae))
     plan = choose(settings, family, config, vae_config, stages)
     if settings.compile and (plan.resident is not None or settings.store):
         raise ValueError("--compile: needs all blocks in memory as --dtype; leave it out, or give more --memory and no "
                          "--store")
     redrawn = to_image(np.array(read_picture(settings.redraw))) if settings.redraw else None
     return Job(settings, family, folder, transformer, config, vae, vae_config, stages, plan, redrawn)
+
+
+def check_files(family: Family, config: MMDiTConfig | FluxConfig, transformer: Weights, vae: Weights) -> VAEConfig:
+    """The configuration of the VAE; ValueError if names or shapes of either file differ from their model's, or the VAE
+    is of another family."""
+    part = vae.part("first_stage_model.")
+    vae_config = read_config(part)
+    with torch.device("meta"):
+        check_names(family.model(config), transformer.part("model.diffusion_model."))
+        check_names(VAE(vae_config), part)
+    read_scale(vae, fallback=family.latent_scale)
+    return vae_config
 
 
 def plan_stages(settings: Settings, family: Family) -> list[Stage]:

@@ -992,6 +992,23 @@ def test_a_damaged_model_file_is_refused_by_name(refusal, broken, how, says):
     assert "sd3.safetensors" in message and says in message
 
 
+@pytest.mark.parametrize("prefix, lost", [("model.diffusion_model.", "t_embedder.mlp.2.bias"),
+                                          ("first_stage_model.", "decoder.norm_out.bias")])
+def test_a_tensor_that_is_missing_is_named_before_weights_are_loaded(refusal, no_loading, broken, prefix, lost):
+    tensors = load((broken / "sd3.safetensors").read_bytes())
+    del tensors[prefix + lost]
+    save(broken / "sd3.safetensors", tensors, {"norm_groups": GROUPS})
+    assert f"1 missing: {lost}" in refusal("--prompt", "a hill", weights=broken)
+
+
+@pytest.mark.parametrize("name", ["tiny-flux"])
+def test_a_vae_of_another_family_is_refused_before_weights_are_loaded(refusal, no_loading, broken):
+    weights = open_weights(broken / "ae.safetensors")
+    save(broken / "ae.safetensors", {name: t.read().clone() for name, t in weights.items()},
+         {"norm_groups": GROUPS, "scale_factor": 1.5305, "shift_factor": 0.0609})
+    assert "which are those of SD3's autoencoder" in refusal("--prompt", "a hill", weights=broken)
+
+
 @pytest.mark.parametrize("part", ["clip_l", "clip_g", "t5xxl_fp16"])
 def test_a_damaged_text_encoder_is_refused_by_name(refusal, broken, part):
     file = broken / "text_encoders" / f"{part}.safetensors"
