@@ -209,6 +209,7 @@ def _config(path: Path, file: Path) -> dict[str, str]:
 
 def _open_file(file: Path) -> Weights:
     names.check_path(file)
+    open(file, "rb").close()  # safetensors would call a file that may not be read a missing one
     try:
         handle = safe_open(file, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}

@@ -375,7 +375,7 @@ def _appending(file: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, dict
     try:
         out = open(file, "a+b")
     except OSError as error:
-        raise OSError(f"{file}: cannot be written ({error.strerror})") from None
+        raise OSError(f"{file}: cannot be written ({error.strerror}); name another with --out") from None
     with out, naming(file):
         try:
             if fcntl:

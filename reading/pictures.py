@@ -132,6 +132,8 @@ def open_picture(path: str | os.PathLike) -> Iterator[tuple[Image.Image, dict, t
         except Exception as error:  # on a damaged file a decoder raises what its author did not foresee
             if str(error).startswith(f"{path}: "):
                 raise
+            if isinstance(error, OSError) and error.errno:  # of the system; Pillow's have no number
+                raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
             why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path}: not a complete picture ({os.path.getsize(path)} bytes; {why})") from None
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -157,6 +158,13 @@ def test_what_is_no_safetensors_is_refused_in_one_line(content, message, where, 
     with pytest.raises(ValueError, match=message) as refusal:
         open_weights(path if where == "file" else tmp_path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    save(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    with monkeypatch.context() as denied, pytest.raises(PermissionError, match="a.safetensors"):
+        denied.setattr("builtins.open", Mock(side_effect=PermissionError(13, "Permission denied", "a.safetensors")))
+        open_weights(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin"])

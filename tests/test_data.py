@@ -12,6 +12,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -242,6 +243,12 @@ def test_file_that_is_no_picture_is_refused_by_name(tmp_path):
             assert "not a complete picture of the formats PNG, " in message and f"({size} bytes)" in message
         assert "a folder, not a file" in complaint(tmp_path / "folder.png", function)
         assert "no such file" in complaint(tmp_path / "gone.png", function)
+
+
+def test_file_that_the_system_does_not_read_is_not_called_incomplete(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert complaint(tmp_path / "a.png").endswith("a.png: cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif"])
