@@ -46,8 +46,7 @@ class Plan:
     @property
     def most(self) -> int:
         """Bytes of the largest phase; of all, where the transformer stays."""
-        latents, pixels = (sum(size for name, size in self.rows if name.startswith(phase)) for phase in PHASES[1:])
-        text = sum(size for name, size in self.rows if name.startswith(PHASES[0]))
+        text, latents, pixels = (sum(size for name, size in self.rows if name.startswith(phase)) for phase in PHASES)
         kept = sum(size for name, size in self.rows if name in KEPT)
         return max(text, latents, pixels + (kept if self.stays else 0))
 
@@ -121,11 +120,10 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
     """(phase: what, bytes) for one way of drawing."""
     dtype, vae_dtype = DTYPES[settings.dtype], DTYPES[settings.vae_dtype]
     outside, blocks, outputs = parameters_of(family, config)
-    there = blocks[:resident]
-    weights = dtype.itemsize * outside + sum(
-        matrices + dtype.itemsize * (every - matrices) if settings.store == "fp8" else dtype.itemsize * every
-        for matrices, every in there)
-    in_turn = blocks if settings.store == "fp8" else blocks[len(there):]
+    there, in_matrices = blocks[:resident], 1 if settings.store else dtype.itemsize  # bytes of a number in fp8, or not
+    weights = dtype.itemsize * outside + sum(in_matrices * matrices + dtype.itemsize * (every - matrices)
+                                             for matrices, every in there)
+    in_turn = blocks if settings.store else blocks[len(there):]  # all are cast in the buffers, or those that are read
     passes, levels = 1 if settings.cfg == 1 else 2, max(len(stage.sigmas) for stage in stages)
     ranks = launched()[1] if settings.together else 1  # which share the tokens
     step = settings.step * ranks
