@@ -6,6 +6,7 @@ Names     kohya: lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_
           PEFT:  transformer.transformer_blocks.0.attn.to_q.lora_A.weight, as diffusers writes; ComfyUI reads it too
 Alpha     a tensor beside the layer; else "lora_adapter_metadata" of diffusers, or adapter_config.json of PEFT; else r.
           What kohya's metadata repeat of it is not read: converted files keep it, their tensors are scaled already
+Rounding  W is merged as it is computed with: of an update of 0.3 % of W, bf16 keeps 93 %, of 0.1 % half; fp32 keeps all
 Training  training/adapter.py
 Check     python -m pytest tests/test_lora.py
 """
@@ -154,6 +155,8 @@ def _update(source: str, place: Place, name: str, parts: dict[str, LazyTensor], 
         raise ValueError(f"{source}: {name} has lora_A {down.shape} and lora_B {up.shape}, but {weights.source} has "
                          f"{(place.last - place.first, *shape[1:])} there; give an adapter of this model")
     patterns = entry({"alpha_pattern": {}} | config, "alpha_pattern", dict, source)
+    if odd := next((key for key in patterns if not re.fullmatch(r"\^?[\w.]+", key)), ""):
+        raise ValueError(f"{source}: alpha_pattern has {odd!r}, and only names of layers are read; give a plain LoRA")
     alpha = next((entry(patterns, key, float, source) for key in patterns
                   if f".{name}".endswith(f".{key.removeprefix('^')}")), None)
     if "alpha" in parts:

@@ -46,7 +46,7 @@ from text import check_t5_length
 from training.adapter import trained
 from training.batches import batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
-from training.heldout import HeldOut, default_interval
+from training.heldout import HeldOut, default_interval, first_shared
 from training.logs import Tally, what_diverged
 from training.model import EMA, autocast, build, encode, new_optimizer, return_freed_memory
 from training.plan import check_memory, plan_of, this_machine
@@ -112,8 +112,8 @@ def open_job(settings: Settings) -> Job:
     most = 2 * settings.factor * reach(config.table_side, config.positions)
     items, pictures, sizes = open_folder(settings.data, settings, most)
     held_out = open_folder(settings.validate, settings, most) if settings.validate else None
-    if held_out and {item.path.resolve() for item in items} & {item.path.resolve() for item in held_out[0]}:
-        raise ValueError(f"--validate {settings.validate}: some of its pictures are in --data; move them out of one")
+    if held_out and (both := first_shared(pictures.paths, held_out[1].paths)):
+        raise ValueError(f"--validate {settings.validate}: {both} is in --data too; take it out of one")
     if held_out and not settings.validate_every:
         settings = replace(settings, validate_every=default_interval(len(held_out[0]), settings.batch))
     if not rank():

@@ -22,7 +22,8 @@ PROMPT = ("Directly describe with brevity and as brief as possible the scene or 
 MOST_TOKENS = 200  # of an answer; one that is cut off there is none
 INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depicts|features|captures)\b|"
                         r"in (this|the) (image|picture|photo\w*|scene)\b|(i['’]m|i am) (sorry|unable)\b|"
-                        r"i can(no|['’])t\b|sorry\b", re.IGNORECASE)
+                        r"i can(no|['’])t\b|sorry\b|sure\b|here(['’]s| is)\b.*?:|an? (image|picture) (of|showing)\b|"
+                        r"\W*(image )?(caption|description)\W*:", re.IGNORECASE)
 
 
 def to_ask(pictures: Mapping[str, Path], file: Path, side: int, price: Sequence[float] | None,

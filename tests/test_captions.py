@@ -150,7 +150,8 @@ def test_wrong_flags_are_refused_before_anything_is_asked(folder, server, capsys
 
 
 @pytest.mark.parametrize("answer", ["This image shows a cat", "in the scene, a cat", "I'm sorry, but no",
-                                    "The photograph depicts it", '""', "\u200b"])
+                                    "The photograph depicts it", '""', "\u200b", "**Caption:** a cat",
+                                    "Here's a description of the scene: a cat", "An image of a cat"])
 def test_answers_off_the_format_are_refused(answer):
     with pytest.raises(ValueError):
         caption_of(answer)

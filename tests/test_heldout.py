@@ -110,6 +110,7 @@ def test_default_interval_bounds_the_passes_per_trained_picture():
 
 
 def test_training_pictures_and_missing_folders_are_refused(settings, photos, tmp_path):
-    assert "some of its pictures are in --data" in refusal_of(settings, validate=photos)
+    for folder in (photos, copy_of(photos, tmp_path / "copied")):
+        assert f"--validate {folder}: {folder}/0.png is in --data too" in refusal_of(settings, validate=folder)
     assert "nowhere/metadata.jsonl: not found" in refusal_of(settings, validate="nowhere")
     assert not (tmp_path / "out").exists()

@@ -9,10 +9,12 @@ Weights   those under training, not the average of --ema
 Check     python -m pytest tests/test_heldout.py
 """
 
+import filecmp
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +39,15 @@ PASSES_PER_IMAGE = 1 / 15  # at the default interval, per trained picture; one t
 def default_interval(pictures: int, batch: int) -> int:
     """Steps between held-out losses, so that one takes less than 5 % of the steps between two."""
     return max(1, round(pictures * SIGMA_BINS / (PASSES_PER_IMAGE * batch)))
+
+
+def first_shared(trained: Sequence[Path], held_out: Sequence[Path]) -> Path | None:
+    """The first held-out file with the content of a trained one; contents are read where the sizes are equal."""
+    of_size: dict[int, list[Path]] = {}
+    for path in trained:
+        of_size.setdefault(path.stat().st_size, []).append(path)
+    return next((path for path in held_out for other in of_size.get(path.stat().st_size, ())
+                 if filecmp.cmp(path, other, shallow=False)), None)
 
 
 @dataclass(frozen=True)
