@@ -30,7 +30,7 @@ from names import FLUX_NAMES, SD3_NAMES, VARIANTS, plain_rows, recognised
 
 PREFIX = "model.diffusion_model."
 NAME = re.compile(r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transformer\.|lora_unet_|lora_transformer_)*"
-                  r"(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?")
+                  r"(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora[._](?:down|up)|alpha)(?:\.default)?(?:\.weight)?")
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 UNREAD = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "modules_to_save")  # of PEFT's configuration
 BASE_CHANGED = re.compile("pissa|olora|loftq|corda", re.IGNORECASE)  # ways to begin that subtract from the model
@@ -129,7 +129,7 @@ def updates_of(adapter: Weights, strength: float, weights: Weights) -> list[Upda
         if not match or not (place := where.get(match["layer"].replace(".", "_"))):
             unknown.append(name)
             continue
-        part = PARTS[match["part"]]
+        part = PARTS[match["part"].replace(".", "_")]
         if part in layers[place]:
             raise ValueError(f"{adapter.source}: {name} is there under two names")
         layers[place][part], names[place] = tensor, match["layer"]

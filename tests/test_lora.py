@@ -104,6 +104,13 @@ def test_files_of_kohya_bfl_and_peft_of_one_adapter_give_equal_weights(kind, bas
             assert distance(bfl[name], before[name] + product) < 1e-6
 
 
+def test_the_older_names_of_diffusers_are_read(bases, tmp_path):
+    file = in_style("PEFT", adapter_of(adapted_model("sd3", bases["sd3"])), bases["sd3"])
+    older = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for name, t in file.items()}
+    new, old = (values(with_lora(bases["sd3"], [written(tmp_path / "a", names)])) for names in (file, older))
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
 @BOTH
 def test_an_adapter_of_any_layer_of_diffusers_is_added_where_that_layer_is(kind, bases, tmp_path):
     _, config, of = KINDS[kind]
