@@ -29,7 +29,7 @@ SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
-BANDED_VALUES, BAND_ROWS = 2**27, 64  # maps of more values per picture run in bands of so many rows
+BANDED_PIXELS, BAND_ROWS = 2**19, 64  # maps of more pixels run in bands of so many rows
 KIND = f"autoencoder, such as {SD3_DOWNLOAD} or the vae/ folder of its -diffusers version has"  # for messages
 PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {FLUX_SHIFT}: record yours in the "
              "metadata, or in a config.json as scaling_factor and shift_factor")
@@ -188,7 +188,7 @@ def partitioned_conv(x: Tensor, weight: Tensor, bias: Tensor, offset: int = 2, t
 
 def banded(x: Tensor, times: int = 1) -> bool:
     """Whether a layer that makes x so many times larger runs in bands; not with gradients, as backward reads all."""
-    return times * x[0].numel() > BANDED_VALUES and not torch.is_grad_enabled()
+    return times * x.shape[2] * x.shape[3] > BANDED_PIXELS and not torch.is_grad_enabled()
 
 
 def in_bands(conv: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.autoencoder
 from bench.speed import (
     WARM_UP,
     Case,
@@ -21,6 +22,7 @@ from bench.speed import (
     write_transformer,
 )
 from flux import Flux
+from vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(width=128, side=8, context_tokens=3, context_width=32, pooled_width=16)
@@ -53,6 +55,18 @@ def test_vae_case_agrees_and_prints_a_table(capsys):
     bench_vae("cpu", 1, rounds=1, channels=4, side=8)
     table = capsys.readouterr().out
     assert all(side in table for side in ("sub-pixel", "partition", "complete map"))
+
+
+@pytest.mark.parametrize("part", bench.autoencoder.PARTS)
+def test_autoencoder_agrees_with_diffusers_and_prints_a_table(part, capsys, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("vae.BANDED_PIXELS", 2**12)
+    monkeypatch.setattr(bench.autoencoder, "fresh", lambda function, *arguments: function(*arguments))
+    bench.autoencoder.bench(part, 128, "fp32", "cpu", 1, 1, False, VAEConfig((8, 16), (8, 16), 1, 2, 4, 4))
+    title, head, *rows = capsys.readouterr().out.strip().splitlines()
+    assert "factor 8" in title and head.split()[:3] == ["ms/step", "counted", "GB"]
+    assert all(any(row.startswith(side) for row in rows) for side in bench.autoencoder.SIDES)
+    assert "largest difference of the first three" in rows[-1]
 
 
 @pytest.mark.parametrize("case, other", [("glcm", "release"), ("jpeg", "Pillow")])

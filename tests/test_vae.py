@@ -253,9 +253,9 @@ def test_bands_give_the_numbers_of_complete_maps(config, shape, monkeypatch):
     latent, image = normal(*shape), normal(shape[0], 3, 16 * shape[2], 16 * shape[3], seed=1)
     monkeypatch.setattr(vae_file, "BAND_ROWS", 7)  # the last band is smaller
     for factor, variant in ((8, 2), (16, 1), (16, 2)):
-        monkeypatch.setattr(vae_file, "BANDED_VALUES", 2**27)
+        monkeypatch.setattr(vae_file, "BANDED_PIXELS", 2**19)
         plain, before = both_ways(vae, latent, image, factor, variant), len(calls)
-        monkeypatch.setattr(vae_file, "BANDED_VALUES", 0)
+        monkeypatch.setattr(vae_file, "BANDED_PIXELS", 0)
         bands = both_ways(vae, latent, image, factor, variant)
         assert len(calls) - before == -(-8 * shape[2] // 7)
         assert all(distance(a, b) < PARITY for a, b in zip(plain, bands, strict=True))
@@ -280,7 +280,7 @@ def test_maps_of_large_pictures_run_in_bands_without_gradients(px, factor, expec
 
 def test_with_gradients_no_layer_runs_in_bands(f16, raw_vae, monkeypatch):
     plain = raw_vae.decode(f16["in/latent"])
-    monkeypatch.setattr(vae_file, "BANDED_VALUES", 0)
+    monkeypatch.setattr(vae_file, "BANDED_PIXELS", 0)
     monkeypatch.setattr(vae_file, "in_bands", None)
     assert torch.equal(raw_vae.decode(f16["in/latent"]), plain)
 
@@ -291,8 +291,8 @@ def test_hook_on_a_convolution_norm_or_level_changes_large_maps_too(four_levels,
     for name, module in vae.decoder.named_modules():
         if isinstance(module, (nn.Conv2d, nn.GroupNorm, vae_file.Level)):
             handle, pictures = module.register_forward_hook(lambda _, inputs, output: output.tanh()), []
-            for values in (2**27, 0):
-                monkeypatch.setattr(vae_file, "BANDED_VALUES", values)
+            for pixels in (2**19, 0):
+                monkeypatch.setattr(vae_file, "BANDED_PIXELS", pixels)
                 with torch.no_grad():
                     pictures.append(vae.decode(latent))
             handle.remove()
