@@ -68,8 +68,8 @@ class Embeddings:
         lacking = [text for text in mine if text in faults]
         if not lacking:
             return 0
+        writable(self.cache, "--cache")  # before the encoders are read, which takes minutes
         encoders = self.family.text.load(self.model, self.device, self.dtype, self.t5_length)
-        writable(self.cache, "--cache")
         for start in tqdm(range(0, len(lacking), batch), desc="text embeddings", file=sys.stderr):
             texts = lacking[start:start + batch]
             for text, context, pooled in zip(texts, *encoders.encode(texts), strict=True):
