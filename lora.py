@@ -14,6 +14,7 @@ Check     python -m pytest tests/test_lora.py
 import math
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import LazyTensor, Weights, open_weights
+from family import fingerprint, published_name
 from files import entry, need, parse_json, read_json
 from names import FLUX_NAMES, SD3_NAMES, VARIANTS, plain_rows, recognised
 
@@ -100,8 +102,16 @@ def with_lora(weights: Weights, given: Sequence[str]) -> Weights:
             added[f"{update.place.layer}.weight"].append(update)
         if adapter.metadata.get("software") == SOFTWARE:
             records |= {name: adapter.metadata[name] for name in RECORDED if name in adapter.metadata}
+            trained, base = adapter.metadata.get("base", ""), base_of(weights)
+            if trained and trained.split()[-1] != base.split()[-1]:
+                warnings.warn(f"{file}: was trained on {trained}, and is added to {base}", stacklevel=2)
     merged = {prefix + name: _merged(part[name], updates) for name, updates in added.items()}
     return Weights(weights | merged, weights.metadata | records, weights.source)
+
+
+def base_of(weights: Weights) -> str:
+    """What our files record of the transformer they were trained on: its name and fingerprint."""
+    return f"{published_name(weights.source)} {fingerprint(weights.source)}"
 
 
 def file_and_strength(given: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,9 @@ def test_what_our_files_record_replaces_what_the_transformer_records(bases, tmp_
     assert with_lora(bases["flux"], [others]).metadata == before
     del about["steps"]  # of training
     assert with_lora(bases["flux"], [ours]).metadata == before | about
+    ours = written(tmp_path / "ours", file, {"software": "diffusion-4k", "base": "flux1-dev.safetensors 0123456789ab"})
+    with pytest.warns(match="ours: was trained on flux1-dev.safetensors 0123456789ab, and is added to flux [0-9a-f]"):
+        with_lora(bases["flux"], [ours])
 
 
 # ---- refused
@@ -368,8 +372,10 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_bit_for_bit(settings
     assert about["base"].startswith("sd3.safetensors ") and about["rank"] == str(rank)
     assert (about["software"], about["res"], about["positions"]) == ("diffusion-4k", "64", "stock")
     assert {len(t) for name, t in load_file(file).items() if "lora_A" in name} == {rank}
-    before, after = (values(with_lora(open_weights(folders / "tiny-sd3" / "sd3.safetensors"), files))
-                     for files in ([], [str(file)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it belongs to this model
+        before, after = (values(with_lora(open_weights(folders / "tiny-sd3" / "sd3.safetensors"), files))
+                         for files in ([], [str(file)]))
     assert len([name for name in before if not torch.equal(before[name], after[name])]) == 8 * 4 - 3  # of four blocks
     assert "lora 2 -> 3" in refusal_of(settings, out=tmp_path / "one", **flags | {"lora": 3})
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, save
-from family import SAMPLING, Family, find, fingerprint, published_name
+from family import SAMPLING, Family, find
 from files import entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
-from lora import SOFTWARE
+from lora import SOFTWARE, base_of
 from machine.memory import peak_memory_gib
 from training.adapter import exported
 from training.heldout import HeldOut, held_out_row
@@ -221,8 +221,7 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
     records = {name: value for name, value in transformer.metadata.items() if name in SAMPLING}
     if adapter:
         path, tensors = path.with_name("lora.safetensors"), exported(tensors, part)
-        base = f"{published_name(transformer.source)} {fingerprint(transformer.source)}"
-        records = {"software": SOFTWARE, "base": base, "rank": len(next(iter(tensors.values()))),
+        records = {"software": SOFTWARE, "base": base_of(transformer), "rank": len(next(iter(tensors.values()))),
                    "positions": positions.rule, "trained_side": positions.side}
     elif family.vae_inside:
         vae = VAE.load(vae_path, fallback=family.latent_scale)
