@@ -41,7 +41,7 @@ from scores.official import find_weights
 from scores.perceptual import LPIPS
 from training.adamw import MOMENTS
 from training.batches import random_crop
-from training.decoder import decoder_loss, given_vae, tensors_of
+from training.decoder import Redrawn, decoder_loss, given_vae, tensors_of
 from training.ranks import stop_on_signals
 from training.resume import digest_of, same_settings
 from training.run import check_out, only_run
@@ -49,7 +49,8 @@ from training.seeds import seed_of
 from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
 
-NEW, DECODER = ("widths", "blocks", "norm_groups"), ("decoder_only", "weights", "factor", "offset", "teacher", "lpips")
+NEW = ("widths", "blocks", "norm_groups")
+DECODER = ("decoder_only", "weights", "factor", "offset", "teacher", "lpips", "redrawn")
 # short side, side of the crop: attention and norms see the complete map, so they must meet several sizes
 CROPS = ((1024, 128), (1024, 128), (1024, 256), (512, 128), (512, 256), (256, 128), (256, 256), (128, 64))
 LATENT_CHANNELS = 16
@@ -217,6 +218,8 @@ class Settings:
     teacher: float = flag(0.0, "weight of the distance to the old decoder's features at factor 8, which is slow; "
                           "SC-VAE: 1")
     lpips: str | None = flag(None, "folder with vgg16-397923af.pth and vgg.pth: adds LPIPS", metavar="DIR")
+    redrawn: str | None = flag(None, "folder of latents by models/redraw_latents.py, decoded in every second step; "
+                               "factor 16", metavar="DIR")
     steps: int = flag(5000, "optimizer steps of the complete run")
     pixels: int = flag(65536, "pixels per step: 4 crops of 128 or 1 of 256")
     lr: float = flag(5e-4, "peak learning rate; warm-up, then cosine to 0")
@@ -247,6 +250,7 @@ def check_settings(s: Settings) -> None:
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
     need(0 <= s.teacher < math.inf, "teacher", s.teacher, "0 or more")
     need(bool(s.weights) or not s.decoder_only, "decoder-only", "alone", "--weights too, whose decoder is trained")
+    need(not s.redrawn or s.factor == 16, "redrawn", s.redrawn, "it with --factor 16")
     for f in fields(s):  # a flag of the other kind of run would have no effect
         if f.name in (NEW if s.decoder_only else DECODER) and (value := getattr(s, f.name)) != f.default:
             need(False, f.name.replace("_", "-"), value, f"it {'without' if s.decoder_only else 'with'} --decoder-only")
@@ -281,13 +285,14 @@ def train(settings: Settings) -> int:
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     loss_of = objective(settings, vae)
+    redrawn = Redrawn(settings.redrawn, pictures.paths, pictures.central_crop) if settings.redrawn else None
     with only_run(out):
         start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
         held_out = ", ".join(path.name for path in unseen.paths)
         print(f"{sum(p.numel() for p in trained):,} parameters, {len(pictures)} pictures, "
               f"held out: {held_out}; step {start} of {settings.steps}", flush=True)
         with stop_on_signals() as stop:
-            done = take_steps(settings, decisive, vae, loss_of, optimizer, pictures, unseen, start, stop)
+            done = take_steps(settings, decisive, vae, loss_of, optimizer, pictures, redrawn, unseen, start, stop)
         if done < settings.steps:
             print(f"stopped after step {done}; the same command resumes there")
             return stop.number
@@ -307,10 +312,10 @@ def train(settings: Settings) -> int:
     return 0
 
 
-def objective(settings: Settings, vae: VAE) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """The loss of images (B, 3, H, W); the generator is of the step's draws."""
+def objective(settings: Settings, vae: VAE) -> Callable[[Tensor, Tensor | None, torch.Generator], Tensor]:
+    """The loss of images (B, 3, H, W), and of latents that a transformer drew of them; a generator for draws."""
     if not settings.decoder_only:
-        def whole(image: Tensor, generator: torch.Generator) -> Tensor:
+        def whole(image: Tensor, _: None, generator: torch.Generator) -> Tensor:
             draw = torch.randn(len(image), LATENT_CHANNELS, image.shape[2] // 8, image.shape[3] // 8,
                                generator=generator)
             return vae_loss(vae, image, draw.to(image))
@@ -318,11 +323,12 @@ def objective(settings: Settings, vae: VAE) -> Callable[[Tensor, torch.Generator
     teacher = (settings.teacher, deepcopy(vae.decoder).requires_grad_(False)) if settings.teacher else None
     files = [find_weights(settings.lpips, name) for name in ("vgg16-397923af.pth", "vgg.pth")] if settings.lpips else ()
     lpips = LPIPS.load("vgg", *files, next(vae.parameters()).device) if files else None
-    return lambda image, _: decoder_loss(vae, image, settings.factor, settings.offset, teacher, lpips)
+    return lambda image, raw, _: decoder_loss(vae, image, settings.factor, settings.offset, teacher, lpips, raw)
 
 
-def take_steps(settings: Settings, decisive: Mapping, vae: VAE, loss_of: Callable[[Tensor, torch.Generator], Tensor],
-               optimizer: torch.optim.Optimizer, pictures: Pictures, unseen: Pictures, start: int, stop: Event) -> int:
+def take_steps(settings: Settings, decisive: Mapping, vae: VAE, loss_of: Callable[..., Tensor],
+               optimizer: torch.optim.Optimizer, pictures: Pictures, redrawn: Redrawn | None, unseen: Pictures,
+               start: int, stop: Event) -> int:
     """The steps from `start` on, until `stop` is set; saves states and log lines. Returns the complete steps."""
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, file=sys.stderr)
     began, losses, out, done = time.time(), [], Path(settings.out), start
@@ -330,12 +336,15 @@ def take_steps(settings: Settings, decisive: Mapping, vae: VAE, loss_of: Callabl
     for step in bar:
         generator = torch.Generator().manual_seed(seed_of(settings.seed, step))  # of every draw of the step
         try:
-            image = batch_of(pictures, settings.pixels, generator)
+            if redrawn and step % 2:
+                raw, image = redrawn.window(settings.pixels, generator)
+            else:
+                raw, image = None, batch_of(pictures, settings.pixels, generator)
         except (ValueError, OSError):  # a picture is broken: the run resumes here once it is repaired
             save_state(out / "state.safetensors", vae, optimizer, done, decisive)
             raise
 
-        loss = loss_of(image.to(device), generator)
+        loss = loss_of(image.to(device), None if raw is None else raw.to(device), generator)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), settings.clip)

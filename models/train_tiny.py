@@ -55,7 +55,7 @@ RUNS = {
             "--steps 300"),
         Run("3", "2", f"{FLUX} --res 1024 --time-shift 4 --batch 8 --lr 2e-4 --warmup 10 --ema 0.99 --seed 2 "
             "--steps 140"))}
-DECODER = "--decoder-only --lr 3e-4 --steps 6000"
+DECODER = "--decoder-only --lr 3e-4 --steps 24000"
 
 
 def steps_of(out: Path, only: str | None, device: str) -> list[tuple[Path, list[str]]]:
@@ -80,9 +80,14 @@ def steps_of(out: Path, only: str | None, device: str) -> list[tuple[Path, list[
             flags = COMMON.format(device=device).split() + run.flags.split()
             steps.append((file, ["train.py", "--weights", folders[family], "--transformer", start, "--data", photos,
                                  "--out", place, *flags]))
-    decoder = runs / "decoder" / "vae_16.safetensors"
-    steps.append((decoder, ["train_vae.py", "--weights", vae, "--data", photos, "--out", decoder.parent, "--device",
-                            device, *DECODER.split()]))
+    redrawn, decoder = runs / "redrawn", runs / "decoder" / "vae_16.safetensors"
+    for family in [only] if only else RUNS:
+        drawing = runs / f"{family}-{RUNS[family][-1].name}" / f"{family}.safetensors"
+        steps.append((redrawn / f"tiny-{family}.safetensors", [
+            "models/redraw_latents.py", "--data", photos, "--weights", folders[family], "--transformer", drawing,
+            "--out", redrawn]))
+    steps.append((decoder, ["train_vae.py", "--weights", vae, "--data", photos, "--redrawn", redrawn, "--out",
+                            decoder.parent, "--device", device, *DECODER.split()]))
     return steps
 
 

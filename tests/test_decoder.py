@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_vae
 from checkpoint import locate
+from data import Pictures
 from family import find, vae_for
-from training.decoder import HAAR, PERCEPTUAL, decoder_loss, given_vae
-from vae import VAE, VAEConfig
+from models import redraw_latents
+from training.decoder import HAAR, PERCEPTUAL, Redrawn, decoder_loss, given_vae
+from vae import VAE, VAEConfig, to_image
 from wavelet import haar_split
 
 TINY = VAEConfig((8, 8, 16, 36), (8, 8, 16, 36), 1, 2, 16, 1)
@@ -86,6 +88,37 @@ def test_post_training_lowers_the_error_on_its_pictures(post_train, photos, tmp_
     assert last["loss"] < first["loss"] and "psnr_f16_db" in last and "psnr_f8_db" not in last
 
 
+def test_every_second_step_decodes_what_a_model_drew(post_train, folders, photos, tmp_path, monkeypatch):
+    redraw_latents.main(["--data", str(photos), "--weights", str(folders / "tiny-sd3"), "--res", "64", "--out",
+                         str(tmp_path / "redrawn")])
+    latents = load_file(tmp_path / "redrawn" / "tiny-sd3.safetensors")
+    assert len(latents) == 4 * len(redraw_latents.SIGMAS) and latents["0.png at 0.5"].shape == (16, 4, 4)
+    original, decoded = train_vae.decoder_loss, []
+    monkeypatch.setattr(train_vae, "decoder_loss",
+                        lambda *args: decoded.append(args[-1]) or original(*args))
+    post_train("--redrawn", tmp_path / "redrawn", "--steps", 4, "--pixels", 1024)
+    assert [raw is None for raw in decoded] == [True, False, True, False] and decoded[1].shape == (1, 16, 2, 2)
+    with pytest.raises(SystemExit, match="has no latents of the pictures to train on"):
+        post_train("--redrawn", photos, out="other")
+
+
+def test_a_window_of_a_redrawn_latent_shows_its_part_of_the_picture(vae, photos, tmp_path):
+    """Latents that were not redrawn at all: those of the pictures themselves, encoded at factor 16."""
+    pictures = Pictures(sorted(photos.glob("*.png"))[1:])
+    known = [to_image(pictures.central_crop(k, 64, 32)) for k in range(3)]
+    save_file({f"{path.name} at 0": vae.moments(image[None])[0][0] for path, image in zip(
+        pictures.paths, known, strict=True)} | {"0.png at 0": torch.zeros(16, 4, 2)}, tmp_path / "a.safetensors")
+    redrawn, places = Redrawn(tmp_path, pictures.paths, pictures.central_crop), set()
+    for seed in range(40):
+        raw, image = redrawn.window(16 * 16, seeded(seed))
+        assert raw.shape == (1, 16, 1, 1) and image.shape == (1, 3, 16, 16)
+        k, y, x = next((k, y, x) for k in range(3) for y in range(4) for x in range(2)
+                       if torch.equal(image[0], known[k][:, 16 * y:16 * y + 16, 16 * x:16 * x + 16]))
+        assert torch.equal(raw[0, :, 0, 0], vae.moments(known[k][None])[0][0, :, y, x])
+        places.add((k, y, x))
+    assert len(places) > 12
+
+
 def test_interrupted_post_training_resumes_bit_for_bit(post_train, tmp_path, monkeypatch):
     whole = load_file(post_train("--steps", 4, "--save-every", 2, out="whole"))
     original = train_vae.save_state
@@ -104,7 +137,9 @@ def test_interrupted_post_training_resumes_bit_for_bit(post_train, tmp_path, mon
 
 @pytest.mark.parametrize("flags, says", [
     (("--widths", "8,8,16,36"), "--widths 8,8,16,36: give it without --decoder-only"),
-    (("--teacher", "-1"), "--teacher -1.0: give 0 or more"), (("--lpips", "nowhere"), "vgg16")])
+    (("--teacher", "-1"), "--teacher -1.0: give 0 or more"),
+    (("--redrawn", "redrawn", "--factor", "8"), "--redrawn redrawn: give it with --factor 16"),
+    (("--lpips", "nowhere"), "vgg16")])
 def test_what_does_not_fit_post_training_is_refused(post_train, flags, says):
     with pytest.raises(SystemExit, match=says):
         post_train(*flags)

@@ -2,22 +2,25 @@
 
 Why       the partition trick decodes at factor 16 with weights that were trained at 8: it leaves a grid of 16 pixels
 Encoder   stays as it is, to the byte: latents keep their meaning, and every transformer fits
+Redrawn   half of the steps may decode what a transformer drew (models/redraw_latents.py): its tokens show less
 Source    UltraFlux: squared error, HAAR on the high bands, PERCEPTUAL on LPIPS; SC-VAE: the teacher. Neither paper's
           discriminator is here
 Check     python -m pytest tests/test_decoder.py
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import Weights, open_weights
 from family import find
-from vae import VAE, Decoder
+from vae import VAE, Decoder, to_image
 from wavelet import haar_split
 
 HAAR, PERCEPTUAL = 0.2, 0.1  # weights of their terms
@@ -34,17 +37,48 @@ def given_vae(path: str | os.PathLike) -> tuple[VAE, Weights]:
     return vae, open_weights(file).part("first_stage_model.")
 
 
+class Redrawn:
+    """Raw latents that a transformer drew, each with the picture that it should show.
+
+    folder        its *.safetensors name latents (16, h, w) "PICTURE at LEVEL", of central crops of 16h x 16w pixels
+    paths         pictures to train on; latents of others are left out
+    central_crop  (index, height, width) -> (height, width, 3) uint8: data.Pictures.central_crop
+    raises        ValueError if no latent is of these pictures
+    """
+
+    def __init__(self, folder: str | os.PathLike, paths: Sequence[Path], central_crop: Callable[..., np.ndarray]):
+        number = {path.name: k for k, path in enumerate(paths)}
+        self.central_crop, self.latents = central_crop, [
+            (number[shows], tensor) for file in sorted(Path(folder).glob("*.safetensors"))
+            for name, tensor in open_weights(file).items() if (shows := name.rpartition(" at ")[0]) in number]
+        if not self.latents:
+            raise ValueError(f"--redrawn {folder}: has no latents of the pictures to train on; make them with "
+                             "models/redraw_latents.py")
+
+    def window(self, pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random square of about so many pixels: raw latent (1, 16, n, n) and picture (1, 3, 16n, 16n)."""
+        index, tensor = self.latents[int(torch.randint(len(self.latents), (1,), generator=generator))]
+        raw = tensor.read().float()
+        side = min(*raw.shape[1:], max(1, math.isqrt(pixels) // 16))
+        top, left = (int(torch.randint(length - side + 1, (1,), generator=generator)) for length in raw.shape[1:])
+        image = to_image(self.central_crop(index, *(16 * length for length in raw.shape[1:])))
+        return (raw[None, :, top:top + side, left:left + side],
+                image[None, :, 16 * top:16 * (top + side), 16 * left:16 * (left + side)])
+
+
 def decoder_loss(vae: VAE, image: Tensor, factor: int, offset: int, teacher: tuple[float, Decoder] | None = None,
-                 lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+                 lpips: Callable[[Tensor, Tensor], Tensor] | None = None, raw: Tensor | None = None) -> Tensor:
     """Squared error + HAAR * |high bands of the error| + PERCEPTUAL * LPIPS + the teacher's term.
 
-    image    (B, 3, H, W) in [-1, 1]; decoded from the mean of its posterior
+    image    (B, 3, H, W) in [-1, 1]
+    raw      latent (B, 16, h, w) to decode; None: the mean of the image's posterior
     teacher  weight, and the decoder before training. At factor 8 that one draws the picture better; its term is the
              mean squared distance between its last features and those of the student, enlarged to their size
     lpips    distances (B,) of two batches; None leaves the term out
     """
-    with torch.no_grad():
-        raw, _ = vae.moments(image, factor)
+    if raw is None:
+        with torch.no_grad():
+            raw, _ = vae.moments(image, factor)
     features = vae.decoder.features(raw)
     decoded = vae.decoder.conv_out(features, factor == 16, offset)
     error = decoded - image
