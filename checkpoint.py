@@ -7,6 +7,7 @@ Safety    only safetensors are opened; a pickle is refused before any of its byt
 Check     python -m pytest tests/test_checkpoint.py tests/test_formats.py
 """
 
+import json
 import math
 import os
 import warnings
@@ -350,7 +351,11 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
             stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(stored, temporary, {key: str(value) for key, value in metadata.items()})
             os.chmod(temporary, permissions)  # save_file makes files that only their owner can read
-            with open(temporary, "rb+") as f:
+            with open(temporary, "rb+") as f:  # save_file orders the metadata at random; equal contents are equal bytes
+                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+                f.seek(8)
+                f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
                 os.fsync(f.fileno())
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); the previous file, if any, is untouched") from None

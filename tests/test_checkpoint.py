@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from golden import diffusers_names, lazy, lazy_tensors, shapes_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -400,6 +401,17 @@ def test_save_takes_views_gradients_and_numbers(tmp_path):
     save(tmp_path / "model.safetensors", {"turned": matrix.T, "slice": matrix[:2]}, {"steps": 3})
     read = load_file(tmp_path / "model.safetensors")
     assert torch.equal(read["turned"], matrix.T) and torch.equal(read["slice"], matrix[:2])
+
+
+def test_files_of_equal_contents_are_equal_in_every_byte(tmp_path):
+    records = {f"ö{k}": '{"a": "\\n\x01"}' for k in range(12)}
+    files = [tmp_path / f"{k}.safetensors" for k in range(4)]
+    for file in files:
+        save(file, {"b": torch.arange(3.0), "a": torch.ones(2)}, records)
+        records = dict(reversed(records.items()))
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as read:
+        assert read.metadata() == records and torch.equal(read.get_tensor("b"), torch.arange(3.0))
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
