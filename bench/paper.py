@@ -83,7 +83,7 @@ class StandIn(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         first, *others = (len(part["image_url"]["url"]) for part in body["messages"][-1]["content"]
                           if part["type"] == "image_url")
-        text = f"A picture of {first // 1000} thousand letters"
+        text = f"Detail of {first // 1000} thousand letters"
         if others:
             choice = "first" if first >= others[0] else "second"
             text = "\n".join(f"{k}. {name}: the {choice} image is better." for k, name in enumerate(ASKED, 1))
