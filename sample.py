@@ -333,8 +333,9 @@ def decode(latent: Tensor, settings: Settings, models: Models) -> tuple[Tensor |
 def failed(picture: Picture, reason: str, settings: Settings) -> str:
     """The line about a picture that could not be drawn."""
     if reason == "overflow":
-        return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: --cfg {settings.cfg} is too large,"
-                f" {settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
+        strong = f"--cfg {settings.cfg}" + " or the strength of --lora" * bool(settings.lora)
+        return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: {strong} is too large, "
+                f"{settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
     if (kept := latent_file(picture.path)).exists():
         reason += f"; the finished latent is kept in {kept}, from which the same command goes on"
     return f"{picture.path}: {reason}"

@@ -559,6 +559,18 @@ def test_a_decode_that_is_killed_goes_on_from_its_latent(draw, tmp_path, monkeyp
     assert pixels(draw("--prompt", "a hill")[0]) == pixels(whole) and not kept.exists()
 
 
+@pytest.mark.parametrize("tensors", [{"latent": torch.full((1, 16, 4, 4), math.nan)}, {"z": torch.zeros(1, 16, 4, 4)},
+                                     {"latent": torch.zeros(1, 16, 2, 2)}, {"latent": torch.zeros(16, 4, 4)}])
+def test_a_damaged_latent_is_drawn_again(draw, tmp_path, monkeypatch, tensors):
+    [whole] = draw("--prompt", "a hill", out="whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(VAE, "decode", lambda *_: {}["killed"])
+        draw("--prompt", "a hill")
+    [kept] = (tmp_path / "out").iterdir()
+    save(kept, tensors, open_weights(kept).metadata)
+    assert pixels(draw("--prompt", "a hill")[0]) == pixels(whole) and not kept.exists()
+
+
 def test_texts_of_finished_latents_are_not_encoded(draw, tmp_path, monkeypatch):
     prompts = "--prompt", "a hill", "--prompt", "a bay", "--prompt", "snow"
     monkeypatch.setattr(sample, "MOST_AT_ONCE", 2)
