@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench import stages
 from bench.prompt_following import painter, tasks_of
-from data import Item
+from data import Item, Pictures
 from family import find
 from vae import VAE, to_pixels
 
@@ -45,3 +46,13 @@ def test_tasks_are_the_text_and_three_alternatives_of_evenly_chosen_photographs(
 def test_reworded_captions_name_their_photograph(tmp_path):
     (tmp_path / "reworded.tsv").write_text("2.png\tanother wording\n")
     assert tasks_of(ITEMS, "both", 0, str(tmp_path / "reworded.tsv")) == [("reworded", 2, "another wording")]
+
+
+def test_photographs_are_their_own_nearest_with_their_own_detail(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "FIRST", 64)
+    pictures = Pictures(sorted(photos.glob("*.png")))
+    squares = [tmp_path / path.name for path in pictures.paths]
+    for k, path in enumerate(squares):
+        Image.fromarray(pictures.central_crop(k, 64, 64)).save(path)
+    assert stages.scores(squares, range(4), pictures) == (4, pytest.approx(1))
+    assert stages.scores([squares[1], squares[0]], [0, 1], pictures)[0] == 0
