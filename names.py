@@ -303,6 +303,15 @@ OTHERS = (
     (r"^(shared\.weight$|encoder\.block\.\d+\.layer\.)", "a T5 encoder", TRANSFORMER),
     (r"^(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "a language model", TRANSFORMER))
 
+# as above: refused where the autoencoder of SD3 or Flux is expected
+AUTOENCODERS = tuple((shows, f"the autoencoder of {what}", "") for shows, what in (
+    (r"^bn\.running_mean$",                                "FLUX.2"),
+    (r"^quantize\.",                                       "a VQ model"),
+    (r"^((en|de)coder\.)?(layers\.)?\d+\.(conv\.|weight)", "TAESD, which is a preview"),
+    (r"^(en|de)coder\.(conv1|(down|up)samples|middle)\.",  "Wan or Qwen-Image"),
+    (r"\.conv_in\.conv\.|\.time_conv\.",                   "a video model"),
+    (r"^(en|de)coder\.(stages|patchify)\b",                "Sana or another deep-compression model")))
+
 # refused beside a complete transformer too
 ADAPTERS = tuple((shows, what, MERGE) for shows, what, do in OTHERS if do in (MERGE, AS_LORA))
 

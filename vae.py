@@ -35,13 +35,6 @@ PUBLISHED = (f"SD3's are {SD3_SCALE} and {SD3_SHIFT}, Flux's {FLUX_SCALE} and {F
              "metadata, or in a config.json as scaling_factor and shift_factor")
 FAMILIES = (("model.diffusion_model.joint_blocks.", (SD3_SCALE, SD3_SHIFT), "SD3"),  # a transformer in the same file
             ("model.diffusion_model.double_blocks.", (FLUX_SCALE, FLUX_SHIFT), "Flux"))
-OTHERS = tuple((shows, f"the autoencoder of {what}", "") for shows, what in (
-    (r"^bn\.running_mean$",                                "FLUX.2"),
-    (r"^quantize\.",                                       "a VQ model"),
-    (r"^((en|de)coder\.)?(layers\.)?\d+\.(conv\.|weight)", "TAESD, which is a preview"),
-    (r"^(en|de)coder\.(conv1|(down|up)samples|middle)\.",  "Wan or Qwen-Image"),
-    (r"\.conv_in\.conv\.|\.time_conv\.",                   "a video model"),
-    (r"^(en|de)coder\.(stages|patchify)\b",                "Sana or another deep-compression model")))
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def _refuse_others(weights: Weights) -> None:
     """ValueError that names an autoencoder of another model, by its config.json or tensors."""
     said, act, quant = (weights.metadata.get("_class_name", "AutoencoderKL"), weights.metadata.get("act_fn", "silu"),
                         weights.get("quant_conv.weight"))
-    other = names.recognised(weights, OTHERS).removesuffix("; ")
+    other = names.recognised(weights, names.AUTOENCODERS).removesuffix("; ")
     if said != "AutoencoderKL":
         other = f"{said[:40]}, by its config.json"
     elif act not in ("silu", "swish"):
@@ -227,6 +220,16 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 # ---- networks
 
+class ShrinkingConv(nn.Conv2d):
+    """A convolution of stride 2 with zeros on the right and at the bottom only: in every downsampling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = 2 * BAND_ROWS if banded(x) else x.shape[2]
+        bands = (x[:, :, top:top + rows + 1] for top in range(0, x.shape[2], rows))  # all but the last have odd heights
+        parts = [super(ShrinkingConv, self).forward(F.pad(b, (0, 1, 0, 1 - b.shape[2] % 2))) for b in bands]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
         super().__init__()
@@ -279,9 +282,8 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(width if j else in_channels, width, norm_groups) for j in range(blocks))
         self.downsample = self.upsample = None
-        if step == "down":  # zeros on the right and at the bottom only
-            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
-            self.downsample = nn.Sequential(OrderedDict(pad=pad, conv=conv))
+        if step == "down":
+            self.downsample = nn.Sequential(OrderedDict(conv=ShrinkingConv(width, width, 3, stride=2)))
         elif step == "up":
             self.upsample = nn.Sequential(OrderedDict(conv=EnlargingConv(width, width, 3, padding=1)))
 
