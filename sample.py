@@ -114,7 +114,7 @@ def run(given: Settings) -> None:
 
     models, failures = models_of(job), []
     for some in groups(gathered(not_drawn(own, records, settings))[0], MOST_AT_ONCE):
-        kept = finished(some, records)
+        kept = finished(some, records, job.config.in_channels)
         left = [picture.prompt for picture in some if picture not in kept]
         encoded = encode([settings.negative, *left], job) if left else {}
         for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
@@ -185,9 +185,10 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     return stages_of(settings.size, first, settings.start, settings.step, schedule, bool(settings.redraw))
 
 
-def finished(pictures: list[Picture], records: Callable[[Picture], dict]) -> dict[Picture, Tensor | None]:
+def finished(pictures: list[Picture], records: Callable[[Picture], dict],
+             channels: int) -> dict[Picture, Tensor | None]:
     """The latents that an earlier run kept of these pictures; with --together, on all ranks those of the first one."""
-    latents = {picture: kept_latent(picture.path, records(picture)) for picture in pictures}
+    latents = {picture: kept_latent(picture.path, records(picture), channels) for picture in pictures}
     return {picture: latents[picture] for picture in gathered([p for p in pictures if latents[p] is not None])[0]}
 
 

@@ -243,13 +243,13 @@ def latent_records(file: Path) -> dict[str, str]:
         return {}
 
 
-def kept_latent(path: Path, records: dict[str, object]) -> Tensor | None:
+def kept_latent(path: Path, records: dict[str, object], channels: int) -> Tensor | None:
     """The latent of the picture that would be drawn, if an earlier run finished it and it is not damaged."""
     if not (file := latent_file(path)).exists() or in_the_way(path, records):
         return None
     latent = open_weights(file).get("latent")
     width, height = (int(side) // int(records["factor"]) for side in str(records["res"]).split("x"))
-    whole = latent and latent.shape[2:] == (height, width) and latent.read().isfinite().all()
+    whole = latent and latent.shape == (1, channels, height, width) and latent.read().isfinite().all()
     return latent.read().clone() if whole else None
 
 

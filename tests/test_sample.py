@@ -560,7 +560,8 @@ def test_a_decode_that_is_killed_goes_on_from_its_latent(draw, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("tensors", [{"latent": torch.full((1, 16, 4, 4), math.nan)}, {"z": torch.zeros(1, 16, 4, 4)},
-                                     {"latent": torch.zeros(1, 16, 2, 2)}, {"latent": torch.zeros(16, 4, 4)}])
+                                     {"latent": torch.zeros(1, 16, 2, 2)}, {"latent": torch.zeros(16, 4, 4)},
+                                     {"latent": torch.zeros(1, 8, 4, 4)}])
 def test_a_damaged_latent_is_drawn_again(draw, tmp_path, monkeypatch, tensors):
     [whole] = draw("--prompt", "a hill", out="whole")
     with monkeypatch.context() as patch, pytest.raises(KeyError):
