@@ -1,7 +1,8 @@
 """Does a model draw what its captions ask for? Top-1 accuracy among the training photographs.
 
 Each caption is drawn once, on the CPU in fp32 at factor 16. The picture and the central squares of all photographs are
-area-averaged to 16 x 16 pixels; the nearest photograph by RMSE should be the caption's own.
+area-averaged to 16 x 16 pixels; the nearest photograph by RMSE should be the caption's own. Where a model shows its
+tokens, steps between pixels are larger across their borders: token_borders, of which the median is printed.
 Run     python bench/prompt_following.py --data photos --res 256 --transformer models/tiny-sd3/base_256.safetensors
         python bench/prompt_following.py --data photos --captions text --limit 20
 Check   python -m pytest tests/test_prompt_following.py    painter() draws what sample.py draws
@@ -9,6 +10,7 @@ Check   python -m pytest tests/test_prompt_following.py    painter() draws what 
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +56,19 @@ def thumbnail(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(image, 16).flatten(1)
 
 
+def token_borders(image: Tensor, token: int = 32) -> float:
+    """Mean step between neighbouring pixels across borders of tokens, over that at other even places, of gray.
+
+    image  (1, 3, H, W); even places alone, as factor 16 makes pairs of pixels
+    """
+    gray, ratios = image[0].permute(1, 2, 0) @ image.new_tensor([0.299, 0.587, 0.114]), []
+    for lines in (gray, gray.T):
+        steps = lines.diff(dim=1).abs().mean(0)[1::2]  # the step onto column 2, 4, ...
+        border = torch.arange(2, lines.shape[1], 2) % token == 0
+        ratios.append(float(steps[border].mean() / steps[~border].mean()))
+    return sum(ratios) / 2
+
+
 def tasks_of(items: Sequence[Item], captions: str, limit: int, prompts: str | None) -> list[tuple[str, int, str]]:
     """What to draw: kind of caption, number of its photograph, caption."""
     if prompts:
@@ -94,14 +109,17 @@ def main() -> None:
     items = read_folder(args.data)
     photographs = Pictures([item.path for item in items])
     known = torch.cat([thumbnail(to_image(photographs.central_crop(i, 256, 256))[None]) for i in range(len(items))])
-    hits: dict[str, list[bool]] = {}
+    hits, borders = dict[str, list[bool]](), dict[str, list[float]]()
     for kind, index, caption in tqdm(tasks_of(items, args.captions, args.limit, args.prompts), file=sys.stderr):
-        nearest = int((known - thumbnail(paint(caption).clamp(-1, 1))).square().mean(1).argmin())
+        picture = paint(caption).clamp(-1, 1)
+        nearest = int((known - thumbnail(picture)).square().mean(1).argmin())
         hits.setdefault(kind, []).append(nearest == index)
+        borders.setdefault(kind, []).append(token_borders(picture))
         if nearest != index:
             tqdm.write(f"{kind}: {items[index].path.name} drawn as {items[nearest].path.name}: {caption}")
     for kind, right in hits.items():
         print(f"{kind}: top-1 {sum(right)} of {len(right)} = {100 * sum(right) / len(right):.1f} %  "
+              f"token borders {statistics.median(borders[kind]):.2f}  "
               f"({args.res} px, {sampling.steps} steps, cfg {sampling.cfg}, {Path(transformer.source).name}"
               f"{f', positions {args.positions}' if args.positions else ''})")
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench import stages
-from bench.prompt_following import painter, tasks_of
+from bench.prompt_following import painter, tasks_of, token_borders
 from data import Item, Pictures
 from family import find
 from vae import VAE, to_pixels
@@ -56,3 +57,12 @@ def test_photographs_are_their_own_nearest_with_their_own_detail(photos, tmp_pat
         Image.fromarray(pictures.central_crop(k, 64, 64)).save(path)
     assert stages.scores(squares, range(4), pictures) == (4, pytest.approx(1))
     assert stages.scores([squares[1], squares[0]], [0, 1], pictures)[0] == 0
+
+
+@pytest.mark.parametrize("period, expected", [(32, 3), (2, 1), (16, 3 / (17 / 15))])
+def test_token_borders_compare_the_steps_at_multiples_of_32_with_other_even_places(period, expected):
+    """Steps of 1 onto even places, of 3 onto multiples of the period."""
+    places = torch.arange(1024)
+    line = ((places % 2 == 0).float() + 2 * (places % period == 0)).cumsum(0)
+    image = (line[:, None] + line).expand(1, 3, 1024, 1024)
+    assert token_borders(image) == pytest.approx(expected, rel=1e-3)
