@@ -26,7 +26,8 @@ from scores.folder import read_pixels  # noqa: E402
 from vae import to_image  # noqa: E402
 
 RES, FIRST = 2048, 1024
-STARTS, POSITIONS = ("0.95", "0.8", "0.6", "0.4"), ("stock", "pi")
+STARTS = ("0.95", "0.8", "0.6", "0.4")
+POSITIONS = {"stock": ["--positions", "stock"], "pi": ["--positions", "pi", "--trained-side", str(FIRST // 32)]}
 
 
 def scores(pictures: Sequence[Path], chosen: Sequence[int], photographs: Pictures) -> tuple[int, float]:
@@ -50,7 +51,7 @@ def drawn(name: str, model: str, items: Sequence[Item], chosen: Sequence[int], o
                                for i in chosen))
     began = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "sample.py", "--model", model, "--prompts", listing, "--res", str(RES),
-                    "--out", folder, *flags], check=True, stdout=subprocess.DEVNULL)
+                    "--out", folder, *flags], check=True, stdout=subprocess.DEVNULL)  # its error stands above
     seconds = time.perf_counter() - began
     return seconds, *scores([folder / f"{i}.png" for i in chosen], chosen, Pictures([item.path for item in items]))
 
@@ -67,13 +68,12 @@ def main() -> None:
     for model in ("tiny-sd3", "tiny-flux"):
         print(f"{model}, {len(chosen)} captions, {RES} px\n\n| | positions | time | nearest | Laplacian |")
         print("|---|---|---|---|---|")
-        for positions in POSITIONS:
-            side = ["--positions", positions, "--trained-side", str(FIRST // 32)]
-            once, right, detail = drawn(f"{positions}-once", model, items, chosen, args.out, ["--first", "none", *side])
+        for positions, rule in POSITIONS.items():
+            once, right, detail = drawn(f"{positions}-once", model, items, chosen, args.out, ["--first", "none", *rule])
             print(f"| at once | {positions} | 1 | {right} | {detail:.2f} |", flush=True)
             for start in STARTS:
                 seconds, right, detail = drawn(f"{positions}-{start}", model, items, chosen, args.out,
-                                             ["--first", str(FIRST), "--start", start, *side])
+                                             ["--first", str(FIRST), "--start", start, *rule])
                 print(f"| start {start} | {positions} | {seconds / once:.2f} | {right} | {detail:.2f} |", flush=True)
 
 
