@@ -157,7 +157,7 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
         rule = recorded.rule if recorded != STOCK else "pi"
     tokens = int(first) // step if stages else round((trained or 0) / step)
     trained_side = settings.trained_side
-    if trained_side is None and rule:
+    if trained_side is None and rule not in (None, "stock"):
         trained_side = recorded.side or tokens
     return replace(settings, first=first if stages else "none", positions=rule, trained_side=trained_side)
 

@@ -101,6 +101,13 @@ def test_a_file_that_records_nothing_is_drawn_at_once_with_a_line(draw, monkeypa
     assert errors.count("note: the file does not record its trained size") == 1 and "--first 1024" in errors
 
 
+def test_stock_positions_may_be_asked_for_in_stages_and_at_once(draw):
+    """The file records the side it was trained at, which stock positions do not need."""
+    assert draw("--res", 128, "--positions", "stock")[1]["positions"] == "stock"
+    at_once = draw("--res", 128, "--first", "none", "--positions", "stock")[0]
+    assert np.array_equal(at_once, draw("--res", 128, "--first", "none")[0])
+
+
 @pytest.mark.parametrize("flags, says", [
     (("--first", "big"), "--first big: give pixels"), (("--first", "100"), "a multiple of 32"),
     (("--first", "64", "--start", "1.5"), "--start 1.5: give 0 to 1"),
