@@ -165,7 +165,7 @@ loss that another rate would suit better is not given it. Nothing follows about 
 ## The autoencoder
 
 The embedded autoencoder on the held-out photographs. The trained decoder has not seen them; nor has the autoencoder, if
-they are the six that `train_vae.py` holds out of those of `fetch_photos.py`. Intervals are over photographs.
+they are the six that `train_vae.py` holds out of those of `models/fetch_photos.py`. Intervals are over photographs.
 
 {table(vaes, VAES, OF_VAE)}
 {differences(rebuilt, VAES, OF_VAE, "f16")}

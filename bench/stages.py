@@ -27,7 +27,6 @@ from vae import to_image  # noqa: E402
 
 RES, FIRST = 2048, 1024
 STARTS = ("0.95", "0.8", "0.6", "0.4")
-POSITIONS = {"stock": ["--positions", "stock"], "pi": ["--positions", "pi", "--trained-side", str(FIRST // 32)]}
 
 
 def scores(pictures: Sequence[Path], chosen: Sequence[int], photographs: Pictures) -> tuple[int, float]:
@@ -66,15 +65,12 @@ def main() -> None:
     items = read_folder(args.data)
     chosen = range(0, len(items), max(1, len(items) // args.captions))[:args.captions]
     for model in ("tiny-sd3", "tiny-flux"):
-        print(f"{model}, {len(chosen)} captions, {RES} px\n\n| | positions | time | nearest | Laplacian |")
-        print("|---|---|---|---|---|")
-        for positions, rule in POSITIONS.items():
-            once, right, detail = drawn(f"{positions}-once", model, items, chosen, args.out, ["--first", "none", *rule])
-            print(f"| at once | {positions} | 1 | {right} | {detail:.2f} |", flush=True)
-            for start in STARTS:
-                seconds, right, detail = drawn(f"{positions}-{start}", model, items, chosen, args.out,
-                                             ["--first", str(FIRST), "--start", start, *rule])
-                print(f"| start {start} | {positions} | {seconds / once:.2f} | {right} | {detail:.2f} |", flush=True)
+        print(f"{model}, {len(chosen)} captions, {RES} px\n\n| | time | nearest | Laplacian |\n|---|---|---|---|")
+        once, right, detail = drawn("once", model, items, chosen, args.out, ["--first", "none"])
+        print(f"| at once | 1 | {right} | {detail:.2f} |", flush=True)
+        for start in STARTS:
+            seconds, right, detail = drawn(start, model, items, chosen, args.out, ["--start", start])
+            print(f"| --start {start} | {seconds / once:.2f} | {right} | {detail:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
