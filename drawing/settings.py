@@ -26,6 +26,7 @@ from mmdit import MMDiTConfig
 from reading.pictures import upright_size
 
 MOST_PICTURES = 100_000
+START = 0.6     # noise level of the first redrawing
 BEYOND = 1.001  # times the trained side: sides that were rounded are not larger
 
 
@@ -56,7 +57,7 @@ class Settings:
     t5_length: int | None
     redraw: str | None        # the picture that is redrawn, in place of a first stage
     first: str | None         # side of the first stage, pixels; "none": drawn at once
-    start: float              # noise level at which the first redrawing begins, its powers in the next ones
+    start: float | None       # noise level at which the first redrawing begins, its powers in the next ones
     positions: str | None
     trained_side: int | None  # tokens
     device: str | None
@@ -139,7 +140,8 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
     """
     step, first, trained = settings.step, settings.first, None
     side = math.sqrt(math.prod(settings.size))  # pixels, of a square of this area
-    need(0 <= settings.start <= 1, "start", f"{settings.start:g}", "0 to 1")
+    start = START if settings.start is None else settings.start
+    need(0 <= start <= 1, "start", f"{start:g}", "0 to 1")
     need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
     if "res" in transformer.metadata:
         trained = family.trained_side(transformer) * step  # pixels, at the present factor
@@ -159,7 +161,10 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
     trained_side = settings.trained_side
     if trained_side is None and rule not in (None, "stock"):
         trained_side = recorded.side or tokens
-    return replace(settings, first=first if stages else "none", positions=rule, trained_side=trained_side)
+    for name, given in (("first", settings.first), ("start", settings.start)):
+        if given not in (None, "none") and not stages and not settings.redraw:
+            remark(f"note: --{name} {given} does nothing: {settings.res} px are drawn at once")
+    return replace(settings, first=first if stages else "none", start=start, positions=rule, trained_side=trained_side)
 
 
 def check_proportions(settings: Settings) -> None:
@@ -261,8 +266,8 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     add("--first", metavar="PX", help="draw at this side first, then enlarge and redraw in doublings; none: at once "
         "(default: the trained size if the file records it, else none)")
     add("--from", dest="redraw", metavar="PICTURE", help="redraw this picture at --res, in place of a first stage")
-    add("--start", type=float, default=0.6, help="noise level at which a picture is redrawn, its square in the next "
-        "doubling; below 0.6 it stays blurred, 0 only encodes and decodes it (default: 0.6)")
+    add("--start", type=float, help="noise level at which a picture is redrawn, its square in the next doubling; below "
+        f"{START} it stays blurred, 0 only encodes and decodes it (default: {START})")
     add("--positions", choices=RULES, help="rule for places beyond the trained side (default: recorded, else pi in "
         "stages, stock at once)")
     add("--trained-side", type=int, metavar="N", help="tokens per side that the model was trained with (default: "

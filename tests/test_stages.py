@@ -62,6 +62,13 @@ def test_start_1_is_drawing_at_once_bit_for_bit(draw, first):
     assert np.array_equal(draw("--res", 128, "--first", first, "--start", 1)[0], at_once)
 
 
+@pytest.mark.parametrize("flags", [("--first", "64"), ("--start", "0.4")])
+def test_flags_of_stages_say_so_where_there_is_one_stage(draw, flags):
+    picture, *_, notes = draw("--res", 64, *flags)
+    assert f"note: {' '.join(flags)} does nothing: 64 px are drawn at once" in notes
+    assert np.array_equal(picture, draw("--res", 64)[0]) and "does nothing" not in draw("--res", 128, "--first", 64)[3]
+
+
 def test_start_0_is_the_round_trip_of_the_enlarged_picture(draw, folders):
     small, large = draw("--res", 64, "--first", "none")[0], draw("--res", 128, "--first", 64, "--start", 0)[0]
     vae = VAE.load(folders / "tiny-sd3" / "sd3.safetensors")
