@@ -181,7 +181,7 @@ def positions_of(weights: Weights) -> Positions:
 
 
 def check_positions(positions: Positions) -> Positions:
-    """The same; ValueError if there is no such rule, or a rule lacks the trained side."""
+    """These positions, unchanged; ValueError if there is no such rule, or a rule lacks the trained side."""
     if positions.rule not in RULES:
         raise ValueError(f"positions {positions.rule!r}: the rules are {', '.join(RULES)}")
     if positions.rule != "stock" and not 1 <= positions.side <= MOST_SIDE:

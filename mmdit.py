@@ -223,7 +223,6 @@ class MMDiT(nn.Module):
         top, left = (side - h) // 2, (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w]
 
-
     def resampled(self, length: int) -> Tensor:
         """One axis of the table, (length, D/2), at the places that config.positions gives to each channel.
 

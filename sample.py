@@ -338,7 +338,7 @@ def failed(picture: Picture, reason: str, settings: Settings) -> str:
         return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: {strong} is too large, "
                 f"{settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
     if (kept := latent_file(picture.path)).exists():
-        reason += f"; the finished latent is kept in {kept}, from which the same command goes on"
+        reason += f"; the finished latent is kept in {kept}, from which the same command resumes"
     return f"{picture.path}: {reason}"
 
 

@@ -206,7 +206,7 @@ def in_bands(conv: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = N
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     """`F.silu(norm(band))` for bands of x with the statistics of the complete x, in fp32 as group norm has them."""
-    # channels have as many pixels: a group's variance is the mean of its channels' and the variance of their means
+    # a group's variance is the mean of its channels' variances plus the variance of their means: all are equally large
     mean = torch.stack([channel.float().mean((1, 2)) for channel in x.unbind(1)], dim=1)  # (B, C)
     var = torch.stack([(channel.float() - m[:, None, None]).square_().mean((1, 2))  # torch.var_mean is slow on CPUs
                        for channel, m in zip(x.unbind(1), mean.unbind(1), strict=True)], dim=1)

@@ -2,7 +2,7 @@
 
 Paper     Diffusion-4K table 11, "Image Caption": PROMPT, word for word
 File      lines of JSON: "file_name" and "text", as in metadata.jsonl, beside "model" and "tokens"
-Again     the same command asks what the file has no answer to: reading/endpoint.py
+Resumes   the same command asks only what the file has no answer to: reading/endpoint.py
 Run       python data.py caption DIR --endpoint URL --model NAME
 Check     python -m pytest tests/test_captions.py
 """
@@ -19,7 +19,7 @@ from reading.pictures import read_picture, upright_size
 PROMPT = ("Directly describe with brevity and as brief as possible the scene or characters without any introductory "
           "phrase like 'This image shows', 'In the scene', 'This image depicts' or similar phrases. Just start "
           "describing the scene please.")
-MOST_TOKENS = 200  # of an answer; one that is cut off there is none
+MOST_TOKENS = 200  # of an answer; one that is cut off there is refused
 INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depicts|features|captures)\b|"
                         r"in (this|the) (image|picture|photo\w*|scene)\b|(i['’]m|i am) (sorry|unable)\b|"
                         r"i can(no|['’])t\b|sorry\b|sure\b|here(['’]s| is)\b.*?:|an? (image|picture) (of|showing)\b|"

@@ -6,7 +6,7 @@ Again     after refused connections, timeouts, 408, 429, 5xx, and bodies that ar
 Errors    OSError: the endpoint is of no use, the command ends. ValueError: this question has no answer, the next may
 Key       from an environment variable: in no message, no record and no repr, and sent to no redirected address
 Records   lines of JSON, one per answered question, on the disk before another question of that thread
-Run       python -m pytest tests/test_endpoint.py
+Check     python -m pytest tests/test_endpoint.py
 """
 
 import base64

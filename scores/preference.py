@@ -4,8 +4,8 @@ Paper     Diffusion-4K sections 4.2 and 9, table 11: its prompts for GPT-4o. The
           line, which is restored here; temperature and sizes are not published
 Orders    models favour a place. Each pair is asked as (A, B) and as (B, A); where the answers differ, it is undecided
 Parsing   three lines in the format that was asked for, in its order, and nothing else counts; others are asked again
-Resumes   a question is its prompt, pictures, size and model: what has been answered is not asked again, and answers to
-          other questions in the same file do not count
+Resumes   a question is its prompt, pictures, upload side and model: what has been answered is not asked again, and
+          answers to other questions in the same file do not count
 """
 
 import hashlib
