@@ -33,21 +33,19 @@ SIDES = ("bands", "complete maps", "diffusers", "tiled")
 PARTS = ("decode", "encode")
 
 
-def peer(config: VAEConfig, tiled: bool) -> nn.Module:
+def peer(config: VAEConfig) -> nn.Module:
     from diffusers import AutoencoderKL  # a package of requirements-dev.txt
 
     levels = len(config.decoder_widths)
     vae = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, config.decoder_widths,
                         config.encoder_blocks, latent_channels=config.latent_channels,
                         norm_num_groups=config.norm_groups, use_quant_conv=False, use_post_quant_conv=False)
-    if tiled:
-        vae.enable_tiling()
     return vae.eval()
 
 
 def write_weights(config: VAEConfig, folder: str) -> None:
     torch.manual_seed(0)
-    peer(config, tiled=False).save_pretrained(folder)
+    peer(config).save_pretrained(folder)
 
 
 def result(vae: nn.Module, side: str, part: str, x: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ def step_of(side: str, part: str, pixels: int, dtype: str, folder: str, config: 
     if side in ("bands", "complete maps"):
         vae = VAE.load(folder, device, DTYPES[dtype], config.norm_groups, scale_factor=1.0, shift_factor=0.0)
     else:
-        vae = peer(config, side == "tiled").from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device)
+        vae = peer(config).from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device)
         if side == "tiled":
             vae.enable_tiling()
     x = torch.randn(shape_of_input(part, pixels, config), generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
@@ -83,7 +81,7 @@ def step_of(side: str, part: str, pixels: int, dtype: str, folder: str, config: 
 def counted(side: str, part: str, pixels: int, dtype: str, config: VAEConfig) -> str:
     """GB of live tensors beside the weights."""
     def build() -> nn.Module:
-        return peer(config, tiled=False) if side == "diffusers" else VAE(config)
+        return peer(config) if side == "diffusers" else VAE(config)
 
     @torch.no_grad()
     def run(vae: nn.Module) -> None:

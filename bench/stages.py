@@ -60,7 +60,8 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", required=True, help="the photographs of the embedded models")
     parser.add_argument("--captions", type=int, default=4, help="how many, evenly spread")
-    parser.add_argument("--out", default="runs/stages", type=Path, help="of pictures; what is there is not drawn again")
+    parser.add_argument("--out", default="runs/stages", type=Path, help="of pictures; give a new folder: what is there "
+                        "is not drawn again, and its time is wrong")
     args = parser.parse_args()
     items = read_folder(args.data)
     chosen = range(0, len(items), max(1, len(items) // args.captions))[:args.captions]

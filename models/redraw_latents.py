@@ -1,6 +1,6 @@
 """Latents that a model draws, each with the photograph that it should show: for train_vae.py --redrawn.
 
-Why       a transformer's latents are not those of photographs: a decoder that knows only these shows its tokens
+Why       a transformer's latents are not those of photographs: a decoder that learnt from photographs shows its tokens
 Redraws   noise is added to the latent of a photograph, as far as a level of SIGMAS; the model removes it again with the
           photograph's caption. So picture and photograph agree, the more the lower the level
 Writes    OUT/MODEL.safetensors: raw latents, as a decoder reads them, (16, res / 16, res / 16), by "PICTURE at LEVEL"
@@ -35,9 +35,9 @@ def redrawn(folder: Path, transformer: str | None, data: Path, res: int) -> dict
     """The latents of every picture of `data`, its central square at res x res pixels, in fp16."""
     items, latents = read_folder(data), {}
     pictures = Pictures([item.path for item in items])
-    family, transformer, vae_path = find(folder, transformer)
-    sampling, vae = family.sampling(transformer), VAE.load(vae_path, fallback=family.latent_scale)
-    model, text = family.model.load(transformer.source), family.text.load(folder, t5_length=family.t5_length)
+    family, weights, vae_path = find(folder, transformer)
+    sampling, vae = family.sampling(weights), VAE.load(vae_path, fallback=family.latent_scale)
+    model, text = family.model.load(weights.source), family.text.load(folder, t5_length=family.t5_length)
     levels = family.sigmas(STEPS, sampling.time_shift or family.by_tokens((res // 32) ** 2))
     for k, item in enumerate(tqdm(items, desc=folder.name, file=sys.stderr)):
         known = vae.encode(to_image(pictures.central_crop(k, res, res))[None])

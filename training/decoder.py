@@ -48,7 +48,8 @@ class Redrawn:
 
     def __init__(self, folder: str | os.PathLike, paths: Sequence[Path], central_crop: Callable[..., np.ndarray]):
         number = {path.name: k for k, path in enumerate(paths)}
-        self.central_crop, self.latents = central_crop, [
+        self.central_crop = central_crop
+        self.latents = [  # (index of its picture, latent)
             (number[shows], tensor) for file in sorted(Path(folder).glob("*.safetensors"))
             for name, tensor in open_weights(file).items() if (shows := name.rpartition(" at ")[0]) in number]
         if not self.latents:
@@ -56,7 +57,7 @@ class Redrawn:
                              "models/redraw_latents.py")
 
     def window(self, pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random square of about so many pixels: raw latent (1, 16, n, n) and picture (1, 3, 16n, 16n)."""
+        """A random square of at most about `pixels` pixels: raw latent (1, 16, n, n) and picture (1, 3, 16n, 16n)."""
         index, tensor = self.latents[int(torch.randint(len(self.latents), (1,), generator=generator))]
         raw = tensor.read().float()
         side = min(*raw.shape[1:], max(1, math.isqrt(pixels) // 16))
