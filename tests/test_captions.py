@@ -27,7 +27,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def server():
-    server = Server(lambda body: f'"A picture of   colour\n{len(server.bodies)}."')
+    server = Server(lambda body: f'"A wall of   colour\n{len(server.bodies)}."')
     yield server
     server.shutdown()
     server.server_close()
@@ -62,7 +62,7 @@ def answers(folder) -> dict[str, str]:
 def test_captions_become_a_listing_and_nothing_is_asked_twice(folder, server, capsys):
     code, shown = caption(capsys, server.url, folder, "--side", "64")
     assert code == 0 and "6 pictures, 0 answered in" in shown and "6 requests, about" in shown
-    assert sorted(answers(folder)) == NAMES and answers(folder)["0.png"].startswith("A picture of colour ")
+    assert sorted(answers(folder)) == NAMES and answers(folder)["0.png"].startswith("A wall of colour ")
     for body in server.bodies:
         text, picture = body["messages"][-1]["content"]
         assert text["text"] == PROMPT and body["max_tokens"] == MOST_TOKENS
