@@ -278,6 +278,8 @@ def test_checkpoint_of_an_older_version_resumes(settings, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_finishes_the_step_and_saves_a_checkpoint(settings, tmp_path, monkeypatch, number):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("under nohup SIGHUP is ignored, by train.py too")
     formula, stops = train.objective, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(stop) for stop in stops]
     train.train(settings(steps=6, out=tmp_path / "one"))
