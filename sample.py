@@ -7,7 +7,7 @@ Method    prompt -> text encoders -> context, pooled
                     Flux: velocity = v(prompt, guidance), one pass; the guidance is an input of the model
           latent -> partitioned VAE -> picture
 Run       python sample.py --prompt "a dandelion at sunset"                    tiny-sd3, 1024 px; 2 cores: 8 s, 0.5 GiB
-          python sample.py --prompt "a dandelion at dawn" --res 4096                                3 minutes, 2.6 GiB
+          python sample.py --prompt "a dandelion at dawn" --res 4096                                3 minutes, 1.3 GiB
           python sample.py --prompt "a dandelion at noon" --model tiny-flux                         the embedded Flux
           python sample.py --prompt "a red panda" --weights sd3 --res 4096      SD3-medium as downloaded, one GPU
           python sample.py --prompt "…" --weights flux --res 4096 --memory 8    what does not fit is read when needed
