@@ -70,7 +70,9 @@ def step_of(side: str, part: str, pixels: int, dtype: str, folder: str, config: 
     if side in ("bands", "complete maps"):
         vae = VAE.load(folder, device, DTYPES[dtype], config.norm_groups, scale_factor=1.0, shift_factor=0.0)
     else:
-        vae = peer(config).from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device)
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device).eval()
         if side == "tiled":
             vae.enable_tiling()
     x = torch.randn(shape_of_input(part, pixels, config), generator=torch.Generator().manual_seed(1)).clamp(-1, 1)

@@ -24,7 +24,7 @@ from PIL import ImageFilter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import open_weights  # noqa: E402
+from bench.ablation import apart  # noqa: E402
 from reading.pictures import read_picture  # noqa: E402
 from scores.folder import find_pictures  # noqa: E402
 from scores.preference import ASKED  # noqa: E402
@@ -143,15 +143,6 @@ def table(words: list[str], printed: str) -> list[list[str]]:
     return []
 
 
-def apart(a: Path, b: Path, base: Path) -> float:
-    """How far the weights of two runs are from each other, over how far the first is from its start (L2)."""
-    first, second, start = ({name: tensor.read().double() for name, tensor in open_weights(path).items()}
-                            for path in (a, b, base))
-    between, moved = (sum(float((first[name] - other[name]).square().sum()) for name in first if name in start)
-                      for other in (second, start))
-    return (between / moved) ** 0.5
-
-
 # ---- the run
 
 def run(words: list[str]) -> str:
@@ -194,8 +185,7 @@ def main() -> None:
         elif not rows:
             print(f"{printed.strip()}\n", flush=True)
     runs = [out / name / "sd3.safetensors" for name in ("wlf", "finetune")]
-    share = apart(*runs, ROOT / "models" / "tiny-sd3" / "base_256.safetensors")
-    print(f"\nweights of wlf and finetune: {share:.2g} of what training changed lies between them")
+    print(f"\nweights of wlf and finetune: {apart(*runs)['share']:.2g} of what training changed lies between them")
 
 
 if __name__ == "__main__":
