@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mode
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import names
 from files import printable, read_json, replacing
 
-M = TypeVar("M", bound=nn.Module)
+K, M = TypeVar("K"), TypeVar("M", bound=nn.Module)
 Device = str | torch.device
 Filled = Callable[[Callable[[], M], "Weights", Device, torch.dtype | None], M]  # `filled`, or another way
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -253,11 +253,11 @@ def _times_scale(weight: LazyTensor, scale: LazyTensor, first: int, last: int) -
     return weight.rows(first, last).float() * factor.view(-1, *[1] * (len(weight.shape) - 1))
 
 
-def read_anew(tensors: Iterable[LazyTensor]) -> list[Tensor]:
-    """Tensors through new memory maps, which are freed with them; those that are assembled from several by read()."""
-    tensors = list(tensors)
-    maps = {file: safe_open(file, framework="pt") for file in {tensor.place[0] for tensor in tensors if tensor.place}}
-    return [maps[tensor.place[0]].get_tensor(tensor.place[1]) if tensor.place else tensor.read() for tensor in tensors]
+def anew(tensors: Mapping[K, LazyTensor]) -> dict[K, LazyTensor]:
+    """The same tensors through new memory maps, gone with the last of them; assembled ones as they are."""
+    maps = {file: safe_open(file, framework="pt") for file in {t.place[0] for t in tensors.values() if t.place}}
+    return {name: replace(t, read=partial(maps[t.place[0]].get_tensor, t.place[1])) if t.place else t
+            for name, t in tensors.items()}
 
 
 # ---- filling a module
@@ -309,7 +309,7 @@ def assign(module: nn.Module, weights: Weights, which: Iterable[str], device: De
                              f"{names.FULL}")
         tensor = stored.to(device).to(dtype or torch.float32)
         # checked through a second map: rows that are never read, most of SD3's position table, then take no memory
-        low, high = _range(read_anew([weights[name]])[0] if tensor is stored and shard is None else tensor)
+        low, high = _range(anew({name: weights[name]})[name].read() if tensor is stored and shard is None else tensor)
         if low == high == 0 and tensor.ndim > 1 and shard is None:
             blank.append(name)
         if not math.isfinite(high - low):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from layers import STOCK, Positions, check_positions, reach
 from mmdit import MMDiT, MMDiTConfig
 from names import ADAPTERS, recognised
 from text import T5_MOST, FluxText, SD3Text
-from vae import VAEConfig, read_config
+from vae import FLUX_SCALE, FLUX_SHIFT, SD3_SCALE, SD3_SHIFT, VAEConfig, read_config
 
 # what a transformer's metadata may record
 SAMPLING = ("steps", "cfg", "guidance", "time_shift", "res", "factor", "t5_length")
@@ -164,7 +165,7 @@ class Family:
 
 SD3 = Family(
     "SD3", MMDiT, mmdit.read_config, SD3Text, sd3_sigmas, "sd3.safetensors", vae_inside=True, steps=28, cfg=7.0,
-    guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, latent_scale=(1.5305, 0.0609),
+    guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, latent_scale=(SD3_SCALE, SD3_SHIFT),
     release_drops_latent_shift=True, clip_tokens=77, t5_tokens=77,
     without_guidance="SD3 is guided by a second pass, --cfg")
 SD3_5_MEDIUM = replace(SD3, name="SD3.5-medium", steps=50, cfg=5.0)
@@ -174,7 +175,7 @@ SD3_5_TURBO = replace(SD3_5_LARGE, name="SD3.5-large-turbo", steps=4, cfg=1.0,
                       same_tensors="by its name; SD3.5-large has the same tensors and takes --steps 40 --cfg 4.5")
 FLUX_DEV = Family(
     "Flux-dev", Flux, flux.read_config, FluxText, even_sigmas, "flux.safetensors", vae_inside=False, steps=50, cfg=1.0,
-    guidance=3.5, time_shift=None, density="uniform", training_shift=1.0, latent_scale=(0.3611, 0.1159),
+    guidance=3.5, time_shift=None, density="uniform", training_shift=1.0, latent_scale=(FLUX_SCALE, FLUX_SHIFT),
     release_drops_latent_shift=False, clip_tokens=0, t5_tokens=512)
 FLUX_SCHNELL = replace(
     FLUX_DEV, name="Flux-schnell", steps=4, guidance=None, time_shift=1.0, t5_length=256,
@@ -200,6 +201,9 @@ def positioned(config: MMDiTConfig | FluxConfig, rule: str | None, side: int | N
     recorded = config.positions
     positions = Positions(rule or recorded.rule, recorded.side if side is None else side)
     need(side is None or positions.rule != "stock", "trained-side", side, "it with --positions, and none for stock")
+    if positions.rule != "stock" and isinstance(config, MMDiTConfig) and positions.side > config.table_side:
+        raise ValueError(f"trained side {positions.side}: the position table has {config.table_side} tokens per side; "
+                         "give that of the pictures the model was trained with")
     return replace(config, positions=check_positions(positions))
 
 
@@ -309,10 +313,10 @@ def published_name(path: str | os.PathLike) -> str:
     return path.name
 
 
-def fingerprint(path: str | os.PathLike) -> str:
+def fingerprint(*paths: str | os.PathLike) -> str:
     """Twelve digits that distinguish weights: of each file's first MiB and of 64 bytes at 1024 places, not of 24 GB."""
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else [path]:
+    for file in chain(*(sorted(Path(p).glob("*.safetensors")) if os.path.isdir(p) else [p] for p in paths)):
         with open(file, "rb") as f:
             digest.update(f.read(1 << 20))
             size = f.seek(0, os.SEEK_END)
@@ -320,6 +324,11 @@ def fingerprint(path: str | os.PathLike) -> str:
                 f.seek(start)
                 digest.update(f.read(64))
     return digest.hexdigest()[:12]
+
+
+def text_files(folder: str | os.PathLike) -> list[Path]:
+    """The files of a model folder's text encoders and tokenizers: text_encoder*/, text_encoders/, tokenizer*/."""
+    return sorted(file for file in Path(folder).glob("t[eo]*/*") if file.is_file())
 
 
 def vae_for(folder: str | os.PathLike, vae: Path, factor: int) -> Path:

@@ -216,6 +216,8 @@ def frequencies(dim: int, theta: float, positions: Positions, length: int, step:
         """1 for the frequencies of more turns, 0 for those of fewer, a ramp between."""
         last, first = (dim * math.log(span / (n * math.tau)) / (2 * math.log(theta)) for n in turns)
         first, last = max(math.floor(first), 0), min(math.ceil(last), dim // 2)
+        if last <= 0:  # no frequency turns so often
+            return torch.zeros(dim // 2, dtype=torch.float64)
         width = last - first or 0.001
         return 1 - ((torch.arange(dim // 2, dtype=torch.float64) - first) / width).clamp(0, 1)
 
@@ -229,9 +231,9 @@ def amplitude(positions: Positions, length: int) -> float:
 
 
 def sharpening(positions: Positions, tokens: int, context: int) -> float:
-    """Factor of the attention's logits: the remedy of the other rules, (ln tokens / ln trained tokens)^½, at least 1.
+    """Factor of the attention's logits: the remedy of the other rules, (ln N / ln N_trained)^½, at least 1.
 
-    tokens, context  of the image and of the text
+    tokens, context  of the image and of the text; N is their sum
     """
     if positions.rule not in ("pi", "ntk") or tokens <= positions.side**2:
         return 1.0
@@ -239,7 +241,7 @@ def sharpening(positions: Positions, tokens: int, context: int) -> float:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over the last axis, in the dtype of x, under autocast too."""
+    """RMSNorm over the last axis, in the dtype of x; CUDA's autocast makes it fp32."""
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), NORM_EPS)
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import layers
 from checkpoint import Device, Weights, filled, open_weights
@@ -67,7 +68,7 @@ def sincos_table(hidden_size: int, side: int, base: float | None = None, offset:
     return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), dim=1).float()
 
 
-class QKNorm(nn.RMSNorm):
+class QKNorm(nn.RMSNorm):  # by layers.NORM_EPS
     def forward(self, x: Tensor) -> Tensor:
         return layers.rms_norm(x, self.weight)
 
@@ -80,7 +81,7 @@ class Attention(nn.Module):
             self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.ln_q, self.ln_k = (QKNorm(HEAD_DIM, eps=layers.NORM_EPS) for _ in range(2))
+            self.ln_q, self.ln_k = (QKNorm(HEAD_DIM) for _ in range(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, N, H, 64) each; qkv has q, k, v as thirds of its rows and the heads inside each third."""
@@ -230,7 +231,7 @@ class MMDiT(nn.Module):
         read at its own places, around the centre, by cubic interpolation.
         """
         side, dim = self.config.table_side, self.config.hidden_size // 2
-        if self.pos_embed.is_meta:                                                         # train.py --plan
+        if self.pos_embed.is_meta or isinstance(self.pos_embed, FakeTensor):               # memory is counted
             return self.pos_embed.new_empty(length, dim)
         table = self.pos_embed.view(side, side, -1)[0, :, :dim].double()                   # (side, D/2), along a row
         sine, cosine = table[side // 2 - 1:side // 2 + 1, [0, dim // 2]].T                 # of the first frequency, 1

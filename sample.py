@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,11 +48,13 @@ from torch import Tensor
 from checkpoint import DTYPES, Weights, check_names, model_folder, open_weights
 from drawing.pictures import (
     Picture,
+    differs,
     groups,
     in_the_way,
     keep_latent,
     kept_latent,
     latent_file,
+    latent_records,
     name_pictures,
     not_drawn,
     read_prompts,
@@ -59,23 +62,22 @@ from drawing.pictures import (
     with_free_names,
     write_picture,
 )
-from drawing.plan import Plan, choose
+from drawing.plan import MOST_AT_ONCE, Plan, choose
 from drawing.settings import Settings, parse, settle, summary
 from drawing.stages import Stage, resized, stages_of
-from drawing.streaming import hoist, streamed
+from drawing.streaming import finish, hoist, streamed
 from family import OFFICIAL_VAE, Family, check_widths, find, positioned, published, vae_for
 from files import check_path, launched, memory_error, printable, run_command
 from flow import SOLVERS, draw_noise, interpolate, velocity_with_cfg
 from flux import Flux, FluxConfig
 from layers import blocks_of
 from lora import with_lora
-from machine.memory import free_memory, peak_shown
+from machine.memory import free_memory, peak_shown, return_freed_memory
 from machine.ranks import first_failure, gathered, join, leave
 from mmdit import MMDiT, MMDiTConfig
 from reading.pictures import read_picture, upright_size
 from vae import VAE, VAEConfig, read_config, read_scale, to_image
 
-MOST_AT_ONCE = 256  # pictures whose texts and latents are held together
 WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
 
 
@@ -97,12 +99,13 @@ class Job:
 
 def run(given: Settings) -> None:
     """Prompt -> text -> noise -> Euler with cfg -> decode -> file. Arguments and files are checked first."""
+    return_freed_memory()
     job = prepared(given)
     settings = job.settings
     about = summary(given, settings, job.family, job.transformer, job.vae)
     if settings.plan:
         return print(f"{about}\n{job.plan.table()}")
-    records = records_by(settings, job.transformer, job.vae)
+    records = records_by(settings, job.folder, job.transformer, job.vae)
     pictures = with_free_names(name_pictures(read_prompts(settings), settings), records)
     rank, ranks = launched()
     if settings.together:  # ranks do the same: by the plan of the one with the least memory, on the first one's files
@@ -116,16 +119,18 @@ def run(given: Settings) -> None:
     for some in groups(gathered(not_drawn(own, records, settings))[0], MOST_AT_ONCE):
         kept = finished(some, records, job.config.in_channels)
         left = [picture.prompt for picture in some if picture not in kept]
-        encoded = encode([settings.negative, *left], job) if left else {}
+        models.drop()  # the text encoders take their place
+        encoded = encode([settings.negative] * (settings.cfg != 1) + left, job) if left else {}
         for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
             for picture, image, failure, s_per_step in draw(group, job, encoded, kept, models, records):
                 if settings.follows:
                     continue
                 if failure := failure or in_the_way(picture.path, records(picture)):  # another run may have drawn there
-                    failures.append(failed(picture, failure, settings))
+                    failures.append(failed(picture, failure, settings, records(picture)))
                     continue
                 write_picture(picture.path, image, records(picture))
-                print(f"{picture.path}  {s_per_step:.2f} s/step  {peak_shown(settings.device)}")
+                pace = f"{s_per_step:.2f} s/step" if picture not in kept else "from its latent"
+                print(f"{picture.path}  {pace}  {peak_shown(settings.device)}")
     leave()
     for failure in failures[:-1]:
         print(f"error: {printable(failure)}", file=sys.stderr)
@@ -134,14 +139,15 @@ def run(given: Settings) -> None:
 
 
 def prepared(given: Settings) -> Job:
-    """Open the files, without reading them, and settle what was not given; ValueError or OSError if that cannot be."""
+    """Open the weights, unread, and settle what was not given; ValueError or OSError if that cannot be."""
     for name in ("model", "weights", "transformer", "vae", "prompts", "redraw", "out"):
         if (value := getattr(given, name)) is not None:
             check_path("from" if name == "redraw" else name, value)
     for adapter in given.lora:
         check_path("lora", adapter)
     folder, vae, vae_config = model_folder(given.model, given.weights), None, OFFICIAL_VAE
-    if given.plan and (known := published(given.model, given.weights)):
+    own = given.transformer or given.vae or given.lora
+    if given.plan and not own and (known := published(given.model, given.weights)):
         (family, config), transformer = known, Weights({}, {}, "as published")
     else:
         family, transformer, vae = find(folder, given.transformer)
@@ -174,10 +180,8 @@ def check_files(family: Family, config: MMDiTConfig | FluxConfig, transformer: W
 
 def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     """The stages of every picture; a time shift by tokens is that of each stage."""
-    by_tokens = settings.time_shift == family.by_tokens(math.prod(settings.size) // settings.step**2)
-
     def schedule(tokens: int) -> Tensor:
-        return family.sigmas(settings.steps, family.by_tokens(tokens) if by_tokens else settings.time_shift)
+        return family.sigmas(settings.steps, family.by_tokens(tokens) if settings.mu is None else settings.time_shift)
 
     first = None if settings.first == "none" else int(settings.first)
     if settings.redraw:
@@ -198,6 +202,7 @@ def encode(prompts: list[str], job: Job) -> dict[str, tuple[Tensor, Tensor]]:
     dtype = torch.bfloat16 if settings.dtype == "fp16" else DTYPES[settings.dtype]  # T5 overflows in fp16
     text = job.family.text.load(job.folder, settings.device, dtype, settings.t5_length, partial(streamed, resident=1))
     context, pooled = (part.cpu() for part in text.encode(prompts))
+    finish(text.t5)
     del text
     free_memory()
     check_widths(job.config, context, pooled, job.vae_config)
@@ -206,18 +211,23 @@ def encode(prompts: list[str], job: Job) -> dict[str, tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Models:
-    """The transformer and the VAE, read when they are needed."""
+    """The transformer and the VAE, each read when it is first needed."""
 
-    transformer: Callable[[], MMDiT | Flux]
-    vae: Callable[[str], VAE]  # of a dtype
+    transformer: Callable[[], MMDiT | Flux]  # by functools.cache, as the next
+    vae: Callable[[str], VAE]                # of a dtype
     stay: bool
 
     def release(self) -> None:
-        """Let go of both, unless the memory holds them beside each other."""
+        """After a phase: let go of both, unless the memory holds them beside each other."""
         if not self.stay:
-            self.transformer.cache_clear()
-            self.vae.cache_clear()
-            free_memory()
+            self.drop()
+
+    def drop(self) -> None:
+        if self.transformer.cache_info().currsize:
+            finish(self.transformer())
+        self.transformer.cache_clear()
+        self.vae.cache_clear()
+        free_memory()
 
 
 def models_of(job: Job) -> Models:
@@ -240,43 +250,47 @@ def models_of(job: Job) -> Models:
     return Models(cache(transformer), cache(vae), job.plan.stays)
 
 
-def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], kept: dict[Picture, Tensor],
-         models: Models, records: Callable[[Picture], dict]) -> Iterator[tuple[Picture, Tensor | None, str, float]]:
-    """(picture, image (3, H, W) in [-1, 1] or None, why there is none, seconds per step) of each, stage by stage.
+class Drawn(NamedTuple):
+    picture: Picture
+    image: Tensor | None  # (3, H, W) in [-1, 1]
+    failure: str          # why there is none
+    s_per_step: float
 
-    A finished latent is kept in a file until its picture is written.
+
+def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], kept: dict[Picture, Tensor],
+         models: Models, records: Callable[[Picture], dict]) -> Iterator[Drawn]:
+    """Draw pictures stage by stage. A finished latent is kept in a file until its picture is written.
 
     kept  the latents of an earlier run: these pictures are only decoded
     """
-    settings, stages, pace = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
+    settings, stages, seconds = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
     steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
-    # latents before and after a stage; None: drawn from noise
-    before, drawn = dict.fromkeys(picture for picture in pictures if picture not in kept), {}
-    if job.redrawn is not None and before:
-        before = dict.fromkeys(before, enlarged(job.redrawn, stages[0], settings, models))
+    begins, drawn = dict.fromkeys(picture for picture in pictures if picture not in kept), {}
+    if job.redrawn is not None and begins:  # the latent that a stage redraws; None: it draws from noise
+        begins = dict.fromkeys(begins, enlarged(job.redrawn, stages[0], settings, models))
         models.release()
-    for stage in stages:
-        if stage is not stages[0]:
-            before = {}
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        drawn = {}
+        for picture, begin in begins.items():
+            model, began = models.transformer(), time.perf_counter()
+            drawn[picture] = sample(picture, begin, stage, encoded, job, model)
+            seconds[picture] += time.perf_counter() - began
+            if not following and not settings.follows and drawn[picture].isfinite().all():
+                keep_latent(picture.path, drawn[picture], records(picture))
+        model = None  # only `models` holds it
+        models.release()
+        if following:
+            begins = {}
             for picture, latent in drawn.items():
                 image, failure = decode(latent, settings, models)
                 if failure := first_failure(failure):
-                    yield picture, None, failure, pace[picture]
+                    yield Drawn(picture, None, failure, seconds[picture] / steps)
                 else:
-                    before[picture] = enlarged(image, stage, settings, models)
+                    begins[picture] = enlarged(image, following, settings, models)
             models.release()
-        drawn = {}
-        for picture, latent in before.items():
-            began = time.perf_counter()
-            drawn[picture] = sample(picture, latent, stage, encoded, job, models.transformer())
-            pace[picture] += (time.perf_counter() - began) / steps
-            if stage is stages[-1] and drawn[picture].isfinite().all() and not settings.follows:
-                keep_latent(picture.path, drawn[picture], records(picture))
-        models.release()
     latents = {picture: kept[picture] for picture in pictures if picture in kept} | drawn
     for picture, latent in () if settings.follows else latents.items():
-        image, failure = decode(latent, settings, models)
-        yield picture, image, failure, pace[picture]
+        yield Drawn(picture, *decode(latent, settings, models), seconds[picture] / steps)
     models.release()
 
 
@@ -288,15 +302,15 @@ def sample(picture: Picture, before: Tensor | None, stage: Stage, encoded: dict[
     before  (1, C, h, w), of the enlarged picture, which is redrawn; None: drawn from noise
     """
     settings, weight = job.settings, next(model.parameters())  # for its device and dtype
-    pairs = zip(encoded[picture.prompt], encoded[settings.negative], strict=True)
-    passes = 1 if settings.cfg == 1 else 2
-    context, pooled = (torch.cat(pair)[:passes].to(weight) for pair in pairs)                 # (2, L, C), (2, P)
+    prompts = [picture.prompt, settings.negative][:1 if settings.cfg == 1 else 2]
+    texts = zip(*(encoded[prompt] for prompt in prompts), strict=True)
+    context, pooled = (torch.cat(text).to(weight) for text in texts)                          # (2, L, C), (2, P)
     shape = job.config.in_channels, stage.height // settings.factor, stage.width // settings.factor
     latent, start = draw_noise([picture.seed], shape).to(weight.device), stage.sigmas[:1].to(weight.device)
     if before is not None:
         latent = interpolate(before.to(weight.device), latent, start)
     if len(stage.sigmas) > 1:
-        guidance = None if settings.guidance is None else start.new_full((passes,), settings.guidance)
+        guidance = None if settings.guidance is None else start.new_full((len(prompts),), settings.guidance)
         pooled = hoist(model, stage.sigmas[:-1], pooled, guidance)
         velocity = velocity_with_cfg(model, context, pooled, settings.cfg, settings.guidance, job.plan.batched)
         # latent and path are fp32 around a bf16 model
@@ -331,14 +345,15 @@ def decode(latent: Tensor, settings: Settings, models: Models) -> tuple[Tensor |
     return None, f"the VAE overflowed in {', '.join(WIDER[settings.vae_dtype])}"
 
 
-def failed(picture: Picture, reason: str, settings: Settings) -> str:
+def failed(picture: Picture, reason: str, settings: Settings, records: dict) -> str:
     """The line about a picture that could not be drawn."""
     if reason == "overflow":
         strong = f"--cfg {settings.cfg}" + " or the strength of --lora" * bool(settings.lora)
         return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: {strong} is too large, "
                 f"{settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
-    if (kept := latent_file(picture.path)).exists():
-        reason += f"; the finished latent is kept in {kept}, from which the same command resumes"
+    if not differs(latent_records(kept := latent_file(picture.path)), records):
+        reason += f"; the finished latent is kept in {kept}"
+        reason += "" if picture.path.exists() else ", from which the same command resumes"
     return f"{picture.path}: {reason}"
 
 

@@ -4,7 +4,7 @@ Paper      Diffusion-4K sections 3.2 and 9: AdamW, constant lr 1e-6, weight deca
 Objective  z = (1 - sigma)·latent + sigma·noise;  v = noise - latent
            equation 4: w(sigma)·|haar(model(z)) - haar(v)|²; wavelet.objective has it and its alternatives
 Run        python train.py --data examples --res 256 --steps 10 --batch 4 --lr 1e-4      CPU, half a minute
-           torchrun --nproc-per-node 8 train.py --weights flux --data DIR --res 4096 --shard zero2 --offload
+           torchrun --nproc-per-node 8 --shutdown-timeout 900 train.py --weights flux --data DIR --res 4096 …
            python train.py ... --plan 8x80      the memory it takes, without weights or a GPU
 Check      python -m pytest tests/test_train.py tests/test_ranks.py
 """
@@ -39,7 +39,7 @@ from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of, check_ranks, reach
-from machine.memory import check_device
+from machine.memory import check_device, return_freed_memory
 from machine.ranks import join, leave
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
@@ -48,7 +48,7 @@ from training.batches import batches, read_batch, uneven
 from training.cache import Embeddings, Latents, encoders_key
 from training.heldout import HeldOut, default_interval, first_shared
 from training.logs import Tally, what_diverged
-from training.model import EMA, autocast, build, encode, new_optimizer, return_freed_memory
+from training.model import EMA, autocast, build, encode, new_optimizer
 from training.plan import check_memory, plan_of, this_machine
 from training.ranks import SharedError, described, device_of, on_all, rank, stop_on_signals, world
 from training.resume import digest_of, identity_of

@@ -127,7 +127,7 @@ class HalvingConv(nn.Conv2d):
 
     def forward(self, image: Tensor, factor: int = 8, dilation: int = 2) -> Tensor:
         if factor == 8:
-            return super().forward(image)
+            return in_bands(super().forward, image) if banded(image) else super().forward(image)
         return F.conv2d(image, self.weight, self.bias, stride=2, padding=dilation, dilation=dilation)
 
 
@@ -136,7 +136,7 @@ class EnlargingConv(nn.Conv2d):
 
     def forward(self, x: Tensor, enlarge: bool = True, offset: int = 2) -> Tensor:
         if not enlarge:
-            return super().forward(x)
+            return in_bands(super().forward, x) if banded(x) else super().forward(x)
         if banded(x, times=4):
             return in_bands(lambda band: enlarged_conv(band, self.weight, self.bias, offset), x)
         return enlarged_conv(x, self.weight, self.bias, offset)
@@ -198,8 +198,7 @@ def in_bands(conv: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = N
         above = x[:, :, bottom - 1:bottom].clone()  # the next band reads it, and out may be x
         y = conv(band)
         k, cut = y.shape[2] // band.shape[2], top > 0
-        if out is None:
-            out = y.new_empty(*y.shape[:2], k * height, y.shape[3])
+        out = y.new_empty(*y.shape[:2], k * height, y.shape[3]) if out is None else out
         out[:, :, k * top:k * bottom] = y[:, :, k * cut:k * (cut + bottom - top)]
     return out
 
@@ -337,7 +336,10 @@ class Decoder(nn.Module):
 
     def features(self, raw: Tensor) -> Tensor:
         """What the last convolution reads: (B, widths[0], 8h, 8w)."""
-        return F.silu(self.norm_out(run_levels(reversed(self.up), self.mid(self.conv_in(raw)))))
+        x = run_levels(reversed(self.up), self.mid(self.conv_in(raw)))
+        if banded(x) and is_bare(self.norm_out, nn.GroupNorm):
+            return in_bands(norm_silu(self.norm_out, x), x)
+        return F.silu(self.norm_out(x))
 
 
 class VAE(nn.Module):

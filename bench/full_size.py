@@ -34,7 +34,7 @@ from drawing.streaming import hoist, streamed  # noqa: E402
 from family import family_of  # noqa: E402
 from files import replacing  # noqa: E402
 from flow import draw_noise, euler, velocity_with_cfg  # noqa: E402
-from machine.memory import GIB, free_memory, peak_memory_gib  # noqa: E402
+from machine.memory import GIB, free_memory, peak_memory_gib, return_freed_memory  # noqa: E402
 from vae import VAE, read_config, to_pixels  # noqa: E402
 
 MANIFESTS = ROOT / "tests" / "data" / "manifests.json.gz"  # names and shapes of the published files
@@ -90,6 +90,7 @@ def main() -> None:
     add("--delete", action="store_true", help="remove the weights afterwards")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    return_freed_memory()  # as sample.py does
     if not (files := written(args.model, args.folder)):
         return
     fits = draw(*files, args.res, args.steps, args.memory, args.dtype, args.store, args.out, not args.no_decode)

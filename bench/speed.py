@@ -202,8 +202,8 @@ def write_transformer(case: Case, folder: str) -> None:
     else:
         model = SD3Transformer2DModel(caption_projection_dim=case.width, pos_embed_max_size=case.table_side,
                                       out_channels=16, **shared)
-    model.save_pretrained(folder)
-    save(Path(folder) / OFFICIAL, case.model.load(folder).state_dict(), {})
+    model.to(DTYPES[case.dtype]).save_pretrained(folder)
+    save(Path(folder) / OFFICIAL, case.model.load(folder, dtype=DTYPES[case.dtype]).state_dict(), {})
 
 
 def our_transformer(case: Case, folder: str, device: str) -> Step:

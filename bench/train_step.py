@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import speed  # noqa: E402
 from bench.speed import Case, Step  # noqa: E402
 from flow import interpolate  # noqa: E402
+from machine.memory import return_freed_memory  # noqa: E402
 from machine.ranks import leave  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig, new_mmdit  # noqa: E402
 from train import DDP  # noqa: E402
-from training.model import return_freed_memory  # noqa: E402
 from wavelet import objective  # noqa: E402
 
 CASES = {"tiny": Case(width=256, heads=4, context_tokens=72, context_width=192, pooled_width=192, table_side=128),

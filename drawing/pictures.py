@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import Weights, open_weights, save
 from drawing.settings import MOST_PICTURES, Settings
-from family import MOST_SIDE, fingerprint
+from family import MOST_SIDE, fingerprint, text_files
 from files import entry, parse_json, printable, read_text, replacing, writable
 from lora import file_and_strength
 from reading.pictures import recorded
@@ -28,7 +28,8 @@ from vae import to_pixels
 SUFFIXES = {".png": MOST_SIDE, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # longest side, in pixels
 MOST_EXIF = 65_533                                     # bytes of JPEG's metadata
 MOST_LETTERS = 100_000                                 # of one prompt
-MOST_SLUG, MOST_NAME, MOST_BYTES = 48, 180, 64 << 20   # letters; bytes of a file_name, and of --prompts
+MOST_SLUG = 48                                         # letters of a prompt in a file name
+MOST_NAME, MOST_BYTES = 180, 64 << 20                  # bytes of a file_name, and of --prompts
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")
 TABLE_HEAD = re.compile(r"(?=.*\b(?:text|prompts?|captions?|file_name)\b)\w+(?:[,;\t]\w+)+", re.I)
 INFOTEXT = re.compile(r"Negative prompt:|Steps: \d+, \w+")  # of pictures that AUTOMATIC1111 and Forge draw
@@ -143,9 +144,11 @@ def name_pictures(prompts: list[tuple[str, str]], settings: Settings) -> list[Pi
 
 # ---- records
 
-def records_by(settings: Settings, transformer: Weights, vae: Path) -> Callable[[Picture], dict[str, object]]:
+def records_by(settings: Settings, folder: Path, transformer: Weights,
+               vae: Path) -> Callable[[Picture], dict[str, object]]:
     """How pictures are drawn, for their metadata: enough to draw them again, without the folders of this machine.
 
+    folder   of the text encoders
     returns  function of a Picture; None is compared with what is there, and not written
     """
     (width, height), source = settings.size, Path(transformer.source)
@@ -155,6 +158,7 @@ def records_by(settings: Settings, transformer: Weights, vae: Path) -> Callable[
     staged = settings.first != "none"
     about = {"model": f"{source.absolute().parent.name}/transformer" if source.name == "transformer" else source.name,
              **{name: file and fingerprint(file) for name, file in read.items()},
+             "text_encoders": fingerprint(*text_files(folder)),
              "lora": ", ".join(adapters) or None, "res": f"{width}x{height}", "factor": settings.factor,
              "steps": settings.steps, "solver": settings.solver if settings.solver != "euler" else None,
              "cfg": settings.cfg, "guidance": settings.guidance, "time_shift": settings.time_shift,
@@ -197,23 +201,30 @@ def with_free_names(pictures: Sequence[Picture], records_of: Callable[[Picture],
 
 
 def in_the_way(path: Path, records: dict[str, object]) -> str:
-    """What a picture, or its latent, would replace, if that is not of the same picture."""
+    """Why a picture may not be written there: the one that is there, or its latent, records others; "" if it may."""
     for file, recorded_in in ((path, recorded), (latent_file(path), latent_records)):
         if not file.exists():
             continue
-        there, exists = recorded_in(file), "exists" if file == path else f"{file.name} exists"
-        for name, value in records.items():
-            was, given = there.get(name, ""), "" if value is None else str(value)
-            if was != given and "software" not in there:
-                return f"{exists} and records nothing of this program"
-            if was != given:
-                return f"{exists} and was drawn with {name} {was[:80]!r}, not {given[:80]!r}"
+        if other := differs(recorded_in(file), records):
+            return f"{'' if file == path else f'{file.name} '}exists and {other}"
+    return ""
+
+
+def differs(there: dict[str, str], records: dict[str, object]) -> str:
+    """The first setting in which what a picture or latent records is not `records`, in words."""
+    for name, value in records.items():
+        was, given = there.get(name, ""), "" if value is None else str(value)
+        if was != given and "software" not in there:
+            return "records nothing of this program"
+        if was != given:
+            return f"was drawn with {name} {was[:80]!r}, not {given[:80]!r}"
     return ""
 
 
 def not_drawn(pictures: list[Picture], records: Callable[[Picture], dict[str, object]],
               settings: Settings) -> list[Picture]:
-    """Pictures of a list, --prompts, but for those that are there, drawn with the same settings; says how many are."""
+    """The pictures still to draw: of --prompts, those not there yet with the same settings. Prints how many are there.
+    """
     left = [picture for picture in pictures if not settings.prompts or not picture.path.exists()
             or in_the_way(picture.path, records(picture))]
     if len(left) < len(pictures) and not settings.follows:
@@ -232,14 +243,17 @@ def latent_file(path: Path) -> Path:
 
 
 def keep_latent(path: Path, latent: Tensor, records: dict[str, object]) -> None:
-    save(latent_file(path), {"latent": latent}, written(records))
+    """Keep the latent of a picture, unless another run keeps one under its name."""
+    file = latent_file(path)
+    if not file.exists() or not differs(latent_records(file), records):
+        save(file, {"latent": latent}, written(records))
 
 
 def latent_records(file: Path) -> dict[str, str]:
-    """What a file records; nothing if it cannot be read."""
+    """What a file records; nothing if it is not there, or cannot be read."""
     try:
         return open_weights(file).metadata
-    except ValueError:
+    except (ValueError, OSError):  # another rank may have written its picture just now
         return {}
 
 
@@ -262,6 +276,7 @@ def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None
     try:
         with replacing(path) as temporary:
             Image.fromarray(to_pixels(image)).save(temporary, **options)
-        latent_file(path).unlink(missing_ok=True)
+        if not differs(latent_records(latent_file(path)), records):
+            latent_file(path).unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None

@@ -32,6 +32,7 @@ SMALL_MODEL = 100_000_000  # parameters: on a CPU, smaller ones are drawn withou
 T5_BLOCK, T5_EMBEDDINGS = 193_000_000, 132_000_000  # parameters of T5-XXL, which is streamed
 CLIPS = {SD3.text: 818_000_000, FLUX_DEV.text: 123_000_000}
 TEXT_WIDTH = 4096          # of T5-XXL; other text encoders are small
+MOST_AT_ONCE = 256         # pictures whose texts and latents are held together
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Plan:
 
     @property
     def most(self) -> int:
-        """Bytes of the largest phase; of all, where the transformer stays."""
+        """Bytes of the largest phase; where the transformer stays, with what it and the VAE keep in each other's."""
         text, latents, pixels = (sum(size for name, size in self.rows if name.startswith(phase)) for phase in PHASES)
-        kept = sum(size for name, size in self.rows if name in KEPT)
-        return max(text, latents, pixels + (kept if self.stays else 0))
+        transformer, vae = (sum(size for name, size in self.rows if name in kept and self.stays) for kept in KEPT)
+        return max(text, latents + vae, pixels + transformer)
 
     def described(self) -> str:
         """What is done, and whether it suffices."""
@@ -64,7 +65,8 @@ class Plan:
 
 
 PHASES = "text", "latent", "picture"
-KEPT = "latent: resident weights", "latent: buffers of two blocks"
+KEPT = ({"latent: resident weights", "latent: buffers of two blocks", "latent: modulations of all steps"},
+        {"picture: VAE weights"})  # while the other one works
 
 
 def memory_of(given: str | None, device: str) -> int:
@@ -128,8 +130,10 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
     ranks = launched()[1] if settings.together else 1  # which share the tokens
     step = settings.step * ranks
     text = 0
-    if config.context_dim == TEXT_WIDTH:  # embeddings, the first block and two buffers; CLIP
+    if config.context_dim == TEXT_WIDTH:  # embeddings, the first block and two buffers; CLIP; texts
         text = T5_EMBEDDINGS + 3 * T5_BLOCK + CLIPS[family.text]
+        prompts = passes - 1 + min(MOST_AT_ONCE, MOST_AT_ONCE if settings.prompts else len(settings.prompt))
+        text += 2 * prompts * family.text_tokens(settings.t5_length) * TEXT_WIDTH  # of one block and of the next
     rows = {"text: encoders": text * (4 if settings.dtype == "fp32" else 2),
             "latent: resident weights": weights,
             "latent: buffers of two blocks": 2 * dtype.itemsize * max((every for _, every in in_turn), default=0),
@@ -153,7 +157,6 @@ def activation_bytes(family: Family, config: MMDiTConfig | FluxConfig, dtype: to
     """Of one velocity, for a latent of this size."""
     def run(model: MMDiT | Flux) -> None:
         with torch.no_grad():
-            model.resampled = lambda length: torch.empty(length, config.hidden_size // 2)  # its values decide nothing
             latent, sigma = torch.empty(batch, config.in_channels, height, width), torch.empty(batch)
             text = torch.empty(batch, context, config.context_dim, dtype=dtype)
             pooled = torch.empty(batch, config.pooled_dim, dtype=dtype)

@@ -32,7 +32,7 @@ BEYOND = 1.001  # times the trained side: sides that were rounded are not larger
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn and how: the command line. None means not given; settle() fills it in."""
+    """What is drawn and how: the command line. None means not given; settle() fills in what the model decides."""
 
     prompt: list[str]
     prompts: str | None
@@ -51,7 +51,7 @@ class Settings:
     cfg: float | None
     guidance: float | None    # None after settle(): the model has no such input
     time_shift: float | None
-    mu: float | None
+    mu: float | None          # log of the time shift; None after settle(): each stage has its own, by its tokens
     factor: int | None
     offset: int | None        # of the VAE's last convolution; None: as its file records
     t5_length: int | None
@@ -112,6 +112,7 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
     elif mu is not None:
         flag = f"--mu {mu:g}"
     else:
+        settings = replace(settings, mu=math.log(settings.time_shift))
         flag = f"--time-shift {settings.time_shift:g}" + (recorded if shift is None else "")
     first = tokens if settings.first == "none" else (int(settings.first) // settings.step)**2
     if given.together:
@@ -134,37 +135,47 @@ def of_rank() -> str | None:
 
 
 def staged(settings: Settings, family: Family, transformer: Weights, recorded: Positions) -> Settings:
-    """Settings with first, positions and trained_side: a file that records a smaller size is drawn in stages.
+    """Settings with first, start, positions and trained_side, each as given, else by the size that the file records.
 
     Stages draw with the recorded rule of positions, else with interpolated ones.
     """
-    step, first, trained = settings.step, settings.first, None
-    side = math.sqrt(math.prod(settings.size))  # pixels, of a square of this area
-    start = START if settings.start is None else settings.start
+    step, start = settings.step, START if settings.start is None else settings.start
     need(0 <= start <= 1, "start", f"{start:g}", "0 to 1")
-    need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
-    if "res" in transformer.metadata:
-        trained = family.trained_side(transformer) * step  # pixels, at the present factor
+    trained = family.trained_side(transformer) * step if "res" in transformer.metadata else None  # pixels, this factor
+    side = math.sqrt(math.prod(settings.size))                                 # pixels, of a square of this area
     larger = side > BEYOND * (trained or family.res)
+    first = first_stage(settings, family, side, trained if larger else None, larger)
+    rule, trained_side = settings.positions, settings.trained_side
+    if rule is None and (first != "none" or settings.redraw and larger):
+        rule = recorded.rule if recorded != STOCK else "pi"
+    if trained_side is None and rule not in (None, "stock"):
+        pixels = trained or (int(first) if first != "none" else family.res if settings.redraw else 0)
+        trained_side = recorded.side or round(pixels / step)
+    return replace(settings, first=first, start=start, positions=rule, trained_side=trained_side)
+
+
+def first_stage(settings: Settings, family: Family, side: float, trained: float | None, larger: bool) -> str:
+    """Side of the first stage in pixels: --first, else the trained side if --res is larger; "none": there is no such.
+
+    side     pixels, of a square of the picture's area; trained: of the trained size if that is recorded and smaller
+    larger   whether the picture is larger than the model was trained with
+    """
+    first, step = settings.first, settings.step
+    need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
     if settings.redraw:
         check_proportions(settings)
-        first, trained = "none", trained or family.res
-    elif first is None:
-        first = str(max(1, round(trained / step)) * step) if larger and trained else "none"
-        if larger and not trained:
-            remark(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
-                   f"contents repeat, give --first {family.res}")
-    rule, stages = settings.positions, first != "none" and side > pixels_of(first, step)
-    if rule is None and (stages or settings.redraw and larger):
-        rule = recorded.rule if recorded != STOCK else "pi"
-    tokens = int(first) // step if stages else round((trained or 0) / step)
-    trained_side = settings.trained_side
-    if trained_side is None and rule not in (None, "stock"):
-        trained_side = recorded.side or tokens
+        return "none"
+    if first is None and larger and not trained:
+        remark(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
+               f"contents repeat, give --first {family.res}")
+    if first is None:
+        first = str(max(1, round(trained / step)) * step) if trained else "none"
+    if first != "none" and side > pixels_of(first, step):
+        return first
     for name, given in (("first", settings.first), ("start", settings.start)):
-        if given not in (None, "none") and not stages and not settings.redraw:
+        if given not in (None, "none"):
             remark(f"note: --{name} {given} does nothing: {settings.res} px are drawn at once")
-    return replace(settings, first=first if stages else "none", start=start, positions=rule, trained_side=trained_side)
+    return "none"
 
 
 def check_proportions(settings: Settings) -> None:
@@ -207,7 +218,8 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
         size = "x".join(map(str, upright_size(settings.redraw)))
         numbers.append(f"redrawn from {settings.redraw} ({size} px) at noise level {settings.start:g}")
     if settings.positions:
-        numbers.append(f"positions {settings.positions} from {settings.trained_side} tokens")
+        trained = f" from {settings.trained_side} tokens" if settings.trained_side else ""
+        numbers.append(f"positions {settings.positions}{trained}")
     device = settings.device
     if device != "cpu":
         device += f" {torch.cuda.get_device_name(device)}"

@@ -11,7 +11,7 @@ Check       python -m pytest tests/test_streaming.py
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Device, LazyTensor, Weights, assign, check_names, read_anew
+from checkpoint import Device, LazyTensor, Weights, anew, assign, check_names
 from flux import Flux
 from layers import Modulation, blocks_of
 from mmdit import MMDiT
@@ -56,12 +56,19 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
     resident = len(blocks) if resident is None else resident
     first = 0 if fp8 else resident  # the first block that is not there as it is computed with
     away = tuple(f"{paths[block]}." for block in blocks[first:])
-    assign(module, weights, [name for name in module.state_dict() if not name.startswith(away)], device, dtype)
+    there = [name for name in module.state_dict() if not name.startswith(away)]
+    assign(module, Weights(anew(weights), {}, weights.source), there, device, dtype)  # the maps go with the module
     if blocks[first:]:
         kept = [{name: _stored((t.read() for t in _in_file(tensor)), device, fp8) for name, tensor in part.items()}
                 for part in parts[first:resident]]
-        Buffers(blocks[first:], parts[first:], kept, device, dtype, fp8)
+        module.reading = Buffers(blocks[first:], parts[first:], kept, device, dtype, fp8)
     return module.eval()
+
+
+def finish(module: nn.Module) -> None:
+    """Wait for the block that is being read ahead, whose thread would keep the memory of a module that is let go."""
+    if (reading := getattr(module, "reading", None)) and reading.coming[1]:
+        wait([reading.coming[1]])
 
 
 # ---- modulations before the loop
@@ -79,10 +86,8 @@ class Hoisted(nn.Module):
 
 def _rows(modulation: Modulation, weights: Weights, device: torch.device, dtype: torch.dtype,
           conds: list[Tensor]) -> Tensor:
-    """(rows, chunks, 1, D); the weights are read for this, through maps of their own, and let go."""
-    anew = {name: LazyTensor(tensor.shape, lambda tensor=tensor: read_anew([tensor])[0])
-            for name, tensor in weights.items()}
-    assign(modulation, Weights(anew, {}, weights.source), list(anew), device, dtype)
+    """(rows, chunks, 1, D); the weights are read for this, and let go."""
+    assign(modulation, Weights(anew(weights), {}, weights.source), list(weights), device, dtype)
     rows = torch.cat([torch.stack(modulation(cond), dim=1) for cond in conds])  # level by level, as the plain model
     modulation.to("meta")
     return rows
@@ -103,8 +108,9 @@ def hoist(model: MMDiT | Flux, sigmas: Tensor, pooled: Tensor, guidance: Tensor 
             module.rows = module.compute(conds)
 
     def condition(sigma: Tensor, numbers: Tensor, guidance: Tensor | None) -> Tensor:
-        level = (sigmas[:, None] - sigma).abs().argmin(0)  # no wait for the device
-        return level * count + numbers[:, 0]
+        same = sigmas[:, None] == sigma
+        torch._assert_async(same.any(0).all(), "a noise level without modulations: hoist() it too")  # does not wait
+        return same.int().argmax(0) * count + numbers[:, 0]
 
     model.condition = condition
     return torch.arange(count, device=pooled.device)[:, None]
@@ -218,7 +224,7 @@ class Buffers:
     def from_file(self, number: int) -> Iterator[tuple[str, Tensor | InFP8]]:
         """(name, tensor) on the device, as it is stored."""
         part = {name: _in_file(tensor) for name, tensor in self.parts[number].items()}
-        read = read_anew(chain(*part.values()))
+        read = [tensor.read() for tensor in anew(dict(enumerate(chain(*part.values())))).values()]
         if self.stream:
             shapes = {k: (tensor.shape, tensor.dtype) for k, tensor in enumerate(read)}
             self.sent.synchronize()  # the pinned buffer is free again

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 def join(device: torch.device, sharded: bool) -> None:
     """Initialise the process group under torchrun; without it, a group of one if FSDP is used."""
-    if device.type == "cuda":
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     launched()  # refuses half of torchrun's environment

@@ -1,6 +1,7 @@
 """Training runs, one after another, on the ranks of one torchrun. The argument is a JSON file, a list of cases:
 
 "flags"           a command line of train.py; its losses and error are written to OUT/seen-<rank>.json
+"compiler": name  the backend of torch.compile, for --compile
 "ddp": "torch"    use torch's DistributedDataParallel instead of the hand-written DDP
 "die": [rank, n]  this rank kills itself when it computes its n-th loss, counted from 0; not after a restart
 "stop": n         every rank but the first sends itself SIGTERM after n losses
@@ -110,7 +111,7 @@ def pinned(flags: list[str]) -> None:
 
 def main() -> None:
     join(torch.device("cpu"), sharded=False)
-    ddp, formula = train.DDP, train.objective
+    ddp, formula, compiles = train.DDP, train.objective, torch.compile
     for case in json.loads(Path(sys.argv[1]).read_text()):
         if "unused" in case:
             unused()
@@ -133,6 +134,7 @@ def main() -> None:
             return loss
 
         train.objective, train.DDP = watched, ddp
+        torch.compile = partial(compiles, backend=case.get("compiler", "inductor"))
         if case.get("ddp") == "torch":
             train.DDP = partial(TorchDDP, passes=settings.accumulate)
         error = ""

@@ -55,6 +55,13 @@ def test_flux_at_4096_px_fits_a_card_of_24_gb_resident_of_12_in_fp8_and_of_8_str
     assert plan.most <= 7 * GIB and 0 < plan.resident < 57 and not plan.stays
 
 
+def test_texts_of_a_list_of_prompts_are_counted():
+    one, many = (plan_for("--model", "flux", "--memory", 80, *given)
+                 for given in (("--prompt", "x"), ("--prompts", "list.txt")))
+    rows = 255 * 512 * 4096 * 2  # of 256 prompts and the negative one, instead of two
+    assert size(many, "text: encoders") - size(one, "text: encoders") == 2 * rows
+
+
 def test_memory_that_cannot_suffice_is_refused_before_a_weight_is_read():
     with pytest.raises(SystemExit, match="--memory 0.01: --res 4096 takes at least .* GiB"):
         sample.main(["--prompt", "x", "--res", "4096", "--memory", "0.01"])

@@ -190,6 +190,13 @@ def test_commands_name_scripts_and_flags_that_exist(document):
     assert not unknown, f"no command has {', '.join(sorted(unknown))}"
 
 
+@documents
+def test_training_on_several_cards_leaves_time_to_save(document):
+    """torchrun kills its ranks 30 s after SIGTERM; a step at 4096 px and its checkpoint take longer."""
+    lines = [line for line in document.read_text().splitlines() if re.search(r"torchrun.* train\.py .*4096", line)]
+    assert all("--shutdown-timeout" in line for line in lines)
+
+
 def test_commands_of_the_readme_are_seen_by_the_test_above():
     seen = starts(README)
     assert {start.script for start in seen} >= set(COMMANDS) and len([start for start in seen if start.flags]) >= 15

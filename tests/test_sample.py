@@ -24,7 +24,7 @@ import sample
 from checkpoint import locate, open_weights, save
 from drawing import pictures
 from drawing.settings import settle
-from family import find, fingerprint
+from family import find, fingerprint, text_files
 from flow import flux_mu, flux_sigmas
 from flux import Flux, FluxConfig
 from mmdit import MMDiT, MMDiTConfig, new_mmdit
@@ -335,6 +335,7 @@ def test_metadata_record_prompt_seed_settings_and_model(draw, folder, tmp_path, 
     assert {key: str(value) for key, value in records.items()} == guidance | {
         "prompt": prompt, "negative": "blur", "seed": "4", "model": locate(folder)[0].name,
         "weights": fingerprint(locate(folder)[0]), "vae": fingerprint(locate(folder)[1]),
+        "text_encoders": fingerprint(*text_files(folder)),
         "res": "64x64", "factor": "16",
         "steps": "2", "cfg": "2.5", "time_shift": "1.5", "dtype": "fp32", "software": "diffusion-4k"}
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == [file]
@@ -412,6 +413,15 @@ def test_a_picture_of_other_settings_is_not_replaced(draw, refusal, tmp_path, ch
     path.rename(given)
     assert f"given.png: exists and was drawn with {how}; give another --out" in refusal(
         "--prompt", "a hill", *changed, out=given.name)
+
+
+@BOTH
+def test_a_picture_of_other_text_encoders_is_not_replaced(draw, broken):
+    draw("--prompt", "a hill", weights=broken)
+    encoder = open_weights(next(broken.glob("text_encoder*/*.safetensors")))
+    save(encoder.source, {name: 1.1 * t.read() for name, t in encoder.items()}, encoder.metadata)
+    second, first = draw("--prompt", "a hill", weights=broken)
+    assert second.name == "000-a-hill-0-2.png" and pixels(first) != pixels(second)
 
 
 @pytest.mark.parametrize("flags", [("--solver", "ab2"), ("--store", "fp8"), ("--vae-dtype", "bf16")])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench.autoencoder
+import bench.loading
 from bench.speed import (
     WARM_UP,
     Case,
@@ -49,6 +50,13 @@ def test_transformer_agrees_with_diffusers_in_bf16(tmp_path, case):
     sides = {build.__name__: build(case, tmp_path, "cpu") for build in (our_transformer, diffusers_transformer)}
     with torch.inference_mode():
         assert {step().dtype for step in sides.values()} == {torch.bfloat16} and largest_difference(sides) > 0
+
+
+def test_loading_agrees_with_diffusers_and_prints_a_table(capsys):
+    pytest.importorskip("diffusers")
+    bench.loading.bench(Case(depth=2, heads=2, table_side=6, dtype="bf16", **SIZES), None, threads=1, rounds=1)
+    table = capsys.readouterr().out
+    assert all(side in table for side in ("ours", "streamed", "diffusers")) and "largest difference" in table
 
 
 def test_vae_case_agrees_and_prints_a_table(capsys):

@@ -59,7 +59,13 @@ def test_every_further_redrawing_begins_at_a_power_of_start():
 @pytest.mark.parametrize("first", [64, 32])
 def test_start_1_is_drawing_at_once_bit_for_bit(draw, first):
     at_once = draw("--res", 128, "--first", "none", "--positions", "pi", "--trained-side", first // 32)[0]
-    assert np.array_equal(draw("--res", 128, "--first", first, "--start", 1)[0], at_once)
+    assert np.array_equal(draw("--res", 128, "--first", first, "--start", 1, record={})[0], at_once)
+
+
+def test_a_first_stage_does_not_replace_the_recorded_trained_side(draw):
+    flags = "--res", 256, "--first", 64
+    assert draw(*flags, record={"res": "128", "factor": "16"})[1]["trained_side"] == "4"
+    assert draw(*flags, record={})[1]["trained_side"] == "2"
 
 
 @pytest.mark.parametrize("flags", [("--first", "64"), ("--start", "0.4")])
@@ -149,7 +155,7 @@ def photo(tmp_path):
 
 
 def test_a_given_picture_takes_the_place_of_the_first_stage(draw, tmp_path):
-    stages = draw("--res", 128, "--first", 64)[0]
+    stages = draw("--res", 128, "--first", 64, "--trained-side", 2)[0]
     draw("--res", 64, "--first", "none")
     small = tmp_path / "1.png"
     redrawn, records, line, _ = draw("--res", 128, "--from", small, "--positions", "pi", "--trained-side", 2)

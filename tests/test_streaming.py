@@ -1,5 +1,7 @@
 """Streamed models: equal to resident ones, and no weight is there that is not needed."""
 
+import time
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +12,10 @@ from safetensors.torch import save_file
 
 import layers
 from checkpoint import filled, open_weights
-from drawing.streaming import FP8, ROWS, Buffers, Hoisted, hoist, in_fp8, streamed
+from drawing.streaming import FP8, ROWS, Buffers, Hoisted, finish, hoist, in_fp8, streamed
 from family import find
 from flow import velocity_with_cfg
-from machine.memory import LiveBytes
+from machine.memory import LiveBytes, free_memory
 from text import T5Encoder
 
 SIGMAS = torch.tensor([1.0, 0.7, 0.3])
@@ -148,6 +150,18 @@ def test_a_block_that_cannot_be_read_ends_the_run(opened, monkeypatch):
     monkeypatch.setattr(Buffers, "from_file", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         velocities(model, config)
+
+
+@BOTH
+def test_a_module_that_is_let_go_while_a_block_is_read_ahead_leaves_nothing(opened, name, monkeypatch):
+    model, read = build(opened, name, resident=0), Buffers.read
+    monkeypatch.setattr(Buffers, "read", lambda *given: time.sleep(0.2) or read(*given))
+    velocities(model, opened(name)[1])
+    buffer = weakref.ref(model.reading.buffers[0])
+    finish(model)
+    del model
+    free_memory()
+    assert buffer() is None
 
 
 def test_names_that_differ_are_refused_as_by_filled(opened):

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import save
-from family import SD3, Family
+from family import SD3, Family, text_files
 from files import in_utf8, printable, regular, writable
 from machine.memory import free_memory
 from vae import VAE, to_image
@@ -236,5 +236,5 @@ def _content(file: Path, size: int, changed_ns: int) -> bytes:
 
 
 def encoders_key(model: Path) -> str:
-    files = sorted(f for f in model.glob("t[eo]*/*") if f.is_file())  # text_encoder*/, text_encoders/, tokenizer*/
+    files = text_files(model)
     return _digest(files, " ".join(str(f.relative_to(model)) for f in files))[:16]

@@ -3,8 +3,6 @@
 Check     python -m pytest tests/test_train.py tests/test_plan.py
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -102,12 +100,6 @@ class EMA:
         if self.copies:
             for copy, p in zip(self.copies.values(), trained(self.model).values(), strict=True):  # no second fp32 model
                 local(copy).lerp_(local(p).to(local(copy)), 1 - decay)
-
-
-def return_freed_memory() -> None:
-    """Make glibc return freed blocks from 1 MiB on to the system: it would keep a tenth of a CPU run's memory."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def autocast(settings: Settings) -> torch.autocast:
