@@ -55,6 +55,15 @@ def test_flux_at_4096_px_fits_a_card_of_24_gb_resident_of_12_in_fp8_and_of_8_str
     assert plan.most <= 7 * GIB and 0 < plan.resident < 57 and not plan.stays
 
 
+def test_where_the_transformer_stays_each_phase_counts_what_the_other_model_keeps():
+    plan = plan_for("--model", "flux", "--res", 1024, "--memory", 80, "--steps", 1000)
+    rows = dict(plan.rows)
+    sampling = sum(size for name, size in rows.items() if name.startswith("latent"))
+    decoding = sum(size for name, size in rows.items() if name.startswith("picture"))
+    assert plan.stays and rows["latent: modulations of all steps"] > 1.9 * GIB
+    assert plan.most == max(sampling + rows["picture: VAE weights"], sampling - rows["latent: activations"] + decoding)
+
+
 def test_texts_of_a_list_of_prompts_are_counted():
     one, many = (plan_for("--model", "flux", "--memory", 80, *given)
                  for given in (("--prompt", "x"), ("--prompts", "list.txt")))
@@ -68,6 +77,12 @@ def test_memory_that_cannot_suffice_is_refused_before_a_weight_is_read():
     for given in ("none", "0", "-3", "8TB"):
         with pytest.raises(SystemExit, match="--memory.*GiB, such as 8"):
             sample.main(["--prompt", "x", "--memory", given])
+
+
+@pytest.mark.parametrize("flag", ["--transformer", "--vae", "--lora"])
+def test_a_plan_of_a_published_model_does_not_pass_over_a_file_that_is_given(flag):
+    with pytest.raises(SystemExit, match="flux: no such folder"):
+        sample.main(["--plan", "--model", "flux", flag, "nowhere.safetensors"])
 
 
 @pytest.mark.parametrize("model", list(PUBLISHED))

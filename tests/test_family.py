@@ -30,6 +30,7 @@ from family import (
     family_of,
     find,
     fingerprint,
+    positioned,
     variant,
     with_scheduler,
 )
@@ -151,6 +152,12 @@ def test_only_flux_records_its_axes(folders):
                  ((FLUX_DEV, "tiny-flux/flux.safetensors"), (SD3, "tiny-sd3/sd3.safetensors")))
     assert FLUX_DEV.records(flux) == {"axes_dim": "8, 28, 28"} and SD3.records(sd3) == {}
     assert SD3.records(replace(sd3, positions=Positions("pi", 8))) == {"positions": "pi", "trained_side": 8}
+
+
+def test_a_trained_side_beyond_the_position_table_is_refused():
+    with pytest.raises(ValueError, match="trained side 200: the position table has 192 tokens per side"):
+        positioned(MMDiTConfig(), "pi", 200)
+    assert positioned(FluxConfig(), "pi", 200).positions == Positions("pi", 200)
 
 
 @pytest.mark.parametrize("config", [MMDiTConfig(), FluxConfig()])

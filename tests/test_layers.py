@@ -305,6 +305,13 @@ def test_interpolation_divides_all_frequencies_and_ntk_the_lowest(stretch):
     assert (ntk[1:] < stock[1:]).all() and (ntk[:-1] > pi[:-1]).all()
 
 
+def test_yarn_keeps_no_frequency_of_less_than_two_turns_as_trained():
+    """SD3's table has steps of 1/3: 32 tokens are 1.7 turns of the fastest channel, and ntk keeps that one alone."""
+    shorter, longer = (frequencies(768, 10_000, Positions("yarn", side), 4 * side, 1 / 3) for side in (32, 640))
+    stock = frequencies(768, 10_000, Positions(), 128, 1 / 3)
+    assert (shorter[1:] < stock[1:]).all() and (longer[:9] == stock[:9]).all()
+
+
 def test_resonance_rounds_frequencies_to_complete_turns_within_the_trained_side():
     turns = frequencies(56, 10_000, Positions("resonance", 10_000), 10_001) * 10_000 / math.tau
     fast = turns > 16  # yarn leaves these as they are

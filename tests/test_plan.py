@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import data
 import train
-from checkpoint import open_weights
+from checkpoint import open_weights, save
 from family import describe, find
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
@@ -123,6 +123,14 @@ def test_plan_of_a_manifest_equals_that_of_its_folder(planned, folders, tmp_path
     folder, manifest = (planned(f"--weights={path}", "--plan=2x80", "--res=256", "--batch=2")
                         for path in (folders / "tiny-flux", tmp_path / "manifest.json"))
     assert rows(folder)["parameters"] == rows(manifest)["parameters"] and "it fits" in folder
+
+
+def test_a_model_that_records_positions_is_planned_beyond_its_trained_side(planned, folders, tmp_path):
+    weights = open_weights(folders / "tiny-sd3" / "sd3.safetensors")
+    save(tmp_path / "sd3.safetensors", {name: t.read() for name, t in weights.items()},
+         weights.metadata | {"positions": "pi", "trained_side": 2})
+    usual = f"--weights={folders}/tiny-sd3", "--plan=1x80", "--res=128", "--batch=1"
+    assert rows(planned(*usual, f"--transformer={tmp_path}/sd3.safetensors")) == rows(planned(*usual))
 
 
 def test_json_file_that_is_no_manifest_is_refused(tmp_path):

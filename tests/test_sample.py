@@ -871,10 +871,36 @@ def test_a_picture_that_another_run_drew_meanwhile_is_not_replaced(draw, tmp_pat
     draw("--prompt", "snow", out="other.png")
     decode = sample.decode
     monkeypatch.setattr(sample, "decode", slow)
-    with pytest.raises(SystemExit, match="a.png: exists and was drawn with prompt 'snow', not 'a hill'; the finished"):
+    with pytest.raises(SystemExit, match="not 'a hill'; the finished latent is kept in .*a.latent.safetensors$"):
         draw("--prompt", "a hill", out="a.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "other.png").read_bytes()
     assert (tmp_path / "a.latent.safetensors").exists()
+
+
+def test_the_latent_that_another_run_keeps_meanwhile_stays(draw, tmp_path, monkeypatch):
+    def slow(*arguments):
+        drawn = draw_latent(*arguments)
+        (tmp_path / "out" / "000-a-hill-0.latent.safetensors").write_bytes(latent)  # by the other run
+        return drawn
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(VAE, "decode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        draw("--prompt", "a hill", "--cfg", 5, out="other")
+    latent = next((tmp_path / "other").iterdir()).read_bytes()
+    draw_latent = sample.sample
+    monkeypatch.setattr(sample, "sample", slow)
+    with pytest.raises(SystemExit, match="a-hill-0.latent.safetensors exists and was drawn with cfg '5.0', not '3.0'$"):
+        draw("--prompt", "a hill")
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [latent]
+
+
+@BOTH
+def test_without_guidance_by_a_second_pass_the_negative_prompt_is_not_encoded(draw, name, monkeypatch):
+    text, given = {"tiny-sd3": SD3Text, "tiny-flux": FluxText}[name], []
+    encode = text.encode
+    monkeypatch.setattr(text, "encode", lambda text, prompts: given.append(prompts) or encode(text, prompts))
+    draw("--prompt", "a hill", "--cfg", 1)
+    assert given == [["a hill"]]
 
 
 def test_recorded_factor_and_t5_length_are_used(says, folder, tmp_path):

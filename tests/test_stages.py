@@ -68,6 +68,14 @@ def test_a_first_stage_does_not_replace_the_recorded_trained_side(draw):
     assert draw(*flags, record={})[1]["trained_side"] == "2"
 
 
+@pytest.mark.parametrize("flags, same", [((), False), (("--mu", "1.15"), True), (("--time-shift", "3"), True)])
+def test_a_given_time_shift_is_that_of_every_stage(flags, same):
+    """At 2048 px the shift by tokens is exp(1.15): given, it holds at 1024 px too."""
+    job = sample.prepared(sample.parse(["--plan", "--model", "flux", "--res", "2048", "--first", "1024", *flags]))
+    first, second = (stage.sigmas for stage in job.stages)
+    assert bool(torch.isin(second[1:], first).all()) == same
+
+
 @pytest.mark.parametrize("flags", [("--first", "64"), ("--start", "0.4")])
 def test_flags_of_stages_say_so_where_there_is_one_stage(draw, flags):
     picture, *_, notes = draw("--res", 64, *flags)

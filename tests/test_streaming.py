@@ -145,6 +145,15 @@ def test_t5_by_blocks_is_t5(opened):
     assert torch.equal(T5Encoder.load(path)(tokens[1:]), expected[1:])  # a row does not depend on the others
 
 
+@BOTH
+def test_a_level_that_was_not_hoisted_is_refused(opened, name):
+    config, model = opened(name)[1], build(opened, name)
+    latent, context, pooled, guidance = inputs(config)
+    numbers = hoist(model, SIGMAS, pooled, guidance)
+    with pytest.raises(RuntimeError, match="a noise level without modulations"):
+        model(latent, torch.tensor([0.7, 0.69]), context, numbers, guidance)
+
+
 def test_a_block_that_cannot_be_read_ends_the_run(opened, monkeypatch):
     config, model = opened("tiny-flux")[1], build(opened, "tiny-flux", resident=0)
     monkeypatch.setattr(Buffers, "from_file", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
