@@ -275,9 +275,11 @@ def read_config(weights: Weights, axes_dim: tuple[int, ...] | None = None, theta
 def read_axes(weights: Weights, head_dim: int) -> tuple[int, ...]:
     """Channels of a head for text index, row and column: from the metadata, else AXES in proportion."""
     text = weights.metadata.get("axes_dim", weights.metadata.get("axes_dims_rope"))  # ours, or diffusers' config.json
-    proportion = tuple(axis * head_dim // sum(AXES) for axis in AXES)
-    three = re.fullmatch(r"[\[(]?(\d{1,6}), ?(\d{1,6}), ?(\d{1,6})[\])]?", text or "")
-    axes = proportion if text is None else tuple(map(int, three.groups())) if three else ()
+    if text is None:
+        axes = tuple(axis * head_dim // sum(AXES) for axis in AXES)
+    else:
+        three = re.fullmatch(r"[\[(]?(\d{1,6}), ?(\d{1,6}), ?(\d{1,6})[\])]?", text)
+        axes = tuple(map(int, three.groups())) if three else ()
     if sum(axes) != head_dim or not all(axis > 0 and axis % 2 == 0 for axis in axes):
         shown = repr(text[:40]) if text else axes
         raise ValueError(f"{weights.source}: RoPE axes {shown} do not divide a head of {head_dim} into three even "

@@ -76,11 +76,10 @@ def check_ranks(ranks: int, heads: int, context: int, tokens: int) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Rank k gets part k of one axis from every rank and joins these parts along another; backward does the reverse.
+    """Every rank sends part j of `axis` to rank j, and joins what it receives along `other`. Backward: the axes swapped.
 
-    group  of ranks
-    axis   divided among the ranks, `parts` long
-    other  joined: `lengths` long on the ranks, so that x.shape[other] is this rank's length
+    parts    lengths into which `axis` is cut, one per rank
+    lengths  of `other` on each rank, before the exchange
     """
 
     @staticmethod

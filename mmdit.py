@@ -138,7 +138,10 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(config, dual=self.dual)
 
     def forward(self, context: Tensor, x: Tensor, cond: Tensor, attend: Attend) -> tuple[Tensor | None, Tensor]:
-        """Context (None from the last block) and x, after joint attention, dual attention among image tokens, MLPs."""
+        """Joint attention of context and x, in dual blocks a second one of x alone, an MLP per stream.
+
+        returns  context, None from the last block, and x
+        """
         mod_c, mod_x = (Chunks(*stream.adaLN_modulation(cond)) for stream in (self.context_block, self.x_block))
         of_context = self.context_block.attn.heads(layers.modulated_norm(context, mod_c.shift, mod_c.scale))
         of_image = self.x_block.attn.heads(layers.modulated_norm(x, mod_x.shift, mod_x.scale))  # (B, N, H, 64) q, k, v
@@ -212,7 +215,8 @@ class MMDiT(nn.Module):
         return F.silu(time + self.y_embedder(pooled.to(dtype)))
 
     def position(self, height: int, width: int) -> Tensor:
-        """The centre of the position table, (height/p, width/p, D): a view, or by config.positions a table anew."""
+        """Position embeddings, (height/p, width/p, D): the centre of the table, a view; beyond the trained side, the
+        table read at the places that config.positions gives."""
         side, p = self.config.table_side, self.config.patch_size
         h, w = layers.patch_grid(height, width, p)
         if max(self.config.positions.stretch(n) for n in (h, w)) > 1:

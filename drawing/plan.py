@@ -6,7 +6,8 @@ Phases      the text encoders, then the transformer, then the VAE. In a large me
 Chosen      the fastest that fits: guidance as one batch of two or as two passes; all blocks resident, or the others
             streamed (drawing/streaming.py)
 Counted     weights by their shapes; activations by running the code on tensors without storage
-Not in it   RESERVE of a card for the CUDA context and fragmentation, PROCESS of a host for Python and torch
+Not in it   RESERVE of a card for the CUDA context and fragmentation, PROCESS of a host for Python and torch; pages of
+            the file while a block is read, which the system counts to the process but can take back
 Check       python -m pytest tests/test_drawing_plan.py ; python sample.py --plan --model flux --memory 24 --res 4096
 """
 

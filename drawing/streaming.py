@@ -51,8 +51,8 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
         if isinstance(modulation, Modulation):
             module.set_submodule(name, Hoisted(partial(_rows, modulation, weights.part(f"{name}."), device, dtype)))
     blocks, paths = blocks_of(module), {block: name for name, block in module.named_modules()}
-    parts = [Weights({name: weights[f"{paths[block]}.{name}"] for name in block.state_dict()}, {}, weights.source)
-             for block in blocks]
+    parts = [Weights({name: weights[f"{path}.{name}"] for name in block.state_dict()}, {}, f"{weights.source}: {path}")
+             for block, path in ((block, paths[block]) for block in blocks)]
     resident = len(blocks) if resident is None else resident
     first = 0 if fp8 else resident  # the first block that is not there as it is computed with
     away = tuple(f"{paths[block]}." for block in blocks[first:])
@@ -169,6 +169,7 @@ class Buffers:
         self.shapes = [{name: (tensor.shape, dtype) for name, tensor in part.items()} for part in parts]
         self.buffers = [torch.empty(max(map(_bytes, self.shapes)), dtype=torch.uint8, device=device) for _ in range(2)]
         self.now, self.turn, self.coming = -1, 0, (-1, None)  # the block that computes, its buffer, (block, its future)
+        self.checked: set[int] = set()  # blocks without NaN and Inf
         self.thread = ThreadPoolExecutor(1)
         self.pinned = self.stream = None
         if device.type == "cuda":
@@ -216,10 +217,20 @@ class Buffers:
                     tensors[name].copy_(stored.weight).mul_(stored.scale)
                 else:
                     tensors[name].copy_(stored, non_blocking=True)
+            if number not in self.checked:
+                self.check(number, tensors)
             if self.stream:
                 ready = torch.cuda.Event()
                 ready.record()
         return tensors, ready
+
+    def check(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """ValueError that names the first tensor with NaN or Inf."""
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{self.parts[number].source}.{name} holds NaN or Inf: the file is damaged, its "
+                                 f"training diverged, or its values exceed {self.dtype}")
+        self.checked.add(number)
 
     def from_file(self, number: int) -> Iterator[tuple[str, Tensor | InFP8]]:
         """(name, tensor) on the device, as it is stored."""

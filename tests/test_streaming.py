@@ -1,5 +1,6 @@
 """Streamed models: equal to resident ones, and no weight is there that is not needed."""
 
+import math
 import time
 import weakref
 from dataclasses import replace
@@ -158,6 +159,15 @@ def test_a_block_that_cannot_be_read_ends_the_run(opened, monkeypatch):
     config, model = opened("tiny-flux")[1], build(opened, "tiny-flux", resident=0)
     monkeypatch.setattr(Buffers, "from_file", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
+        velocities(model, config)
+
+
+def test_a_streamed_block_with_nan_is_refused_by_name(opened, monkeypatch):
+    config, model = opened("tiny-flux")[1], build(opened, "tiny-flux", resident=0)
+    part = model.reading.parts[1]
+    monkeypatch.setitem(part, "img_mlp.0.bias", replace(part["img_mlp.0.bias"], place=None,
+                                                        read=lambda: torch.full((1,), math.nan)))
+    with pytest.raises(ValueError, match=r"flux.safetensors: double_blocks.1.img_mlp.0.bias holds NaN or Inf: the file is"):
         velocities(model, config)
 
 
