@@ -76,7 +76,7 @@ def check_ranks(ranks: int, heads: int, context: int, tokens: int) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Every rank sends part j of `axis` to rank j, and joins what it receives along `other`. Backward: the axes swapped.
+    """Every rank sends part j of `axis` to rank j, and joins what it receives along `other`. Backward: axes swapped.
 
     parts    lengths into which `axis` is cut, one per rank
     lengths  of `other` on each rank, before the exchange

@@ -167,7 +167,7 @@ def test_a_streamed_block_with_nan_is_refused_by_name(opened, monkeypatch):
     part = model.reading.parts[1]
     monkeypatch.setitem(part, "img_mlp.0.bias", replace(part["img_mlp.0.bias"], place=None,
                                                         read=lambda: torch.full((1,), math.nan)))
-    with pytest.raises(ValueError, match=r"flux.safetensors: double_blocks.1.img_mlp.0.bias holds NaN or Inf: the file is"):
+    with pytest.raises(ValueError, match=r"flux.safetensors: double_blocks.1.img_mlp.0.bias holds NaN or Inf"):
         velocities(model, config)
 
 
