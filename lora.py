@@ -84,7 +84,7 @@ class Update:
         added = self.scale * (up[first - self.place.first:last - self.place.first] @ down)
         if not added.isfinite().all():
             raise ValueError(f"{self.source}: what it adds to {self.place.layer} at a scale of {self.scale:g} holds "
-                             "NaN or Inf: the file is damaged, its training diverged, or its strength is too large")
+                             "NaN or Inf: its strength is too large")
         return added
 
 
@@ -175,6 +175,9 @@ def _update(source: str, place: Place, name: str, parts: dict[str, LazyTensor], 
         alpha = entry({"lora_alpha": rank} | config, "lora_alpha", float, source)
     if not math.isfinite(alpha):
         raise ValueError(f"{source}: alpha of {name} is no finite number: download it again")
+    if not all(part.read().float().isfinite().all() for part in (up, down)):  # small: before the text encoders are read
+        raise ValueError(f"{source}: lora_A or lora_B of {name} holds NaN or Inf: the file is damaged, or its training "
+                         "diverged")
     return Update(place, up, down, strength * alpha / rank, source)
 
 

@@ -272,12 +272,12 @@ def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Ten
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         drawn = {}
         for picture, begin in begins.items():
-            model, began = models.transformer(), time.perf_counter()
-            drawn[picture] = sample(picture, begin, stage, encoded, job, model)
+            models.transformer()  # read before the clock starts
+            began = time.perf_counter()
+            drawn[picture] = sample(picture, begin, stage, encoded, job, models.transformer())
             seconds[picture] += time.perf_counter() - began
             if not following and not settings.follows and drawn[picture].isfinite().all():
                 keep_latent(picture.path, drawn[picture], records(picture))
-        model = None  # only `models` holds it
         models.release()
         if following:
             begins = {}
