@@ -122,10 +122,13 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
     most    longest side that the transformer's position table allows
     aspect  False: all are res x res
     small   a picture that does not cover its crop: refuse; skip, its size is None; enlarge
-    raises  ValueError that names the smallest picture, if they are refused, or if none is left; or one so narrow that
-            it has more than MOST_PIXELS once it is enlarged
+    raises  ValueError if `most` is too little; that names the smallest picture, if they are refused, or if none is
+            left; or one so narrow that it has more than MOST_PIXELS once it is enlarged
     """
     choice, sizes, below = aspect_sizes(res, step, most) if aspect else [(res, res)], [], []
+    if not choice or max(map(max, choice)) > most:
+        raise ValueError(f"--res {res}: the model's position table ends at {most:g} px per side at this --factor; give "
+                         f"less{', or no --aspect' * (aspect and res <= most)}")
     for item in items:
         width, height = upright_size(item.path)
         lack = too_small(width, height, res, choice)
@@ -161,14 +164,14 @@ def check(folder: str, res: int | None = None, aspect: bool = False) -> int:
     need(res is None or res >= 32 and res % 32 == 0, "res", res, "a multiple of 32")
     if aspect and not res:
         raise ValueError("--aspect: sizes depend on --res; give it too")
-    choice = aspect_sizes(res, 32) if res and aspect else [(res, res)]
+    choice = (aspect_sizes(res, 32) if aspect else [(res, res)]) if res else []
     for item in tqdm(items, desc="pictures", file=sys.stderr):
         try:
             picture = read_picture(item.path)
             sides.append(picture.size)
             notes.update({picture.info.get("profile", ""), "frames" * picture.info.get("frames", False),
                           "unscored" * (min(picture.size) < 64 or max(picture.size) > 65_500)})
-            if lack := res and too_small(*picture.size, res, choice):
+            if choice and (lack := too_small(*picture.size, res, choice)):
                 errors.append(f"{item.path}: {lack}")
         except ValueError as error:
             errors.append(str(error))
@@ -290,15 +293,19 @@ def _measured(path: Path, results: object, glcm: Callable) -> dict:
 
 def caption(folder: str, out: str | None, every: bool, endpoint: str, model: str, key_variable: str, side: int,
             per_minute: float, at_once: int, timeout: float, price: list[float] | None, dry_run: bool) -> int:
-    """Ask an endpoint for the captions that a folder lacks; returns 1 if one is still missing, else 0."""
+    """Ask an endpoint for the captions that a folder lacks; returns 1 if a picture has no answer, or cannot be read."""
     need(side >= 64, "side", side, "64 or more pixels")
     need(1 <= at_once <= 256, "at-once", at_once, "1 to 256")
     opened = open_endpoint(endpoint, model, key_variable, per_minute, timeout)
     check_path("out", out or folder)
     file, errors = Path(out or Path(folder) / "captions.jsonl"), []
+    need(file.name not in LISTINGS, "out", file, "a new file; append its lines to the listing afterwards")
     items = read_folder(folder, complete=False)
     pictures = {item.path.relative_to(folder).as_posix(): item.path for item in items if every or not item.captions}
-    asked, line = to_ask(pictures, file, side, price, errors)
+    if beside := sum(path.with_suffix(".txt").is_file() for path in pictures.values()):
+        print(f"note: {beside} of these pictures have a .txt beside them, which is not read: write {LISTINGS[0]} from "
+              "those")
+    asked, line = to_ask(pictures, model, file, side, price, errors)
     answered = len(pictures) - len(asked) - len(errors)
     print(f"{len(pictures)} pictures, {answered} answered in {file}; {line}", flush=True)
     if asked and not dry_run:

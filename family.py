@@ -328,7 +328,8 @@ def fingerprint(*paths: str | os.PathLike) -> str:
 
 def text_files(folder: str | os.PathLike) -> list[Path]:
     """The files of a model folder's text encoders and tokenizers: text_encoder*/, text_encoders/, tokenizer*/."""
-    return sorted(file for file in Path(folder).glob("t[eo]*/*") if file.is_file())
+    folders = ("text_encoder*", "tokenizer*")
+    return sorted(file for name in folders for file in Path(folder).glob(f"{name}/*") if file.is_file())
 
 
 def vae_for(folder: str | os.PathLike, vae: Path, factor: int) -> Path:
@@ -387,6 +388,9 @@ def describe(model: str | None, weights: str | None, transformer: str | None) ->
         if not isinstance(shapes, dict):
             raise ValueError(f'{weights}: no manifest, which has "tensors": {{name: shape}}; '
                              "give the folder or file of the weights")
+        for name, shape in shapes.items():
+            if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+                raise ValueError(f"{weights}: {name} has the shape {shape!r:.40}, expected a list of integers")
         tensors = {name: LazyTensor(tuple(shape), lambda: None) for name, shape in shapes.items()}
         manifest = Weights(tensors, {}, weights)
         family = family_of(manifest)

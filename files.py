@@ -23,6 +23,7 @@ from types import FrameType
 
 MOST_JSON = 32 << 20        # bytes: the index of a sharded model and the tokenizers of large models are below it
 MOST_DEPTH = 64             # levels of lists and objects
+SOFTWARE = "diffusion-4k"  # what our pictures and adapters record
 STALE_S = 3600              # a temporary file that was not written to for this long belongs to no living process
 MOST_NAME, MOST_PATH = 220, 3500  # bytes; systems take 255 and 4096, and names of temporary files are longer
 INTERRUPTED = 130           # exit code, as shells have it
@@ -153,12 +154,12 @@ def naming(path: Path) -> Iterator[None]:
 
 def is_temporary(path: Path) -> bool:
     """Whether `replacing` made it."""
-    return path.name.startswith(".") and ".tmp" in path.name
+    return bool(re.fullmatch(r"\..*\.\d+\.tmp(\.[^.]*)?", path.name, re.DOTALL))
 
 
 def clear_temporaries(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder."""
-    for file in folder.glob(".*.tmp*"):
+    for file in filter(is_temporary, folder.glob(".*.tmp*")):
         try:
             if time.time() - file.stat().st_mtime > STALE_S:
                 file.unlink()

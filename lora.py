@@ -27,7 +27,7 @@ from torch import Tensor
 
 from checkpoint import LazyTensor, Weights, open_weights
 from family import fingerprint, published_name
-from files import entry, need, parse_json, read_json
+from files import SOFTWARE, entry, need, parse_json, read_json
 from names import FLUX_NAMES, SD3_NAMES, VARIANTS, plain_rows, recognised
 
 PREFIX = "model.diffusion_model."
@@ -37,7 +37,6 @@ PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up",
 UNREAD = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "modules_to_save")  # of PEFT's configuration
 BASE_CHANGED = re.compile("pissa|olora|loftq|corda", re.IGNORECASE)  # ways to begin that subtract from the model
 RECORDED = ("res", "factor", "t5_length", "positions", "trained_side")  # of our own files, instead of the transformer's
-SOFTWARE = "diffusion-4k"
 
 
 # ---- where an adapter's layers are in the official weights

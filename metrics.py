@@ -186,11 +186,12 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
         rfid = or_left_out("rFID", notes, errors, lambda: frechet_distance(*np.stack(features, axis=1)))
         if rfid is not None:
             means["rfid"] = rfid
-            lines.append(f"rFID {rfid:.4f}")
+            if len(features) > 3:
+                reach = of_halves(sets.paired_frechet, [np.stack(features)], rfid).reach
+                intervals["rfid"] = max(0.0, rfid - reach), rfid + reach
+            lines.append(f"rFID {rfid:.4f}{interval_text(intervals.get('rfid'))}")
             notes.append(sets.number_note("rfid", len(rows)))
-            reach = of_halves(sets.paired_frechet, [np.stack(features)], rfid).reach if len(features) > 3 else np.nan
-            intervals["rfid"] = max(0.0, rfid - reach), rfid + reach
-    protocol = protocol_of(means, "bootstrap", *(["halves"] if "rfid" in means else []))
+    protocol = protocol_of(means, "bootstrap", *(["halves"] if "rfid" in intervals else []))
     report = {"pictures": rows, "mean": means, "intervals": intervals, "factor": factor, "notes": notes}
     conclude(as_json, report | {"protocol": protocol}, "\n".join(lines + notes + protocol_lines(protocol)), errors)
 
@@ -201,6 +202,7 @@ def run_set(generated: Path, reference: Path | None, prompts: Path | None, res: 
     from machine.memory import check_device
     from scores import sets
 
+    need(not res or reference is not None, "res", res, "it with --reference, for FID")
     device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
     scores, intervals = {}, {}
     pictures, originals = find_pictures([generated]), find_pictures([reference]) if reference else []
@@ -253,6 +255,7 @@ def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, 
     from machine.memory import check_device
     from scores import sets
 
+    need(not res or reference is not None, "res", res, "it with --reference, for FID")
     device, results, notes, errors = check_device(device), Results(cache, read_pixels), [], []
     pairs, originals = pair_names(a, b, notes), find_pictures([reference]) if reference else []
     captions = pair_captions(prompts, list(pairs), notes) if prompts else {}
@@ -267,11 +270,14 @@ def run_compare(a: Path, b: Path, reference: Path | None, prompts: Path | None, 
     left_out = partial(or_left_out, notes=notes, errors=errors)
     captions = {x: text for x, text in captions.items() if x in pairs}
     texts = [captions, {pairs[x]: text for x, text in captions.items()}]
-    scored = [sets.picture_scores(side, text, weights, device, results, [], left_out)
+    scored = [sets.picture_scores(side, text, weights, device, results, notes, left_out)
               for side, text in zip(sides, texts, strict=True)]
     compared += [versus(name, "higher", *(side[name] for side in scored)) for name in scored[0] if name in scored[1]]
     if originals and (inception := left_out("FID", compute=partial(sets.Extractor, weights, device))):
         res = res or min(map(min, size_of.values()))
+        for side, what in (sides[0], "pictures of a"), (sides[1], "pictures of b"), (originals, "reference pictures"):
+            note_enlarged(side, what, res, notes)
+        notes.append(sets.number_note("fid", min(len(pairs), len(originals))))
         features = partial(sets.set_features, res=res, results=results, inception=inception, errors=errors)
         compared += left_out("FID", compute=lambda: sets.fid_differences(
             *map(features, (*sides, originals)), results)) or []

@@ -26,11 +26,12 @@ INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depic
                         r"\W*(image )?(caption|description)\W*:", re.IGNORECASE)
 
 
-def to_ask(pictures: Mapping[str, Path], file: Path, side: int, price: Sequence[float] | None,
+def to_ask(pictures: Mapping[str, Path], model: str, file: Path, side: int, price: Sequence[float] | None,
            errors: list[str]) -> tuple[dict[str, Path], str]:
     """The pictures that `file` has no caption of, and one line: how many, how many tokens, how much at most.
 
     pictures  file_name -> path
+    model     asked now: the line says how many captions are another one's
     side      of the pictures that are sent, pixels, at most
     price     US dollars per million tokens of input and of output
     errors    gets a line per picture that cannot be read, which is not asked about
@@ -43,7 +44,10 @@ def to_ask(pictures: Mapping[str, Path], file: Path, side: int, price: Sequence[
                 asked[name] = path
             except ValueError as error:
                 errors.append(str(error))
-    return asked, estimate(len(asked), tokens, len(asked) * MOST_TOKENS, price)
+    line = estimate(len(asked), tokens, len(asked) * MOST_TOKENS, price)
+    if others := sum(answered[name].get("model", model) != model for name in pictures if name in answered):
+        line += f"; {others} of the answers are another model's: give another --out to ask again"
+    return asked, line
 
 
 def captions(pictures: Mapping[str, Path], endpoint: Endpoint, file: Path, side: int, at_once: int,
@@ -58,7 +62,8 @@ def captions(pictures: Mapping[str, Path], endpoint: Endpoint, file: Path, side:
 
 def caption_of(answer: str) -> dict[str, str]:
     """{"text": caption}; ValueError if the answer begins as the prompt forbids, or declines."""
-    text = " ".join(answer.split()).strip("\"“”")
+    text = " ".join(answer.split())
+    text = whole[1] if (whole := re.fullmatch(r'["“]([^"“”]*)["”]', text)) else text
     if INTRODUCED.match(text):
         raise ValueError(f"it begins with {text[:40]!r}")
     return {"text": text_of({"text": text}, "text", "the answer")}

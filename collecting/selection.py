@@ -1,6 +1,6 @@
 """Which pictures to train on: numbers about each, limits of these numbers, near-duplicates.
 
-Numbers   on gray levels 0 to 255 at full size, over PATCH x PATCH pixels; a border that fills no patch is left out
+Numbers   on gray levels 0 to 255 at full size, over patches of PATCH pixels; a border that fills no patch is left out
           short      pixels of the short side
           entropy    bits of the histogram of gray levels, 0 to 8
           sharpness  variance of the Laplacian in the sharpest patch: a background may be blurred
@@ -122,8 +122,9 @@ def write_selection(out: Path, items: Mapping[str, Item], rows: Sequence[Mapping
     numbers = ({name: None if value != value else value for name, value in row.items() if name != "thumbnail"}
                | {"hash": f"{row['hash']:016x}"} for row in rows)  # JSON has no NaN
     _write_lines(out / "select.jsonl", numbers)  # first: it marks the folder as one that may be written again
-    for link in [path for path in out.rglob("*") if path.is_symlink()]:  # of an earlier selection
-        link.unlink()
+    for link in [path for path in out.rglob("*") if path.is_symlink()]:  # of an earlier selection; caches are hidden
+        if not any(part.startswith(".") for part in link.relative_to(out).parts):
+            link.unlink()
     for name, item in kept.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).symlink_to(item.path.resolve())

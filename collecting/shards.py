@@ -41,18 +41,29 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     writable(out, "--out")
     listing = out / "metadata.jsonl"
     rows = {text_of(row, "file_name", at): row for at, row in rows_of(listing)} if listing.exists() else {}
+    complete = {name for name, row in rows.items() if row.get("text")}  # stays as it is
     with tqdm(total=sum(table.metadata.num_rows for table, _ in tables), desc="pictures", file=sys.stderr) as bar:
         for shard, (table, image) in zip(shards, tables, strict=True):
             for number, (content, path, text) in enumerate(_rows(shard, table, image, caption)):
                 bar.update()
                 if content:
                     name = _written(out, content, path, f"{shard.stem}_{number:06d}")
-                    rows[name] = {"file_name": name} | ({"text": text} if text else {})
+                    row = rows.setdefault(name, {"file_name": name})
+                    if text and name not in complete:  # a picture of several rows has several captions
+                        add_caption(row, text)
                 else:
                     errors.append(f"{shard}: row {number} has no bytes of a picture ({path or 'no path'})")
     with replacing(listing) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()), "utf-8")
     return len(rows)
+
+
+def add_caption(row: dict, text: str) -> None:
+    """Add a caption to a row of metadata.jsonl: its text, or else one of its alt."""
+    if not row.get("text"):
+        row["text"] = text
+    elif text != row["text"] and text not in row.setdefault("alt", []):
+        row["alt"].append(text)
 
 
 def _opened(shard: Path, caption: str) -> tuple[Any, str]:

@@ -84,7 +84,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def bin_edges(numbers: np.ndarray) -> list[int]:
-    """Edges of bins of one width, a power of 2, that hold all of the numbers, with MOST_BINS from 0 to the largest."""
+    """Edges of bins of one width, a power of 2, that hold all numbers: at most MOST_BINS from 0 to the largest."""
     largest, step = int(numbers.max(initial=1)), 1
     while largest // step >= MOST_BINS:
         step *= 2

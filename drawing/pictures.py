@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint import Weights, open_weights, save
 from drawing.settings import MOST_PICTURES, Settings
 from family import MOST_SIDE, fingerprint, text_files
-from files import entry, parse_json, printable, read_text, replacing, writable
+from files import SOFTWARE, entry, parse_json, printable, read_text, replacing, writable
 from lora import file_and_strength
 from reading.pictures import recorded
 from vae import to_pixels
@@ -165,7 +165,7 @@ def records_by(settings: Settings, folder: Path, transformer: Weights,
              "offset": settings.offset, "t5_length": settings.t5_length, "positions": settings.positions,
              "trained_side": settings.trained_side, "dtype": settings.dtype,
              "vae_dtype": settings.vae_dtype if settings.vae_dtype != settings.dtype else None,
-             "store": settings.store, "software": "diffusion-4k", "first": settings.first if staged else None,
+             "store": settings.store, "software": SOFTWARE, "first": settings.first if staged else None,
              "start": settings.start if staged or settings.redraw else None}
     return lambda picture: {"prompt": picture.prompt, "negative": settings.negative, "seed": picture.seed} | about
 

@@ -27,7 +27,7 @@ SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colours of
 def unclear(picture: Image.Image, info: Mapping[str, object]) -> str:
     """Why the values of a picture do not say which colours they are, "" if they do.
 
-    picture, info  as files.open_picture yields them
+    picture, info  as reading.pictures.open_picture yields them
     """
     if picture.format == "TIFF" and (reason := _tiff_unclear(picture)):
         return reason

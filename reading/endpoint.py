@@ -352,13 +352,13 @@ def read_records(file: Path, name: str = "id") -> dict[str, dict]:
 
 def _records(content: bytes, file: Path, name: str) -> tuple[dict[str, dict], int]:
     """The records, and the bytes they take: less than all if the last line is half a line, as a kill leaves it."""
-    records, place = {}, 0
+    records, place, begin = {}, 0, json.dumps({name: ""})[:-2].encode()  # of each of our lines: {"id": "
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line.decode(), f"{file}:{number}") if line.strip() else None
         except ValueError:
-            if line is lines[-1] and not line.endswith(b"\n"):
+            if line is lines[-1] and not line.endswith(b"\n") and line.startswith(begin[:len(line)]):
                 break
             raise ValueError(f"{file}:{number}: not JSON in UTF-8; restore the file, or name another") from None
         if record is not None:

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL import PngImagePlugin as Png
 from PIL.Image import Transpose as T
 
-from files import parse_json, regular
+from files import SOFTWARE, parse_json, regular
 from reading.colours import DEVELOP, gray_of_16_bit, in_srgb, scale_key, unclear
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # none starts a program
@@ -99,6 +99,12 @@ def recorded(path: str | os.PathLike) -> dict[str, str]:
     except ValueError:  # no picture, or another program's
         return {}
     return {name: str(value) for name, value in records.items()} if isinstance(records, dict) else {}
+
+
+def own_prompt(path: str | os.PathLike) -> str:
+    """The prompt that sample.py recorded in a picture; "" for those of other programs, who keep other things there."""
+    record = recorded(path)
+    return record.get("prompt", "").strip() if record.get("software") == SOFTWARE else ""
 
 
 @contextmanager

@@ -5,8 +5,8 @@ Mirrors   skimage.metrics, scipy.linalg.sqrtm as FID uses it, scipy.stats; teste
 Scores    name        range              better  definition
           PSNR        dB, inf for equal  higher  10 log10(255² / mean square difference)
           SSIM        -1 to 1            higher  Gaussian window, sigma 1.5, 11x11, population covariance; channel mean
-          NMSE        above 0            lower   Σ (reference - image)² / Σ reference²; the paper defines none
-          Fréchet     above 0            lower   |difference of means|² + tr(A + B - 2 (A B)^½), features as Gaussians
+          NMSE        from 0             lower   Σ (reference - image)² / Σ reference²; the paper defines none
+          Fréchet     from 0             lower   |difference of means|² + tr(A + B - 2 (A B)^½), features as Gaussians
           SRCC, PLCC  -1 to 1            higher  Spearman's correlation of ranks, ties share one; Pearson's of values
 Shapes    H and W pixels, N pictures or patches, D features; pictures are uint8
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from files import printable
-from reading.pictures import FORMATS, read_picture, suffixes
+from reading.pictures import FORMATS, own_prompt, read_picture, suffixes
 
 BESIDE = (".jsonl", ".json", ".csv", ".txt")  # listings and captions, which stand beside pictures
 
@@ -62,7 +62,7 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
 def pair_names(a: Path, b: Path, notes: list[str]) -> dict[Path, Path]:
     """Picture of folder `a` -> the one of the same name in `b`; `notes` gets those without a partner.
 
-    raises  ValueError if no name is in both, or one is twice in a folder
+    raises  ValueError if no name is in both, one is twice in a folder, or a pair records two prompts
     """
     sides = []
     for folder in (a, b):
@@ -80,4 +80,10 @@ def pair_names(a: Path, b: Path, notes: list[str]) -> dict[Path, Path]:
         if alone := [path.name for name, path in names.items() if name not in both]:
             notes.append(f"note: {folder}: {len(alone)} pictures without a partner are left out: {alone[0]}"
                          + (", …" if len(alone) > 1 else ""))
-    return {sides[0][name]: sides[1][name] for name in both}
+    pairs = {sides[0][name]: sides[1][name] for name in both}
+    for pair in pairs.items():
+        first, second = map(own_prompt, pair)
+        if first and second and first != second:
+            raise ValueError(f"{pair[0]} and {pair[1]}: the same name, but not of one prompt: {first[:60]!r}, "
+                             f"{second[:60]!r}")
+    return pairs

@@ -31,7 +31,8 @@ def bootstrap(statistic: Callable, x: Sequence[float], y: Sequence[float], draws
     """The 95 % percentile interval of a correlation over resampled pairs; samples of equal numbers are skipped."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     statistic(x, y)  # raises on invalid lists
-    samples = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    rng = np.random.default_rng(0)
+    samples = (rng.integers(0, len(x), len(x)) for _ in range(draws))
     pairs = ((x[sample], y[sample]) for sample in samples)
     return percentiles([statistic(a, b) for a, b in pairs if a.min() < a.max() and b.min() < b.max()])
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from files import entry, parse_json, read_text
+from files import SOFTWARE, entry, parse_json, read_text
 from reading.pictures import open_picture, recorded
 
 
@@ -86,7 +86,7 @@ def by_record(listing: str | Path, prompts: list[tuple[str, str]],
         prompt = record.get("prompt", "").strip()
         if prompt in of_text:
             rows[picture] = of_text[prompt]
-        elif prompt and record.get("software") == "diffusion-4k":
+        elif prompt and record.get("software") == SOFTWARE:
             raise ValueError(f"{picture}: records the prompt {prompt[:60]!r}, which is not in {listing}")
         else:
             without.append(picture)

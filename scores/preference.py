@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from reading.endpoint import Endpoint, ask_all, data_url, estimate, question, read_records, tokens_of
-from reading.pictures import read_picture, recorded, upright_size
+from reading.pictures import own_prompt, read_picture, upright_size
 from scores.intervals import wilson
 from scores.pairing import pair_captions
 
@@ -63,7 +63,7 @@ def captions_of(pictures: Sequence[Path], prompts: Path | None, notes: list[str]
     """Picture -> prompt, of a listing, or as sample.py records it; ValueError names a picture without."""
     if prompts:
         return pair_captions(prompts, pictures, notes)
-    captions = {picture: recorded(picture).get("prompt", "").strip() for picture in pictures}
+    captions = {picture: own_prompt(picture) for picture in pictures}
     if without := [picture for picture, caption in captions.items() if not caption]:
         raise ValueError(f"{without[0]}: records no prompt; give --prompts metadata.jsonl")
     return captions

@@ -12,12 +12,15 @@ import os
 import re
 import sys
 
+from tqdm import tqdm
+
 from files import read_text
 from scores.compare import plcc, srcc
 from scores.intervals import bootstrap
 
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 MEANT = re.compile(r"[+-]?([.,]?[0-9][0-9.,'_%\s]*(e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE)  # as a number
+MANY = 10_000  # ratings: more take seconds per column
 RECIPROCAL = ("ratio", "compression_ratio")  # the paper correlates its reciprocal: lower means more detail
 
 Row = tuple[int, list[str]]  # the number of its line, its cells
@@ -51,7 +54,7 @@ def correlate(path: str | os.PathLike) -> tuple[int, list[dict], list[str], list
         lack = f"{path}: the only rating is {rating[0]:g}: a correlation needs at least 2 that differ"
         raise ValueError("; ".join([lack, *errors]))
     metrics = []
-    for name, values in columns.items():
+    for name, values in tqdm(columns.items(), desc="metrics", file=sys.stderr, disable=len(rating) < MANY):
         try:
             metrics += [agreement(name, values, rating)] if values else []
         except ValueError as error:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, save
 from family import SAMPLING, Family, find
-from files import entry, need, printable, read_json, read_text
+from files import SOFTWARE, entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
-from lora import SOFTWARE, base_of
+from lora import base_of
 from machine.memory import peak_memory_gib
 from training.adapter import exported
 from training.heldout import HeldOut, held_out_row
