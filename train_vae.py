@@ -196,7 +196,7 @@ def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, d
     for name, p in trained.items():
         if f"{MOMENTS[0]}.{name}" in state:
             moments = {moment: state[f"{moment}.{name}"].read().to(p, copy=True) for moment in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)} | moments
     return step
 
 
@@ -260,7 +260,8 @@ def split_pictures(settings: Settings) -> tuple[Pictures, Pictures]:
     """The pictures to train on, and --holdout others, evenly chosen."""
     paths = [item.path for item in read_folder(settings.data)]
     every = max(1, len(paths) // max(1, settings.holdout))
-    held_out = paths[settings.holdout // 2::every][:settings.holdout]
+    first = max(0, min(settings.holdout // 2, len(paths) - every * (settings.holdout - 1) - 1))
+    held_out = paths[first::every][:settings.holdout]
     if len(held_out) == len(paths):
         raise ValueError(f"{settings.data}: --holdout {settings.holdout} leaves no picture to train on")
     return Pictures([path for path in paths if path not in held_out]), Pictures(held_out)
@@ -277,6 +278,7 @@ def train(settings: Settings) -> int:
     writable(out, f"--out {out}")
     if settings.decoder_only:
         vae, stored = given_vae(settings.weights)
+        vae.offset = settings.offset
         decisive["VAE"] = digest_of(stored)
     else:
         config = VAEConfig(widths, widths, settings.blocks, settings.blocks + 1, LATENT_CHANNELS, settings.norm_groups)
@@ -349,8 +351,9 @@ def take_steps(settings: Settings, decisive: Mapping, vae: VAE, loss_of: Callabl
         loss.backward()
         norm = nn.utils.clip_grad_norm_(vae.parameters(), settings.clip)
         if not torch.isfinite(norm):
+            saved = (out / "state.safetensors").exists()
             raise ValueError(f"step {step}: gradient is {float(norm)}, loss {loss.item()}; "
-                             f"{out}/state.safetensors holds the last good state")
+                             f"{f'{out}/state.safetensors holds the last good state; ' * saved}try a smaller --lr")
         warmup = (step + 1) / max(1, settings.warmup)
         lr = settings.lr * min(warmup, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:

@@ -37,7 +37,7 @@ def redrawn(folder: Path, transformer: str | None, data: Path, res: int) -> dict
     pictures = Pictures([item.path for item in items])
     family, weights, vae_path = find(folder, transformer)
     sampling, vae = family.sampling(weights), VAE.load(vae_path, fallback=family.latent_scale)
-    model, text = family.model.load(weights.source), family.text.load(folder, t5_length=family.t5_length)
+    model, text = family.model.load(weights.source), family.text.load(folder, t5_length=sampling.t5_length)
     levels = family.sigmas(STEPS, sampling.time_shift or family.by_tokens((res // 32) ** 2))
     for k, item in enumerate(tqdm(items, desc=folder.name, file=sys.stderr)):
         known = vae.encode(to_image(pictures.central_crop(k, res, res))[None])

@@ -33,7 +33,7 @@ def thin_folder(folder: Path, copies: int, drop: float, seed: int) -> tuple[int,
     listing, text, captions, wordings = folder / "metadata.jsonl", "", 0, 0
     for line in filter(str.strip, listing.read_text(encoding="utf-8-sig").split("\n")):
         row = json.loads(line)
-        alt = row.get("alt", [])
+        alt = row["alt"] if isinstance(row.get("alt"), list) else []  # null, or the NaN of pandas
         own = [row["text"], *alt[:len(alt) - row.get("thinned", 0)]]
         new = dict.fromkeys(thinned(caption, drop, seed, copy) for caption in own for copy in range(copies))
         new = [wording for wording in new if wording not in own]

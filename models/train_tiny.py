@@ -86,8 +86,8 @@ def steps_of(out: Path, only: str | None, device: str) -> list[tuple[Path, list[
         steps.append((redrawn / f"tiny-{family}.safetensors", [
             "models/redraw_latents.py", "--data", photos, "--weights", folders[family], "--transformer", drawing,
             "--out", redrawn]))
-    steps.append((decoder, ["train_vae.py", "--weights", vae, "--data", photos, "--redrawn", redrawn, "--out",
-                            decoder.parent, "--device", device, *DECODER.split()]))
+    steps.append((decoder, ["train_vae.py", "--weights", folders[only or "sd3"], "--data", photos, "--redrawn", redrawn,
+                            "--out", decoder.parent, "--device", device, *DECODER.split()]))
     return steps
 
 

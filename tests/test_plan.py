@@ -21,7 +21,7 @@ from mmdit import MMDiT, MMDiTConfig
 from training import plan
 from training.adapter import state_of, trained
 from training.model import autocast, build
-from training.plan import flop_of_image, memory, total, verdict
+from training.plan import flop_of_image, memory, smallest_change, total, verdict
 from training.resume import tensors_of
 from training.settings import Machine, Settings, settle
 
@@ -190,6 +190,17 @@ def test_smallest_change_that_fits_is_proposed(settings, folders, share, proposa
     assert table.endswith("it fits") and not advice
     table, advice = verdict(s, family, config, vae_config, Machine(1, int(share * size)))
     assert proposal in advice and table.endswith(f"it does not fit: {advice}")
+
+
+@pytest.mark.parametrize("ranks, mode", [(1, "zero2"), (4, "zero3")])
+def test_offloading_is_proposed_with_the_sharding_it_needs(settings, folders, ranks, mode):
+    s, *_ = settled(replace(settings(weights=folders / "tiny-sd3", batch=4), device="cuda"))
+    proposed = smallest_change(s, ranks, lambda changed: changed.offload)
+    assert proposed == f"--shard {mode} --offload makes it fit"
+    together = smallest_change(s, ranks, lambda changed: changed.offload and changed.activations == "host")
+    assert f"--shard {mode} --offload --activations host" in together or "--offload" in together
+    rounded = smallest_change(s, ranks, lambda changed: changed.state == "bf16" and changed.activations == "host")
+    assert "--offload" not in rounded
 
 
 def test_run_that_cannot_fit_does_not_begin(settings, folders, tmp_path, monkeypatch):

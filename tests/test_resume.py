@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -380,6 +381,14 @@ def test_checkpoint_of_another_model_is_refused(settings, folders, tmp_path):
     train.train(settings(steps=1))
     message = refusal_of(settings, steps=2, weights=folders / "tiny-flux")
     assert "is of another model (family SD3 -> Flux-dev, " in message
+
+
+@pytest.mark.parametrize("first, second", [("stock", "pi"), ("pi", "stock")])
+def test_a_checkpoint_with_other_positions_is_refused(settings, tmp_path, first, second):
+    flags = {"stock": {}, "pi": {"positions": "pi", "trained_side": 2}}
+    train.train(settings(steps=1, **flags[first]))
+    message = refusal_of(settings, steps=2, **flags[second])
+    assert re.search(f"is of another model .positions .*{first}.* -> .*{second}", message)
 
 
 @pytest.mark.parametrize("changed, difference", [

@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 from family import FLUX_DEV, FLUX_SCHNELL, SD3
@@ -103,6 +104,9 @@ def test_losses_are_settled_from_the_flags_that_name_them(settings):
     ({"objective": "velocity", "levels": 2}, "--objective velocity has no bands"),
     ({"objective": "snr_huber", "huber": 0.1}, "--huber 0.1: the width of --objective snr_huber follows sigma"),
     ({"huber_snr": "0.2,1,0.5,5,0"}, "--huber-snr is a setting of --objective snr_huber"),
+    ({"cache_latents": True, "flip": True}, "--flip --cache-latents: cached latents are of central crops"),
+    ({"time_shift": "tokens", "res": 8192}, "--time-shift tokens (1.038e+05 at --res 8192): give a number up to 1,000"),
+    ({"time_shift": "tokens", "res": 65536}, "--time-shift tokens ("),
     ({"beta": "2,4"}, "--beta is a setting of --density beta"),
     ({"sigma_range": "0.9999,1", "time_shift": 1}, "--sigma-range 0.9999,1: give a range with 0.1% of the sigmas"),
     ({"guidance": "1,4"}, "--guidance 1,4: this is SD3, which has no guidance input")])
@@ -150,6 +154,12 @@ def test_flags_are_not_abbreviated(flags, capsys):
     with pytest.raises(SystemExit):
         parse(flags)
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_dtype_follows_the_device_that_is_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [parse(["--data=x", *flags]).dtype for flags in ((), ("--device=cuda:1",), ("--device=cpu",))] == [
+        "bf16", "bf16", "fp32"]
 
 
 def test_plan_is_for_gpus_on_any_machine():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import log_of, metadata_of, run_script, seeded
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -69,6 +70,17 @@ def refusal_of(monkeypatch, photos: Path, out: Path, **changed) -> str:
               if v is not None and v is not False])
     assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
     return str(end.value)
+
+
+@pytest.mark.parametrize("number, holdout", [(12, 6), (12, 7), (12, 8), (24, 6), (46, 6), (7, 6), (5, 1)])
+def test_as_many_pictures_are_held_out_as_were_asked_for(tmp_path, number, holdout):
+    names = [f"{k:02}.png" for k in range(number)]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": "x"}) for n in names))
+    trained, held_out = train_vae.split_pictures(settings(tmp_path, tmp_path, holdout=holdout))
+    assert len(held_out) == holdout and len(trained) == number - holdout
+    assert not {*trained.paths} & {*held_out.paths}
 
 
 # ---- the start

@@ -56,5 +56,6 @@ class RoundedAdamW(torch.optim.Optimizer):
         new_square = square.float().lerp(gradient.square(), 1 - beta2)
         size = (new_square / (1 - beta2**steps)).sqrt_().add_(EPS)
         new_weight = weight.float().mul(1 - lr * weight_decay).addcdiv_(new_mean, size, value=-lr / (1 - beta1**steps))
+        del gradient, size  # rounding needs as much again
         for old, new in ((weight, new_weight), (mean, new_mean), (square, new_square)):
             old.copy_(round_randomly(new, generator))

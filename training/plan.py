@@ -94,7 +94,9 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     width = batch * config.hidden_size * (2 if stored_in_bf16 else 4)
     tokens = s.tokens, family.text_tokens(s.t5_length)                 # of image and text, shared with --sequence
     inputs = [-(-n // s.sequence) * width for n in tokens] * len(blocks)
-    gathered = total_count + max(blocks) if s.shard == "zero2" else total_count - sum(blocks) + 3 * max(blocks)
+    gathered = total_count + max(blocks)
+    if s.shard == "zero3":                                             # this block, the next, its gathering
+        gathered = total_count - sum(blocks) + 3 * max(blocks)
     reduced = 0 if s.lora else max(blocks) * (compute + 8)             # a block's gradients, two of them in fp32
     vae_dtype = DTYPES[s.vae_dtype]
     encoding = vae_config, vae_dtype, s.res, s.res, s.factor
@@ -108,7 +110,7 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
             "gathered weights": gathered * compute if s.sharded else 0,
             "buffers": buffers + (reduced if s.sharded else 0) + (rounded if s.state == "bf16" else 0),
             "VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
-            "VAE encoding": 0 if s.cache_latents else encoding_bytes(*encoding, s.dilation),
+            "VAE encoding": encoding_bytes(*encoding, s.dilation),  # of cached latents too, before the first step
             "sample decoding": decoding_bytes(*encoding) if s.sample_every else 0,
             "text encoders": text_encoders,
             "reserve": 0 if s.device == "cpu" else RESERVE}
@@ -120,10 +122,10 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
         card[row] = 0
     if s.offload:  # weights and gradients are pinned, moments are not
         host["rounded up by pinning"] = (1 if s.lora else 2) * (pinned(size * n for n in shares) - own * size)
-    crop = 3 * s.res**2  # bytes
+    crops = 0 if s.cache_latents else 2 * 3 * s.res**2 * batch * s.accumulate  # bytes, of two steps
     host |= {"activations": pinned(inputs) if s.activations == "host" else 0,
              "a checkpoint being written": 2 * min(FILE_BYTES, adapter or own * size),
-             "pictures": PICTURES + (0 if s.cache_latents else 2 * crop * batch * s.accumulate),  # of two steps
+             "pictures": PICTURES * (1 + bool(s.validate)) + crops,
              "processes": PROCESS, "the ranks' work, as above": total(card) if s.device == "cpu" else 0}
     return card, {name: local * value for name, value in host.items()}
 
@@ -193,7 +195,9 @@ def changes(s: Settings, ranks: int) -> list[tuple[str, dict[str, object]]]:
         options.append(("--shard zero3", {"shard": "zero3"}))
     if s.device != "cpu":
         if not s.offload:
-            options.append(("--offload", {"offload": True} | ({} if s.sharded else {"shard": "zero2"})))
+            mode = s.shard if s.sharded else "zero3" if ranks > 1 else "zero2"
+            options.append((f"--shard {mode} --offload" if mode != s.shard else "--offload",
+                            {"offload": True, "shard": mode}))
         if s.activations != "host":
             options.append(("--activations host", {"activations": "host"}))
     if s.offload:  # the host may lack what a card has
@@ -215,7 +219,7 @@ def smallest_change(s: Settings, ranks: int, fits: Callable[[Settings], bool]) -
     for flag, change in options:
         s, flags = replace(s, **change), flags | {flag.split()[0]: flag}
         if not s.offload:
-            flags.pop("--offload", None)
+            flags = {name: flag.replace(" --offload", "") for name, flag in flags.items() if name != "--offload"}
         if fits(s):
             return f"{' '.join(flags.values())} make it fit"
     return "no flag makes it fit: a smaller --res, or more or larger cards and hosts"

@@ -317,9 +317,11 @@ def same_run(folder: Path, identity: Mapping[str, object], settings: Settings) -
     about, now = read_json(folder / ABOUT), json.loads(json.dumps(dict(identity)))
     parts = ("model", "settings", "data", *(["weights"] if "weights" in about else []))
     then = {part: entry(about, part, dict, folder / ABOUT) for part in parts}
-    other = {key: value for key, value in then["model"].items() if now["model"].get(key) != value}
+    stock = {"positions": asdict(STOCK)}  # which is not recorded
+    was, model = stock | then["model"], stock | now["model"]
+    other = {key: value for key, value in was.items() if model.get(key) != value}
     if other.keys() - {"family"}:
-        shown = ", ".join(f"{key} {value} -> {now['model'].get(key)}" for key, value in other.items())
+        shown = ", ".join(f"{key} {value} -> {model.get(key)}" for key, value in other.items())
         raise ValueError(f"{folder}: is of another model ({shown}); use another --out")
     weights = then.get("weights")  # older checkpoints know them by their place only
     compared = IDENTITY + (SOURCE if weights is None else ())

@@ -185,15 +185,19 @@ class Run:
 
     def finish(self, done: int, family: Family, transformer: Weights, vae_path: Path) -> None:
         """Export the complete run, or save the stopped one."""
-        if done < self.settings.steps:
+        complete = done >= self.settings.steps
+        if not complete:
             self.save(done)
+
+        def end() -> None:
             text = f"stopped after step {done}; the same command resumes there"
-        elif not rank():
-            folder = folder_of(self.out, self.saved_step)
-            text = f"wrote {export(folder, self.settings, family, transformer, vae_path)}"
-        if not rank():
+            if complete:
+                folder = folder_of(self.out, self.saved_step)
+                text = f"wrote {export(folder, self.settings, family, transformer, vae_path)}"
             self.plot()  # with the last held-out loss
             print(text)
+
+        on_first(end)
 
 
 def commit() -> str:

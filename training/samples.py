@@ -1,5 +1,6 @@
 """Sample pictures of a run: drawn as sample.py would, from the first captions of the data, one grid per time.
 
+Shift     with --no-latent-shift the VAE decodes without it too, while sample.py adds what the written file records
 Check     python -m pytest tests/test_samples.py
 """
 
@@ -35,12 +36,15 @@ class SampleSettings:
 
 
 def sample_settings_of(settings: Settings, family: Family, transformer: Weights, channels: int) -> SampleSettings:
-    """How sample pictures are drawn: as sample.py would, at --res.
+    """How sample pictures are drawn: as sample.py would, at --res; ValueError if the schedule has coinciding levels.
 
     channels  of the latent
     """
     sampling, side = family.sampling(transformer), settings.res // settings.factor
-    sigmas = family.sigmas(sampling.steps, sampling.time_shift or family.by_tokens(settings.tokens))
+    shift = sampling.time_shift or family.by_tokens(settings.tokens)
+    if settings.sample_every:
+        family.check_schedule(sampling.steps, shift, f"--sample-every at --res {settings.res}")
+    sigmas = family.sigmas(sampling.steps, shift)
     return SampleSettings(sigmas, (channels, side, side), sampling.cfg, settings.guidance_shown,
                           settings.factor, settings.seed)
 
@@ -57,7 +61,9 @@ def draw_samples(model: MMDiT | Flux, vae: VAE, context: Tensor, pooled: Tensor,
         velocity = velocity_with_cfg(model, context[[k, 0]], pooled[[k, 0]], how.cfg, how.guidance)
         noise = draw_noise([(how.seed + k - 1) % SEEDS], how.shape).to(context.device)
         latent = euler(velocity, noise, how.sigmas)
-        images.append(vae.decode(latent.to(next(vae.parameters()).dtype), how.factor)[0].float().cpu())
+        weight = next(vae.parameters())
+        with torch.autocast(weight.device.type, enabled=False):  # the VAE computes in the dtype it is stored in
+            images.append(vae.decode(latent.to(weight.dtype), how.factor)[0].float().cpu())
     return images
 
 

@@ -20,7 +20,7 @@ import torch
 from checkpoint import DTYPES
 from family import Family
 from files import from_torchrun, need
-from flow import DENSITIES, SCHEMES, SEEDS, SNR_HUBER, flux_mu, sample_sigma
+from flow import DENSITIES, SCHEMES, SEEDS, SNR_HUBER, sample_sigma
 from layers import RULES
 from machine.memory import GIB, UNKNOWN
 from text import check_t5_length
@@ -217,7 +217,7 @@ class Settings:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the transformer's stored weights; those below an adapter are frozen, and stored as they are used."""
+        """In which the transformer is stored: that of --state; below an adapter bf16, if --dtype or --state is."""
         return torch.bfloat16 if self.lora and self.dtype == "bf16" else self.state_dtype
 
     @property
@@ -231,6 +231,7 @@ class Settings:
         return (self.res // (2 * self.factor)) ** 2
 
 
+MOST_SHIFT = 1000.0  # time shift: at 8,192 px and factor 16, Flux's by tokens would leave noise alone
 # What decides the numbers of a run. A run resumes only with equal values of these; the other settings may change.
 IDENTITY = (
     "res", "aspect", "factor", "dilation", "latent_shift", "vae_dtype", "flip", "resize", "cache_latents",
@@ -246,7 +247,12 @@ def settle(settings: Settings, family: Family) -> Settings:
     recipe = RECIPES[settings.recipe] if settings.recipe else OURS
     if not family.release_drops_latent_shift:
         recipe = recipe | {"latent_shift": True}
-    shift = math.exp(flux_mu(settings.tokens)) if settings.time_shift == "tokens" else settings.time_shift
+    if settings.cache_latents and settings.flip:
+        raise ValueError("--flip --cache-latents: cached latents are of central crops, never mirrored; give one")
+    shift = settings.time_shift
+    if shift == "tokens":
+        shift = family.by_tokens(settings.tokens)
+        need(shift <= MOST_SHIFT, "time-shift", f"tokens ({shift:.4g} at --res {settings.res})", "a number up to 1,000")
     offload = settings.offload and settings.device != "cpu"  # on a CPU everything is in host memory already
     settled = replace(
         settings, **{name: value for name, value in recipe.items() if getattr(settings, name) is None},
@@ -297,7 +303,7 @@ def check(s: Settings, ranks: int) -> None:
     need(s.batch % (groups * s.accumulate) == 0, "batch", s.batch, f"a multiple of {groups * s.accumulate}, {groups} "
          f"{'ranks' if s.sequence == 1 else 'groups of ranks'} times --accumulate {s.accumulate}")
     need(0 < s.clip < math.inf, "clip", s.clip, "a number above 0")
-    need(s.time_shift in (None, "tokens") or 1e-3 <= s.time_shift <= 1e3, "time-shift", s.time_shift,
+    need(s.time_shift in (None, "tokens") or 1e-3 <= s.time_shift <= MOST_SHIFT, "time-shift", s.time_shift,
          '0.001 to 1,000, or "tokens"')
     need(s.seed < SEEDS, "seed", s.seed, "0 to 2^32 - 1")
     need(s.guidance is None or 0 <= s.guidance_shown < math.inf, "guidance", s.guidance, "a number from 0")
@@ -347,8 +353,9 @@ def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Seque
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """The command line of train.py; what the model family decides is still open."""
     s = read_flags(Settings, "Fine-tune the transformer of a model folder on captioned pictures.", GROUPS, argv)
-    on_gpu = torch.cuda.is_available() or s.plan is not None  # plans are made for cards, wherever we are
+    # plans are made for cards, wherever we are
+    device = s.device or ("cuda" if torch.cuda.is_available() or s.plan is not None else "cpu")
     cores_per_rank = (os.cpu_count() or 1) // from_torchrun("LOCAL_WORLD_SIZE", 1)
-    return replace(s, device=s.device or ("cuda" if on_gpu else "cpu"), dtype=s.dtype or ("bf16" if on_gpu else "fp32"),
+    return replace(s, device=device, dtype=s.dtype or ("fp32" if device == "cpu" else "bf16"),
                    threads=max(1, cores_per_rank) if s.threads is None else s.threads,
                    model=s.model or (None if s.weights or s.export else "tiny-sd3"))
