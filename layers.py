@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, tokens, H, head_dim) -> (B, tokens, H·head_dim)
 FREQUENCIES = 256    # width of the timestep embedding before its MLP
 NORM_EPS = 1e-6      # of every norm in both transformers
-MOST_SIDE = 1 << 16  # tokens of a trained side
+MOST_TRAINED = 1 << 16  # tokens of a trained side
 LARGE_MAP = 1 << 21  # elements: above this, backward computes the GELU again instead of storing its result
 
 
@@ -183,8 +183,8 @@ def check_positions(positions: Positions) -> Positions:
     """These positions, unchanged; ValueError if there is no such rule, or a rule lacks the trained side."""
     if positions.rule not in RULES:
         raise ValueError(f"positions {positions.rule!r}: the rules are {', '.join(RULES)}")
-    if positions.rule != "stock" and not 1 <= positions.side <= MOST_SIDE:
-        raise ValueError(f"positions {positions.rule}: need the trained side, 1 to {MOST_SIDE} tokens, not "
+    if positions.rule != "stock" and not 1 <= positions.side <= MOST_TRAINED:
+        raise ValueError(f"positions {positions.rule}: need the trained side, 1 to {MOST_TRAINED} tokens, not "
                          f"{positions.side}; 64 for Flux and SD3 as published (1024 px at factor 8)")
     return positions
 

@@ -294,6 +294,7 @@ def run_prefer(a: Path, b: Path, prompts: Path | None, out: Path, endpoint: str,
     """Figure 6 of the paper: which of two pictures of a prompt a vision model prefers."""
     need(side >= 64, "side", side, "64 pixels or more")
     need(1 <= at_once <= 256, "at-once", at_once, "1 to 256")
+    need(not (dry_run and as_json), "json", "--dry-run", "one of them: a dry run has no report")
     asked, notes, errors = open_endpoint(endpoint, model, key_variable, per_minute, timeout), [], []
     pairs = {x: y for x, y in pair_names(a, b, notes).items() if can_be_read((x, y), errors)}
     if not pairs:

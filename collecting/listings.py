@@ -9,6 +9,7 @@ Check     python -m pytest tests/test_data.py tests/test_listings.py
 import csv
 import io
 import os
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,16 +46,24 @@ def read_folder(folder: str | os.PathLike, complete: bool = True) -> list[Item]:
     if not listing and (complete or not folder.is_dir() or _listings_below(folder)):
         raise FileNotFoundError(_no_listing(folder))
     items: dict[Path, Item] = {}
+    lacking: dict[Path, ValueError] = {}  # rows without captions; a later row may bring them, of data.py caption
+    broken: list[ValueError] = []
     for where, row in rows_of(listing) if listing else ():
         path = _find(folder, text_of(row, "file_name", where), where)
-        if path in items:
+        if path in items and path not in lacking:
             raise ValueError(f"{where}: {row['file_name']!r} is listed twice")
         try:
             items[path] = Item(path, _captions(row, where))
-        except ValueError:
-            if complete:
-                raise
+            lacking.pop(path, None)
+        except ValueError as error:
             items[path] = Item(path, ())
+            lacking.setdefault(path, error)
+            if row.get("text") or row.get("alt"):
+                broken.append(error)
+    if complete and lacking:
+        raise next(iter(lacking.values()))
+    if broken:
+        print(f"note: {len(broken)} captions cannot be read and count as none: {broken[0]}", file=sys.stderr)
     if not complete:
         items |= {path: Item(path, ()) for path in _pictures_below(folder) if path not in items}
     if not items:

@@ -24,15 +24,23 @@ from family import FLUX_DEV, SD3, Family
 from files import from_torchrun, launched, need
 from flux import Flux, FluxConfig
 from layers import Modulation, blocks_of
-from machine.memory import GIB, UNKNOWN, decoding_bytes, encoding_bytes, host_memory, peak_bytes, vae_parameters
+from machine.memory import (
+    GIB,
+    SMALL_MODEL,
+    T5_WIDTH,
+    UNKNOWN,
+    decoding_bytes,
+    encoding_bytes,
+    host_memory,
+    peak_bytes,
+    vae_parameters,
+)
 from mmdit import MMDiT, MMDiTConfig
 from vae import VAEConfig
 
 RESERVE, PROCESS = GIB, GIB
-SMALL_MODEL = 100_000_000  # parameters: on a CPU, smaller ones are drawn without a plan
 T5_BLOCK, T5_EMBEDDINGS = 193_000_000, 132_000_000  # parameters of T5-XXL, which is streamed
 CLIPS = {SD3.text: 818_000_000, FLUX_DEV.text: 123_000_000}
-TEXT_WIDTH = 4096          # of T5-XXL; other text encoders are small
 MOST_AT_ONCE = 256         # pictures whose texts and latents are held together
 
 
@@ -131,10 +139,10 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
     ranks = launched()[1] if settings.together else 1  # which share the tokens
     step = settings.step * ranks
     text = 0
-    if config.context_dim == TEXT_WIDTH:  # embeddings, the first block and two buffers; CLIP; texts
+    if config.context_dim == T5_WIDTH:  # embeddings, the first block and two buffers; CLIP; texts
         text = T5_EMBEDDINGS + 3 * T5_BLOCK + CLIPS[family.text]
         prompts = passes - 1 + min(MOST_AT_ONCE, MOST_AT_ONCE if settings.prompts else len(settings.prompt))
-        text += 2 * prompts * family.text_tokens(settings.t5_length) * TEXT_WIDTH  # of one block and of the next
+        text += 2 * prompts * family.text_tokens(settings.t5_length) * T5_WIDTH  # of one block and of the next
     rows = {"text: encoders": text * (4 if settings.dtype == "fp32" else 2),
             "latent: resident weights": weights,
             "latent: buffers of two blocks": 2 * dtype.itemsize * max((every for _, every in in_turn), default=0),

@@ -27,6 +27,8 @@ from vae import VAE, VAEConfig
 
 GIB = 1 << 30
 UNKNOWN = 1 << 60  # bytes of a machine that does not tell
+SMALL_MODEL = 100_000_000  # parameters: on a CPU, smaller ones run without a plan
+T5_WIDTH = 4096            # of T5-XXL; the text encoders of narrower models are small
 
 
 # ---- devices and their memory

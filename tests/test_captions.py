@@ -160,3 +160,21 @@ def test_answers_off_the_format_are_refused(answer):
 def test_a_caption_is_one_line_without_quotation_marks():
     assert caption_of(' “A cat sits\non  a sofa.” ') == {"text": "A cat sits on a sofa."}
     assert caption_of("The scenery is red") == {"text": "The scenery is red"}
+
+
+@pytest.mark.parametrize("answer, text", [
+    ('"A red door."', "A red door."), ("“A red door.”", "A red door."), ('A sign that says "OPEN"',) * 2,
+    ('"STOP" sign at a crossroads.',) * 2, ('"Exit" and "Entry"',) * 2])
+def test_quotation_marks_go_only_where_they_hold_all_of_a_caption(answer, text):
+    assert caption_of(answer) == {"text": text}
+
+
+def test_captions_of_another_model_texts_beside_pictures_and_listings_are_named(folder, server, capsys):
+    (folder / "0.txt").write_text("a red wall")
+    code, shown = caption(capsys, server.url, folder, "--model", "a")
+    assert code == 0 and "note: 1 of these pictures have a .txt beside them, which is not read" in shown
+    asked = len(server.bodies)
+    code, shown = caption(capsys, server.url, folder, "--model", "b")
+    assert code == 0 and "6 of the answers are another model's" in shown and len(server.bodies) == asked
+    code, _ = caption(capsys, server.url, folder, "--out", folder / "metadata.jsonl")
+    assert "metadata.jsonl: give a new file" in code and not (folder / "metadata.jsonl").exists()

@@ -244,3 +244,15 @@ def test_tokens_are_counted_by_gpt_4os_rule():
     assert tokens_of("", [(2048, 4096)], 8192) == 1105
     assert tokens_of("abcde", [], 512) == 2
     assert estimate(2, 3_000_000, 1_000_000, (2.5, 10)).endswith("at most 1,000,000 of output: about $17.50 at most")
+
+
+@pytest.mark.parametrize("last, kept", [('{"id": "b", "te', False), ('{"i', False), ("a red fox in the snow", True)])
+def test_half_a_line_of_ours_is_cut_off_and_a_foreign_file_is_left_alone(server, tmp_path, last, kept):
+    file, whole = tmp_path / "answers.jsonl", "" if kept else '{"id": "a", "text": "x"}\n'
+    file.write_text(whole + last)
+    if kept:
+        with pytest.raises(ValueError, match="answers.jsonl:1: not JSON in UTF-8; restore the file"):
+            ask_all(connect(server), {}, file, lambda text: {"text": text}, [])
+    else:
+        ask_all(connect(server), {}, file, lambda text: {"text": text}, [])
+    assert file.read_text() == whole + last * kept

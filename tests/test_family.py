@@ -27,6 +27,7 @@ from family import (
     SD3_5_TURBO,
     Sampling,
     check_widths,
+    describe,
     family_of,
     find,
     fingerprint,
@@ -152,6 +153,13 @@ def test_only_flux_records_its_axes(folders):
                  ((FLUX_DEV, "tiny-flux/flux.safetensors"), (SD3, "tiny-sd3/sd3.safetensors")))
     assert FLUX_DEV.records(flux) == {"axes_dim": "8, 28, 28"} and SD3.records(sd3) == {}
     assert SD3.records(replace(sd3, positions=Positions("pi", 8))) == {"positions": "pi", "trained_side": 8}
+
+
+@pytest.mark.parametrize("shape", [5, {"shape": [2], "dtype": "F16"}, ["2"], [True]])
+def test_a_manifest_with_a_shape_that_is_none_is_refused(tmp_path, shape):
+    (tmp_path / "m.json").write_text(json.dumps({"tensors": {"joint_blocks.0.x": shape}}))
+    with pytest.raises(ValueError, match="m.json: joint_blocks.0.x has the shape .*expected a list of integers"):
+        describe(None, str(tmp_path / "m.json"), None)
 
 
 def test_a_trained_side_beyond_the_position_table_is_refused():

@@ -136,3 +136,12 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
 def test_a_closed_output_and_a_full_memory_end_without_a_traceback(start, says):
     done = subprocess.run([sys.executable, "-c", f"import files\n{start}"], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == says
+
+
+def test_dotfiles_of_others_are_no_leftovers(tmp_path):
+    others = [".env.tmpl", ".zshrc.tmpl", ".gitlab.tmpl.yml", ".a.tmp", ".a.x.tmp.json"]
+    for name in (*others, ".model.123.tmp.safetensors", ".listing.9.tmp"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    writable(tmp_path, "--out")
+    assert {path.name for path in tmp_path.iterdir()} == set(others)

@@ -68,3 +68,13 @@ def test_shards_beside_no_listing_are_to_be_unpacked(tmp_path):
     (tmp_path / "train-00000-of-00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(FileNotFoundError, match="unpack the shards: python data.py unpack .*parquet --out NEW"):
         read_folder(tmp_path)
+
+
+def test_a_later_row_brings_the_caption_that_an_earlier_one_lacks(folder, capsys):
+    rows = [{"file_name": "b.png"}, {"file_name": "f.png", "text": "one", "alt": 3},
+            {"file_name": "b.png", "text": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert captions(folder)["b.png"] == ("x",)
+    assert "note: 1 captions cannot be read and count as none: " in capsys.readouterr().err
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[2]])))
+    assert [item.captions for item in read_folder(folder)] == [("x",)]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from answering import KEY, Server
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import metrics
 from reading import endpoint as module
@@ -170,3 +172,19 @@ def test_prefer_names_a_broken_picture_and_asks_about_the_others(prefer, server,
 def test_prefer_refuses_bad_flags_in_a_line_before_asking(prefer, server, sets, flags, says):
     code, out, err = prefer(*(("--prompts", sets / "metadata.jsonl") if flags else ()), *flags)
     assert says in str(code) and "\n" not in str(code) and not server.bodies
+
+
+def test_prompts_are_taken_from_pictures_of_this_program_alone(prefer, server, sets):
+    for software, says in (("ComfyUI", "0 x.png: records no prompt; give --prompts"), ("diffusion-4k", "")):
+        for k, folder in itertools.product(range(3), "ab"):
+            about = PngInfo()
+            about.add_itxt("prompt", f"gray {k}")
+            about.add_itxt("software", software)
+            Image.new("RGB", (64, 64), (80 * k,) * 3).save(sets / folder / f"{k} x.png", pnginfo=about)
+        code, *_ = prefer()
+        assert says in str(code) and bool(server.bodies) == (not says)
+    about = PngInfo()
+    about.add_itxt("prompt", "a hill")
+    about.add_itxt("software", "diffusion-4k")
+    Image.new("RGB", (64, 64)).save(sets / "b" / "1 x.png", pnginfo=about)
+    assert "1 x.png: the same name, but not of one prompt: 'gray 1', 'a hill'" in str(prefer()[0])

@@ -211,7 +211,10 @@ def test_a_selection_cut_off_is_repeated_and_a_file_of_others_in_its_place_is_na
         full.setattr(Path, "symlink_to", Mock(side_effect=OSError("full")))
         write_selection(out, items, rows)
     assert [path.name for path in out.iterdir()] == ["select.jsonl"]  # by which the command knows its own folder
+    (out / ".latents").symlink_to(tmp_path)  # a cache on another disk
+    (out / "old.png").symlink_to(tmp_path)
     assert write_selection(out, items, rows) == 3
+    assert (out / ".latents").is_symlink() and not (out / "old.png").is_symlink()
     (out / "2.png").unlink()
     (out / "2.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match="2.png: a file, where a link of this selection is to be"):

@@ -145,3 +145,15 @@ def test_other_files_are_refused_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     assert "reading Parquet needs pyarrow" in unpack(good, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_several_rows_has_several_captions_and_corrected_ones_stay(tmp_path):
+    images = [{"bytes": packed(k), "path": f"{k}.jpg"} for k in (0, 0, 0, 1)]
+    file, out = shard(tmp_path / "a.parquet", images, ["one", "two", "one", None]), tmp_path / "out"
+    assert unpack(file, "--out", out) == 0
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert rows == [{"file_name": "0.jpg", "text": "one", "alt": ["two"]}, {"file_name": "1.jpg"}]
+    corrected = [{"file_name": "0.jpg", "text": "mended"}, {"file_name": "1.jpg", "text": "added"}]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corrected))
+    assert unpack(file, "--out", out) == 0
+    assert [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()] == corrected

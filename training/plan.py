@@ -26,7 +26,17 @@ from files import from_torchrun
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of
-from machine.memory import GIB, UNKNOWN, decoding_bytes, encoding_bytes, host_memory, peak_bytes, vae_parameters
+from machine.memory import (
+    GIB,
+    SMALL_MODEL,
+    T5_WIDTH,
+    UNKNOWN,
+    decoding_bytes,
+    encoding_bytes,
+    host_memory,
+    peak_bytes,
+    vae_parameters,
+)
 from mmdit import MMDiT, MMDiTConfig
 from training.adapter import attach, state_of, trained
 from training.model import make
@@ -39,9 +49,7 @@ RESERVE, PROCESS = 2 * GIB, 2 * GIB
 PICTURES = GIB  # resized pictures that a rank keeps: data.CACHE_BYTES
 PHASES = "activations", "VAE encoding", "sample decoding"  # never two at a time
 AT_FIRST = "parameters", "averaged weights", "buffers", "VAE weights", "text encoders", "reserve"  # before step 1
-TEXT_WIDTH = 4096       # of the published T5; other text encoders are small
 TEXT_PARAMETERS = {SD3.text: 5_581_000_000, FLUX_DEV.text: 4_885_000_000}  # T5-XXL and the family's CLIPs
-SMALL_MODEL = 100_000_000  # parameters: below this, CPU runs skip the memory check
 
 
 def flop_of_image(model_class: type[MMDiT] | type[Flux], config: MMDiTConfig | FluxConfig, side: int,
@@ -100,7 +108,7 @@ def memory(s: Settings, family: Family, config: MMDiTConfig | FluxConfig, vae_co
     reduced = 0 if s.lora else max(blocks) * (compute + 8)             # a block's gradients, two of them in fp32
     vae_dtype = DTYPES[s.vae_dtype]
     encoding = vae_config, vae_dtype, s.res, s.res, s.factor
-    text_encoders = TEXT_PARAMETERS[family.text] if config.context_dim == TEXT_WIDTH else 0
+    text_encoders = TEXT_PARAMETERS[family.text] if config.context_dim == T5_WIDTH else 0
     text_encoders *= 4 if s.device == "cpu" else 2
     rounded = 24 * largest // (ranks if s.sharded and not s.lora else 1)  # fp32 copies of one parameter at a time
 
