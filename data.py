@@ -128,7 +128,7 @@ def sizes_of(items: Sequence[Item], res: int, step: int, most: float, aspect: bo
     choice, sizes, below = aspect_sizes(res, step, most) if aspect else [(res, res)], [], []
     if not choice or max(map(max, choice)) > most:
         raise ValueError(f"--res {res}: the model's position table ends at {most:g} px per side at this --factor; give "
-                         f"less{', or no --aspect' * (aspect and res <= most)}")
+                         "less")
     for item in items:
         width, height = upright_size(item.path)
         lack = too_small(width, height, res, choice)
