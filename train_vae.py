@@ -257,10 +257,12 @@ def check_settings(s: Settings) -> None:
 
 
 def split_pictures(settings: Settings) -> tuple[Pictures, Pictures]:
-    """The pictures to train on, and --holdout others, evenly chosen."""
+    """The pictures to train on, and --holdout others, evenly chosen; fewer where there are no more than these."""
     paths = [item.path for item in read_folder(settings.data)]
     every = max(1, len(paths) // max(1, settings.holdout))
-    first = max(0, min(settings.holdout // 2, len(paths) - every * (settings.holdout - 1) - 1))
+    first = settings.holdout // 2
+    if len(paths) > settings.holdout:
+        first = min(first, len(paths) - every * (settings.holdout - 1) - 1)
     held_out = paths[first::every][:settings.holdout]
     if len(held_out) == len(paths):
         raise ValueError(f"{settings.data}: --holdout {settings.holdout} leaves no picture to train on")
