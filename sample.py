@@ -224,6 +224,7 @@ class Models:
             self.drop()
 
     def drop(self) -> None:
+        """Let go of both, once no block is being read ahead."""
         if self.transformer.cache_info().currsize:
             finish(self.transformer())
         self.transformer.cache_clear()

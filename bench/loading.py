@@ -60,7 +60,7 @@ def first_velocity(build: Build, threads: int) -> tuple[float, float, Tensor]:
     from diffusers import SD3Transformer2DModel  # noqa: F401  imported by every side, before the clock
 
     torch.set_num_threads(threads)
-    torch.mm(*torch.zeros(2, 64, 64))
+    torch.mm(*torch.zeros(2, 64, 64))  # starts the threads
     start = time.perf_counter()
     velocity = build()()
     return (time.perf_counter() - start) * 1000, peak_mib("cpu"), velocity

@@ -51,8 +51,8 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
         if isinstance(modulation, Modulation):
             module.set_submodule(name, Hoisted(partial(_rows, modulation, weights.part(f"{name}."), device, dtype)))
     blocks, paths = blocks_of(module), {block: name for name, block in module.named_modules()}
-    parts = [Weights({name: weights[f"{path}.{name}"] for name in block.state_dict()}, {}, f"{weights.source}: {path}")
-             for block, path in ((block, paths[block]) for block in blocks)]
+    parts = [Weights({name: weights[f"{paths[block]}.{name}"] for name in block.state_dict()}, {},
+                     f"{weights.source}: {paths[block]}") for block in blocks]
     resident = len(blocks) if resident is None else resident
     first = 0 if fp8 else resident  # the first block that is not there as it is computed with
     away = tuple(f"{paths[block]}." for block in blocks[first:])
