@@ -44,6 +44,10 @@ DOWNLOADS = {  # --model NAME: arguments of hf download
     "flux-schnell": f"black-forest-labs/FLUX.1-schnell {FLUX_PARTS}"}
 
 
+class Overflow(ValueError):
+    """Finite weights that the compute dtype does not hold."""
+
+
 # ---- tensors by name
 
 @dataclass(frozen=True)
@@ -89,14 +93,10 @@ class Weights(dict[str, LazyTensor]):
             tensors[row.official] = _assembled([self[part] for part in row.parts], row.how)
         return Weights(tensors, self.metadata, self.source)
 
-    def recognised(self) -> str:
-        """Which other model or adapter this is, and what to do; "" for SD3, Flux and what is not known."""
-        return names.recognised(self, names.OTHERS)
-
     def described(self) -> str:
         """What the file is, for messages."""
         listed = f"holds {len(self)} tensors: {', '.join(list(self)[:2])} ..." if self else "holds nothing of it"
-        return f"is {known.partition(';')[0]}" if (known := self.recognised()) else listed
+        return f"is {known.partition(';')[0]}" if (known := names.recognised(self, names.OTHERS)) else listed
 
     def shape_of(self, name: str, axes: int, kind: str) -> tuple[int, ...]:
         """Shape of a tensor that every `kind`, e.g. "SD3 transformer", has; ValueError if absent or of other axes."""
@@ -114,7 +114,8 @@ class Weights(dict[str, LazyTensor]):
             raise ValueError(f"{self.source}: {name} has {size}, expected {rule}")
 
     def common_size(self, suffix: str, axis: int, otherwise: str, kind: str, axes: int = 2) -> int:
-        """The most common size among tensors with this suffix: fill() reports others. None: `otherwise` is missing."""
+        """The most common size among tensors with this suffix; fill() reports the others. Without such tensors,
+        ValueError that `otherwise` is missing."""
         sizes = [self.shape_of(name, axes, kind)[axis] for name, t in self.items()
                  if name.endswith(suffix) and len(t.shape) == axes]
         return mode(sizes) if sizes else self.shape_of(otherwise, axes, kind)[axis]
@@ -314,9 +315,10 @@ def assign(module: nn.Module, weights: Weights, which: Iterable[str], device: De
             blank.append(name)
         if not math.isfinite(high - low):
             low, high = _range(stored.float())
-            why = (f"its values exceed {tensor.dtype}; choose bf16 or fp32" if math.isfinite(high - low) else
-                   "the file is damaged or its training diverged")
-            raise ValueError(f"{weights.source}: {name} holds NaN or Inf: {why}")
+            what = f"{weights.source}: {name} holds NaN or Inf"
+            if math.isfinite(high - low):
+                raise Overflow(f"{what}: its values exceed {tensor.dtype}; choose bf16 or fp32")
+            raise ValueError(f"{what}: the file is damaged or its training diverged")
         if shard is not None:
             shard.copy_(tensor)
         elif leaf in owner._parameters:

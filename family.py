@@ -29,7 +29,7 @@ from flow import FLUX_MU, even_sigmas, flux_time_shift, sd3_sigmas
 from flux import Flux, FluxConfig
 from layers import STOCK, Positions, check_positions, reach
 from mmdit import MMDiT, MMDiTConfig
-from names import ADAPTERS, recognised
+from names import ADAPTERS, OTHERS, recognised
 from text import T5_MOST, FluxText, SD3Text
 from vae import FLUX_SCALE, FLUX_SHIFT, SD3_SCALE, SD3_SHIFT, VAEConfig, read_config
 
@@ -246,18 +246,18 @@ def check_widths(config: MMDiTConfig | FluxConfig, context: Tensor, pooled: Tens
 
 def family_of(weights: Weights) -> Family:
     """The family of a transformer, by the names of its tensors; ValueError that lists what the file holds instead."""
-    names = weights.part("model.diffusion_model.")
-    beside = [name for name in weights if len(names) < len(weights) and not name.startswith(OFFICIAL_PREFIXES)]
-    if other := names.recognised() or recognised(beside, ADAPTERS):
+    part = weights.part("model.diffusion_model.")
+    beside = [name for name in weights if len(part) < len(weights) and not name.startswith(OFFICIAL_PREFIXES)]
+    if other := recognised(part, OTHERS) or recognised(beside, ADAPTERS):
         raise ValueError(f"{weights.source}: {other}")
-    if twice := next((name for name in beside if name in names), ""):
+    if twice := next((name for name in beside if name in part), ""):
         raise ValueError(f"{weights.source}: {twice} is there with and without the prefix model.diffusion_model.")
-    if any(name.startswith("joint_blocks.") for name in names):
-        if any(".attn2." in name for name in names):
+    if any(name.startswith("joint_blocks.") for name in part):
+        if any(".attn2." in name for name in part):
             return SD3_5_MEDIUM
-        return SD3_5_LARGE if names.depth("joint_blocks.") == 38 else SD3
-    if any(name.startswith(("double_blocks.", "single_blocks.")) for name in names):
-        return FLUX_DEV if any(name.startswith("guidance_in.") for name in names) else FLUX_SCHNELL
+        return SD3_5_LARGE if part.depth("joint_blocks.") == 38 else SD3
+    if any(name.startswith(("double_blocks.", "single_blocks.")) for name in part):
+        return FLUX_DEV if any(name.startswith("guidance_in.") for name in part) else FLUX_SCHNELL
     raise ValueError(f"{weights.source}: holds neither an SD3 nor a Flux transformer, but {len(weights)} tensors: "
                      f"{', '.join(list(weights)[:2])} ...")
 
@@ -327,9 +327,14 @@ def fingerprint(*paths: str | os.PathLike) -> str:
 
 
 def text_files(folder: str | os.PathLike) -> list[Path]:
-    """The files of a model folder's text encoders and tokenizers: text_encoder*/, text_encoders/, tokenizer*/."""
-    folders = ("text_encoder*", "tokenizer*")
-    return sorted(file for name in folders for file in Path(folder).glob(f"{name}/*") if file.is_file())
+    """The files of a model folder's text encoders and tokenizers: text_encoder*/, text_encoders/, tokenizer*/.
+
+    Without the first two, the encoders are inside the transformer's file, which then stands for them.
+    """
+    patterns = ["text_encoder*/*", "tokenizer*/*"]
+    if not any(Path(folder).glob("text_encoder*/*.safetensors")):
+        patterns.append("sd3*.safetensors")
+    return sorted(file for pattern in patterns for file in Path(folder).glob(pattern) if file.is_file())
 
 
 def vae_for(folder: str | os.PathLike, vae: Path, factor: int) -> Path:

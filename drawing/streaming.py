@@ -54,7 +54,7 @@ def streamed(make: Callable[[], M], weights: Weights, device: Device, dtype: tor
     parts = [Weights({name: weights[f"{paths[block]}.{name}"] for name in block.state_dict()}, {},
                      f"{weights.source}: {paths[block]}") for block in blocks]
     resident = len(blocks) if resident is None else resident
-    first = 0 if fp8 else resident  # the first block that is not there as it is computed with
+    first = 0 if fp8 else resident  # from this block on, weights are read or cast just before use
     away = tuple(f"{paths[block]}." for block in blocks[first:])
     there = [name for name in module.state_dict() if not name.startswith(away)]
     assign(module, Weights(anew(weights), {}, weights.source), there, device, dtype)  # the maps go with the module

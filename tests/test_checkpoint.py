@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import LazyTensor, Weights, fill, filled, locate, open_weights, save
+from checkpoint import LazyTensor, Overflow, Weights, fill, filled, locate, open_weights, save
 from files import replacing
 
 
@@ -292,7 +292,7 @@ def test_a_model_further_down_is_named_and_not_downloaded_again(below, tmp_path)
 
 def test_values_beyond_the_compute_dtype_are_no_damage(tmp_path):
     save_file({"weight": torch.full((3, 5), 1e5), "bias": torch.ones(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="weight holds NaN or Inf: its values exceed torch.float16; choose bf16"):
+    with pytest.raises(Overflow, match="weight holds NaN or Inf: its values exceed torch.float16; choose bf16"):
         fill(nn.Linear(5, 3, device="meta"), open_weights(tmp_path / "a.safetensors"), dtype=torch.float16)
 
 
