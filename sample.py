@@ -155,10 +155,10 @@ def prepared(given: Settings) -> Job:
         transformer = with_lora(transformer, given.lora)
         config = family.config(transformer.part("model.diffusion_model."))
     settings = settle(given, family, transformer, config)
-    config, stages = positioned(config, settings.positions, settings.trained_side), plan_stages(settings, family)
+    config, stages = positioned(config, settings.positions, settings.trained_side), stages_for(settings, family)
     if vae:  # a missing or broken file is named before the text encoders are read
         vae = Path(given.vae) if given.vae else vae_for(folder, vae, settings.factor)
-        vae_config = check_files(family, config, transformer, open_weights(vae))
+        vae_config = checked_vae_config(family, config, transformer, open_weights(vae))
     plan = choose(settings, family, config, vae_config, stages)
     if settings.compile and (plan.resident is not None or settings.store):
         raise ValueError("--compile: needs all blocks in memory as --dtype; leave it out, or give more --memory and no "
@@ -167,9 +167,9 @@ def prepared(given: Settings) -> Job:
     return Job(settings, family, folder, transformer, config, vae, vae_config, stages, plan, redrawn)
 
 
-def check_files(family: Family, config: MMDiTConfig | FluxConfig, transformer: Weights, vae: Weights) -> VAEConfig:
-    """The configuration of the VAE; ValueError if names or shapes of either file differ from their model's, or the VAE
-    is of another family."""
+def checked_vae_config(family: Family, config: MMDiTConfig | FluxConfig, transformer: Weights,
+                       vae: Weights) -> VAEConfig:
+    """Check both files against their models; return the VAE's configuration."""
     part = vae.part("first_stage_model.")
     vae_config = read_config(part)
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def check_files(family: Family, config: MMDiTConfig | FluxConfig, transformer: W
     return vae_config
 
 
-def plan_stages(settings: Settings, family: Family) -> list[Stage]:
+def stages_for(settings: Settings, family: Family) -> list[Stage]:
     """The stages of every picture; a time shift by tokens is that of each stage."""
     def schedule(tokens: int) -> Tensor:
         return family.sigmas(settings.steps, family.by_tokens(tokens) if settings.mu is None else settings.time_shift)
@@ -187,7 +187,7 @@ def plan_stages(settings: Settings, family: Family) -> list[Stage]:
     first = None if settings.first == "none" else int(settings.first)
     if settings.redraw:
         first = math.sqrt(math.prod(upright_size(settings.redraw)))
-    return stages_of(settings.size, first, settings.start, settings.step, schedule, bool(settings.redraw))
+    return stages_of(settings.size, first, settings.start, settings.token_px, schedule, bool(settings.redraw))
 
 
 def finished(pictures: list[Picture], records: Callable[[Picture], dict],

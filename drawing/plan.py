@@ -131,24 +131,23 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
     """(phase: what, bytes) for one way of drawing."""
     dtype, vae_dtype = DTYPES[settings.dtype], DTYPES[settings.vae_dtype]
     outside, blocks, outputs = parameters_of(family, config)
-    there, in_matrices = blocks[:resident], 1 if settings.store else dtype.itemsize  # bytes of a number in fp8, or not
-    weights = dtype.itemsize * outside + sum(in_matrices * matrices + dtype.itemsize * (every - matrices)
+    there, matrix_bytes = blocks[:resident], 1 if settings.store else dtype.itemsize  # per number of a matrix
+    weights = dtype.itemsize * outside + sum(matrix_bytes * matrices + dtype.itemsize * (every - matrices)
                                              for matrices, every in there)
     in_turn = blocks if settings.store else blocks[len(there):]  # all are cast in the buffers, or those that are read
     passes, levels = 1 if settings.cfg == 1 else 2, max(len(stage.sigmas) for stage in stages)
     ranks = launched()[1] if settings.together else 1  # which share the tokens
-    step = settings.step * ranks
     text = 0
     if config.context_dim == T5_WIDTH:  # embeddings, the first block and two buffers; CLIP; texts
         text = T5_EMBEDDINGS + 3 * T5_BLOCK + CLIPS[family.text]
-        prompts = passes - 1 + min(MOST_AT_ONCE, MOST_AT_ONCE if settings.prompts else len(settings.prompt))
+        prompts = passes - 1 + (MOST_AT_ONCE if settings.prompts else min(MOST_AT_ONCE, len(settings.prompt)))
         text += 2 * prompts * family.text_tokens(settings.t5_length) * T5_WIDTH  # of one block and of the next
     rows = {"text: encoders": text * (4 if settings.dtype == "fp32" else 2),
             "latent: resident weights": weights,
             "latent: buffers of two blocks": 2 * dtype.itemsize * max((every for _, every in in_turn), default=0),
             "latent: modulations of all steps": dtype.itemsize * passes * levels * outputs,
             "latent: activations": max(activation_bytes(
-                family, config, dtype, stage.height // settings.factor, 2 * -(-stage.width // step),
+                family, config, dtype, stage.height // settings.factor, 2 * -(-stage.width // (settings.token_px * ranks)),
                 passes if batched else 1, -(-family.text_tokens(settings.t5_length) // ranks)) for stage in stages),
             "picture: VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
             "picture: decoding": max(decoding_bytes(vae_config, vae_dtype, stage.width, stage.height, settings.factor)

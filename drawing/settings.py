@@ -75,7 +75,7 @@ class Settings:
         return size_of(self.res)
 
     @property
-    def step(self) -> int:
+    def token_px(self) -> int:
         """Pixels per side of an image token: sides are multiples of it."""
         return 2 * self.factor
 
@@ -114,7 +114,7 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
     else:
         settings = replace(settings, mu=math.log(settings.time_shift))
         flag = f"--time-shift {settings.time_shift:g}" + (recorded if shift is None else "")
-    first = tokens if settings.first == "none" else (int(settings.first) // settings.step)**2
+    first = tokens if settings.first == "none" else (int(settings.first) // settings.token_px)**2
     if given.together:
         check_ranks(launched()[1], config.num_heads, family.text_tokens(settings.t5_length), first)
     if note := family.check_schedule(settings.steps, settings.time_shift, flag):
@@ -139,10 +139,11 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
 
     Stages draw with the recorded rule of positions, else with interpolated ones.
     """
-    step, start = settings.step, START if settings.start is None else settings.start
+    token_px, start = settings.token_px, START if settings.start is None else settings.start
     need(0 <= start <= 1, "start", f"{start:g}", "0 to 1")
-    trained = family.trained_side(transformer) * step if "res" in transformer.metadata else None  # pixels, this factor
-    side = math.sqrt(math.prod(settings.size))                                 # pixels, of a square of this area
+    # in pixels: the trained side at this factor, the side of a square of the picture's area
+    trained = family.trained_side(transformer) * token_px if "res" in transformer.metadata else None
+    side = math.sqrt(math.prod(settings.size))
     larger = side > BEYOND * (trained or family.res)
     first = first_stage(settings, family, side, trained if larger else None, larger)
     rule, trained_side = settings.positions, settings.trained_side
@@ -150,7 +151,7 @@ def staged(settings: Settings, family: Family, transformer: Weights, recorded: P
         rule = recorded.rule if recorded != STOCK else "pi"
     if trained_side is None and rule not in (None, "stock"):
         pixels = trained or (int(first) if first != "none" else family.res if settings.redraw else 0)
-        trained_side = recorded.side or round(pixels / step)
+        trained_side = recorded.side or round(pixels / token_px)
     return replace(settings, first=first, start=start, positions=rule, trained_side=trained_side)
 
 
@@ -160,7 +161,7 @@ def first_stage(settings: Settings, family: Family, side: float, trained: float 
     side     pixels, of a square of the picture's area; trained: of the trained size if that is recorded and smaller
     larger   whether the picture is larger than the model was trained with
     """
-    first, step = settings.first, settings.step
+    first, token_px = settings.first, settings.token_px
     need(not settings.redraw or first is None, "first", first, "it without --from, whose picture is the first stage")
     if settings.redraw:
         check_proportions(settings)
@@ -169,8 +170,8 @@ def first_stage(settings: Settings, family: Family, side: float, trained: float 
         remark(f"note: the file does not record its trained size: {settings.res} px are drawn at once; if the "
                f"contents repeat, give --first {family.res}")
     if first is None:
-        first = str(max(1, round(trained / step)) * step) if trained else "none"
-    if first != "none" and side > pixels_of(first, step):
+        first = str(max(1, round(trained / token_px)) * token_px) if trained else "none"
+    if first != "none" and side > pixels_of(first, token_px):
         return first
     for name, given in (("first", settings.first), ("start", settings.start)):
         if given not in (None, "none"):
@@ -180,19 +181,19 @@ def first_stage(settings: Settings, family: Family, side: float, trained: float 
 
 def check_proportions(settings: Settings) -> None:
     """ValueError if --res would distort the picture of --from; it names the size of equal area that does not."""
-    step = settings.step
+    token_px = settings.token_px
     width, height = upright_size(settings.redraw)
     scale = math.sqrt(math.prod(settings.size) / (width * height))
-    fits = [max(step, round(side * scale / step) * step) for side in (width, height)]
+    fits = [max(token_px, round(side * scale / token_px) * token_px) for side in (width, height)]
     if abs(math.log(settings.size[0] * height / (settings.size[1] * width))) > 0.02 and settings.size != tuple(fits):
         raise ValueError(f"--from {settings.redraw}: {width}x{height} px have not the proportions of --res "
                          f"{settings.res}; give --res {fits[0]}x{fits[1]}")
 
 
-def pixels_of(first: str, step: int) -> int:
+def pixels_of(first: str, token_px: int) -> int:
     """--first in pixels; ValueError if it is none."""
-    fits = re.fullmatch(r"\d{1,5}", first) and int(first) >= step and int(first) % step == 0
-    need(bool(fits), "first", first, f"pixels, a multiple of {step}, or none")
+    fits = re.fullmatch(r"\d{1,5}", first) and int(first) >= token_px and int(first) % token_px == 0
+    need(bool(fits), "first", first, f"pixels, a multiple of {token_px}, or none")
     return int(first)
 
 
