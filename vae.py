@@ -92,20 +92,20 @@ def _refuse_others(weights: Weights) -> None:
 def read_scale(file: Weights, scale: float | None = None, shift: float | None = None,
                fallback: tuple[float, float] | None = None) -> tuple[float, float]:
     """Scale and shift of the latent: as given, else as recorded, else those of a family; see VAE.load."""
-    if scale is None:
-        scale = file.number("scale_factor", "scaling_factor")
-    if shift is None:  # a diffusers config without a shift means 0
-        shift = file.number("shift_factor", otherwise=0.0 if "scaling_factor" in file.metadata else None)
-    if other := next((name for _, both, name in FAMILIES if fallback and (scale, shift) == both != fallback), ""):
-        raise ValueError(f"{file.source}: records scale {scale} and shift {shift}, which are those of {other}'s "
-                         "autoencoder, but the transformer is not of that family; put its own autoencoder there")
-    if scale is None or shift is None:
+    scale = file.number("scale_factor", "scaling_factor") if scale is None else scale
+    shift = file.number("shift_factor") if shift is None else shift
+    if shift is None and "scaling_factor" in file.metadata:  # a config of diffusers: a scale of no family means shift 0
+        shift = next((both[1] for _, both, _ in FAMILIES if both[0] == scale), 0.0)
+    if None in (scale, shift):
         inside = (both for prefix, both, _ in FAMILIES if any(name.startswith(prefix) for name in file))
-        fallback = fallback or next(inside, None) or _of_official_file(file.source)
-        if fallback is None:
+        known = next(inside, None) or fallback or _of_official_file(file.source)
+        if known is None:
             lack = " and ".join(key for key, v in (("scale_factor", scale), ("shift_factor", shift)) if v is None)
             raise ValueError(f"{file.source}: records no {lack}, and nothing in it shows its family; {PUBLISHED}")
-        scale, shift = (own if given is None else given for own, given in zip(fallback, (scale, shift), strict=True))
+        scale, shift = (own if given is None else given for own, given in zip(known, (scale, shift), strict=True))
+    if other := next((name for _, both, name in FAMILIES if fallback and (scale, shift) == both != fallback), ""):
+        raise ValueError(f"{file.source}: has scale {scale} and shift {shift}, which are those of {other}'s "
+                         "autoencoder, but the transformer is not of that family; put its own autoencoder there")
     if not 1e-3 <= scale <= 1e3 or abs(shift) > 1e3:
         raise ValueError(f"{file.source}: scale_factor {scale:g}, shift_factor {shift:g}: expected 0.001 to 1000 and "
                          f"-1000 to 1000; {PUBLISHED}")
@@ -358,10 +358,10 @@ class VAE(nn.Module):
         """Read ae.safetensors, sd3_medium.safetensors or the vae/ folder of diffusers; dtype, errors: checkpoint.fill.
 
         others    None is the value that metadata or config.json record
-        fallback  scale and shift factor where none are recorded: those of the family. None takes them from the file: a
-                  transformer beside the autoencoder, or the tensor names of Flux's ae.safetensors
+        fallback  the family's scale and shift factor, where neither metadata nor a transformer inside the file show
+                  them. None: from the tensor names of Flux's ae.safetensors
         offset    of decode; None: 2 if nothing is recorded
-        raises    ValueError if the file is of another model, or its scale and shift cannot be known
+        raises    ValueError if the file is of another model or family, or its scale and shift cannot be known
         """
         file = open_weights(path)
         weights = file.part("first_stage_model.")  # the file itself if it has no prefixes

@@ -33,6 +33,7 @@ from vae import (
     to_pixels,
 )
 
+SD3, FLUX = (SD3_SCALE, SD3_SHIFT), (FLUX_SCALE, FLUX_SHIFT)
 PARITY = 1e-5  # fp32, independent implementations agree to 5e-6; a group norm with eps 1e-5 would be 2.6e-5 away
 
 
@@ -522,8 +523,7 @@ def test_other_factors_dilations_and_offsets_are_refused(raw_vae):
 
 # ---- constants
 
-@pytest.mark.parametrize("prefix, expected", [("", (FLUX_SCALE, FLUX_SHIFT)),
-                                              ("first_stage_model.", (SD3_SCALE, SD3_SHIFT))])
+@pytest.mark.parametrize("prefix, expected", [("", FLUX), ("first_stage_model.", SD3)])
 def test_constants_come_from_the_family_then_the_metadata_then_the_keyword(f16, prefix, expected, tmp_path):
     file = tmp_path / "weights.safetensors"
     tensors = {prefix + name: t for name, t in weights_of(f16).items()}
@@ -560,6 +560,12 @@ def test_constants_of_the_family_stand_where_the_files_record_none(four_levels, 
     assert constants(vae_of({"scaling_factor": 0.5}), **family) == (0.5, 0.0)  # as diffusers reads it
     assert constants(vae_of({"scaling_factor": 0.5, "shift_factor": None}), **family) == (0.5, 0.0)
     assert constants(vae_of({"shift_factor": 0.25}), **family) == (0.7, 0.25)
+    for both, other in ((SD3, FLUX), (FLUX, SD3)):  # the scale shows the family, and its shift
+        for more in ({}, {"shift_factor": None}):
+            config = vae_of({"scaling_factor": both[0]} | more)
+            assert constants(config, fallback=both) == constants(config) == both
+            with pytest.raises(ValueError, match=f"scale {both[0]} and shift {both[1]}, which are those of"):
+                constants(config, fallback=other)
     assert constants(vae_of({"scaling_factor": 0.5}), scale_factor=2.0, **family) == (2.0, 0.0)
     assert constants(vae_of({}), scale_factor=2.0, shift_factor=1.0) == (2.0, 1.0)
     for path in (vae_of({}), tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
@@ -570,8 +576,8 @@ def test_constants_of_the_family_stand_where_the_files_record_none(four_levels, 
 
 
 @pytest.mark.parametrize("beside, expected", [
-    ("joint_blocks.0.x_block.attn.qkv.weight", (SD3_SCALE, SD3_SHIFT)),
-    ("double_blocks.0.img_attn.qkv.weight", (FLUX_SCALE, FLUX_SHIFT)), ("input_blocks.0.0.weight", None)])
+    ("joint_blocks.0.x_block.attn.qkv.weight", SD3),
+    ("double_blocks.0.img_attn.qkv.weight", FLUX), ("input_blocks.0.0.weight", None)])
 def test_transformer_beside_a_prefixed_autoencoder_decides_its_constants(f16, beside, expected, tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {f"first_stage_model.{name}": t for name, t in weights_of(f16).items()}
@@ -584,12 +590,16 @@ def test_transformer_beside_a_prefixed_autoencoder_decides_its_constants(f16, be
             VAE.load(file)
 
 
-@pytest.mark.parametrize("own, other, name", [((FLUX_SCALE, FLUX_SHIFT), (SD3_SCALE, SD3_SHIFT), "SD3"),
-                                              ((SD3_SCALE, SD3_SHIFT), (FLUX_SCALE, FLUX_SHIFT), "Flux")])
-def test_the_autoencoder_of_the_other_family_is_refused_by_its_constants(f16, own, other, name, tmp_path):
-    file = tmp_path / "vae.safetensors"
-    save_file(weights_of(f16), file, dict(zip(("scale_factor", "shift_factor"), map(str, other), strict=True)))
-    with pytest.raises(ValueError, match=f"vae.safetensors: records scale {other[0]} .* are those of {name}'s autoenc"):
+@pytest.mark.parametrize("own, other, name, beside", [(FLUX, SD3, "SD3", "joint_blocks.0.x_block.attn.qkv.weight"),
+                                                      (SD3, FLUX, "Flux", "double_blocks.0.img_attn.qkv.weight")])
+@pytest.mark.parametrize("recorded", [("scale_factor", "shift_factor"), ("shift_factor",), ()])
+def test_the_autoencoder_of_the_other_family_is_refused_by_its_constants(f16, own, other, name, beside, recorded,
+                                                                         tmp_path):
+    """Recorded ones, else those of the transformer in the same file."""
+    file, metadata = tmp_path / "vae.safetensors", {"scale_factor": f"{other[0]}", "shift_factor": f"{other[1]}"}
+    tensors = {f"first_stage_model.{name}": t for name, t in weights_of(f16).items()}
+    save_file(tensors | {f"model.diffusion_model.{beside}": torch.zeros(1)}, file, {k: metadata[k] for k in recorded})
+    with pytest.raises(ValueError, match=f"vae.safetensors: has scale {other[0]} .* are those of {name}'s autoencoder"):
         VAE.load(file, fallback=own)
     assert VAE.load(file, fallback=other).scale_factor == VAE.load(file).scale_factor == other[0]
 
