@@ -226,7 +226,7 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         vae = VAE.load(vae_path, device, fallback=family.latent_scale)
         moments = Latents(pictures.paths, pictures.central_crop, vae, factor, dilation, caches / ".latents",
                           pictures.resample)
-        print(f"{share}{moments.fill(sizes, rank, world)} latents in {moments.folder}")
+        print(f"{share}{moments.fill(sizes, rank, world)} latents encoded, {len(sizes)} in {moments.folder}")
 
 
 def unpack(shards: list[str], out: str, text: str) -> int:

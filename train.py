@@ -32,7 +32,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Weights, model_folder, open_weights
+from checkpoint import DTYPES, Weights, model_folder
 from data import Item, Pictures, read_folder, sizes_of
 from family import Family, check_widths, find, positioned
 from files import INTERRUPTED, run_command, writable
@@ -51,7 +51,7 @@ from training.logs import Tally, what_diverged
 from training.model import EMA, autocast, build, encode, new_optimizer
 from training.plan import check_memory, plan_of, this_machine
 from training.ranks import SharedError, described, device_of, on_all, rank, stop_on_signals, world
-from training.resume import digest_of, identity_of
+from training.resume import digests_of, identity_of
 from training.run import Run, check_out, export_newest, only_run
 from training.samples import SHOWN, sample_settings_of
 from training.settings import Settings, check, parse, settle
@@ -80,9 +80,8 @@ class Job:
 
     def identity(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be resumed."""
-        weights = {"transformer": digest_of(self.transformer.part("model.diffusion_model.")),
-                   "VAE": digest_of(open_weights(self.vae_path).part("first_stage_model.")),
-                   "text encoders": encoders_key(self.folder)}
+        weights = digests_of(self.family, self.transformer, self.vae_path)
+        weights["text encoders"] = encoders_key(self.folder)
         listing = [(str(item.path.relative_to(self.settings.data)), item.captions, size)
                    for item, size in zip(self.items, self.sizes, strict=True)]
         return identity_of(self.settings, self.family, self.config, weights, listing)

@@ -21,9 +21,10 @@ PROMPT = ("Directly describe with brevity and as brief as possible the scene or 
           "describing the scene please.")
 MOST_TOKENS = 200  # of an answer; one that is cut off there is refused
 INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depicts|features|captures)\b|"
-                        r"in (this|the) (image|picture|photo\w*|scene)\b|(i['’]m|i am) (sorry|unable)\b|"
-                        r"i can(no|['’])t\b|sorry\b|sure\b|here(['’]s| is)\b.*?:|an? (image|picture) (of|showing)\b|"
-                        r"\W*(image )?(caption|description)\W*:", re.IGNORECASE)
+                        r"in (this|the) (image|picture|photo\w*|scene)\b|(i['’]m|i am) (sorry|unable|not able)\b|"
+                        r"i (can(no|['’])t|won['’]t|will not|do not|don['’]t|apologi[sz]e)\b|unable to\b|as an ai\b|"
+                        r"unfortunately\b|no (image|picture)\b|sorry\b|sure\b|here(['’]s| is)\b.*?:|"
+                        r"an? (image|picture) (of|showing)\b|\W*(image )?(caption|description)\W*:", re.IGNORECASE)
 
 
 def to_ask(pictures: Mapping[str, Path], model: str, file: Path, side: int, price: Sequence[float] | None,

@@ -13,6 +13,7 @@ import importlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     listing = out / "metadata.jsonl"
     rows = {text_of(row, "file_name", at): row for at, row in rows_of(listing)} if listing.exists() else {}
     complete = {name for name, row in rows.items() if row.get("text")}  # stays as it is
+    stems = Counter(shard.stem for shard in shards)
     with tqdm(total=sum(table.metadata.num_rows for table, _ in tables), desc="pictures", file=sys.stderr) as bar:
         for shard, (table, image) in zip(shards, tables, strict=True):
+            stem = shard.stem if stems[shard.stem] == 1 else f"{shard.parent.name}_{shard.stem}"
             for number, (content, path, text) in enumerate(_rows(shard, table, image, caption)):
                 bar.update()
                 if content:
-                    name = _written(out, content, path, f"{shard.stem}_{number:06d}")
+                    name = _written(out, content, path, f"{stem}_{number:06d}")
                     row = rows.setdefault(name, {"file_name": name})
                     if text and name not in complete:  # a picture of several rows has several captions
                         add_caption(row, text)

@@ -5,12 +5,15 @@ Check     python -m pytest tests/test_ranks.py
 
 import gc
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from files import launched
+
+PATIENCE = timedelta(hours=6)  # that ranks wait for one that works alone: it encodes a share, or writes 24 GB
 
 Result = TypeVar("Result")
 
@@ -26,7 +29,7 @@ def join(device: torch.device, sharded: bool) -> None:
             store, number, size = next(dist.rendezvous("env://"))
             # torchrun restarts all ranks on the same store: those of an earlier attempt must not be taken for them
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"

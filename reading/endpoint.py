@@ -42,7 +42,8 @@ except ImportError:  # Windows
 ATTEMPTS, PAUSE_S, MOST_PAUSE_S = 6, 1.0, 600.0
 MOST_BYTES = 16 << 20    # of one answer
 ASK_AGAIN = 3            # times that a question is asked whose answers are off the format
-IN_A_ROW = 8             # questions without an answer, after which the endpoint is taken to be of no use
+IN_A_ROW = 8             # questions without an answer, after which an endpoint that gave none is taken to be of no use
+SECRET = 12              # letters of a key that answers must not repeat; shorter ones, "none", are no keys but words
 
 
 # ---- the endpoint
@@ -220,11 +221,11 @@ def _post(endpoint: Endpoint, body: bytes) -> bytes:
         reason = getattr(error, "reason", error)
         why = f"no byte in {endpoint.timeout_s:g} s" if isinstance(reason, TimeoutError) else str(reason)
         raise _Again(f"no answer ({_without_key(endpoint, why)})", 0.0) from None
-    return content.replace(endpoint.key.encode(), b"[key]") if endpoint.key else content
+    return content.replace(endpoint.key.encode(), b"[key]") if len(endpoint.key) >= SECRET else content
 
 
 def _without_key(endpoint: Endpoint, text: str) -> str:
-    return text.replace(endpoint.key, "[key]") if endpoint.key else text
+    return text.replace(endpoint.key, "[key]") if len(endpoint.key) >= SECRET else text
 
 
 def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:
@@ -319,7 +320,7 @@ def ask_all(endpoint: Endpoint, questions: Mapping[str, Callable[[], list[dict]]
                     records[asked[future]] = record
                 else:
                     errors.append(record)
-                if failed == IN_A_ROW:
+                if failed == IN_A_ROW and not records:
                     raise OSError(f"{_shown(endpoint.url)}: {failed} questions in a row have no answer: {errors[-1]}")
         except KeyboardInterrupt:
             bar.write("note: the answers on their way are awaited and recorded", file=sys.stderr)

@@ -43,6 +43,10 @@ def _pictures_in(folder: Path) -> list[Path]:
         has = f"; it has {len(others)} other files" if others else ""
         has += f"; it has the folders {folders}" if folders else ""
         raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
+    if folders := [path.name for path in shown if path.is_dir() and any(
+            file.suffix.lower() in suffixes() for file in path.iterdir())]:
+        print(printable(f"note: {folder}: pictures of folders in it are left out ({', '.join(folders[:4])}); "
+                        "name these folders"), file=sys.stderr)
     if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
         kinds = Counter(path.suffix or "no suffix" for path in skipped)
         kinds = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))

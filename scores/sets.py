@@ -205,7 +205,11 @@ def clip_scores(captions: dict[Path, str], weights: Path, device: str, results: 
             score = float(clip.score(as_images(pixels[None]), [caption])[0])
         return {"score": score, "cut": any("was cut" in str(warning.message) for warning in caught)}
 
-    rows = [results.of_picture(("clip", 2, identity(file), caption), path, partial(measure, caption))
+    place = vocabulary if vocabulary.is_dir() else file.parent
+    words = [identity(place / name) for name in ("vocab.json", "merges.txt", "tokenizer.json")
+             if (place / name).exists()]
+
+    rows = [results.of_picture(("clip", 3, identity(file), words, caption), path, partial(measure, caption))
             for path, caption in tqdm(captions.items(), desc="CLIPScore", file=sys.stderr)]
     if cut := sum(row["cut"] for row in rows):
         notes.append(f"note: clip_score: {cut} of {len(rows)} captions are longer than CLIP reads; their ends are lost")

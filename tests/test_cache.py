@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from family import FLUX_DEV, FLUX_SCHNELL, SD3
 from models import make_tiny
 from text import FluxText, SD3Text
 from train_vae import new_vae
-from training.cache import Embeddings, Latents
+from training.cache import Embeddings, Latents, encoders_key
 from vae import VAEConfig, to_image
 
 
@@ -124,6 +125,15 @@ def test_cache_depends_on_neither_the_transformer_nor_the_folder_of_the_model(ow
         assert Embeddings(tmp_path / "cache", model).cache == before
 
 
+def test_encoders_inside_the_file_of_the_transformer_are_known_by_it(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    keys = set()
+    for content in (b"one", b"another"):
+        (tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors").write_bytes(content)
+        keys.add(encoders_key(tmp_path))
+    assert len(keys) == 2
+
+
 DAMAGE = {  # name of the damage -> what it makes of a file's tensors, records and bytes
     "empty": lambda tensors, records, content: b"",
     "half": lambda tensors, records, content: content[:len(content) // 2],
@@ -225,10 +235,11 @@ def test_latents_are_encoded_once_for_all_runs(photos, autoencoder, tmp_path, mo
     assert all(torch.equal(a, b) for a, b in zip(first.read(0, 32, 32), (mean, logvar), strict=True))
     monkeypatch.setattr(autoencoder, "moments", None)
     again = Latents(pictures.paths, pictures.central_crop, autoencoder, 16, 2, tmp_path)
-    assert again.fill(sizes) == 3 and torch.equal(again.read(0, 32, 32)[0], mean)
+    assert again.fill(sizes) == 0 and torch.equal(again.read(0, 32, 32)[0], mean)
 
 
-@pytest.mark.parametrize("changed", ["picture", "weights", "factor", "dilation", "size", "resample"])
+@pytest.mark.parametrize("changed", ["picture", "weights", "norm_groups", "factor", "dilation", "size",
+                                     "resample"])
 def test_latents_of_another_picture_encoder_or_size_are_not_read(photos, autoencoder, tmp_path, changed):
     shutil.copy(photos / "0.png", tmp_path / "0.png")
     pictures = Pictures([tmp_path / "0.png"])
@@ -238,6 +249,8 @@ def test_latents_of_another_picture_encoder_or_size_are_not_read(photos, autoenc
     if changed == "weights":
         with torch.no_grad():
             autoencoder.encoder.conv_out.bias[0] += 1
+    if changed == "norm_groups":
+        autoencoder.config = replace(autoencoder.config, norm_groups=autoencoder.config.norm_groups + 1)
     factor, dilation = 8 if changed == "factor" else 16, 1 if changed == "dilation" else 2
     width = 48 if changed == "size" else 32
     resample = "bilinear" if changed == "resample" else "lanczos"
@@ -256,7 +269,7 @@ def test_damaged_latent_is_refused_on_reading_and_computed_again_by_the_next_fil
     damage(file, kind)
     with pytest.raises(ValueError, match=f"^{file}: [^\n]*; delete it$"):
         latents.read(1, 32, 48)
-    assert latents.fill(sizes) == 2 and f"1 files in {latents.folder} are computed again" in capsys.readouterr().err
+    assert latents.fill(sizes) == 1 and f"1 files in {latents.folder} are computed again" in capsys.readouterr().err
     assert torch.equal(latents.read(1, 32, 48)[0], before)
 
 

@@ -151,7 +151,10 @@ def test_wrong_flags_are_refused_before_anything_is_asked(folder, server, capsys
 
 @pytest.mark.parametrize("answer", ["This image shows a cat", "in the scene, a cat", "I'm sorry, but no",
                                     "The photograph depicts it", '""', "\u200b", "**Caption:** a cat",
-                                    "Here's a description of the scene: a cat", "An image of a cat"])
+                                    "Here's a description of the scene: a cat", "An image of a cat",
+                                    "I'm not able to identify people", "I apologize, but I cannot see it",
+                                    "As an AI language model, I see no images", "Unable to process the image",
+                                    "I won't describe that", "Unfortunately, it is blank", "No image was provided"])
 def test_answers_off_the_format_are_refused(answer):
     with pytest.raises(ValueError):
         caption_of(answer)
@@ -159,7 +162,8 @@ def test_answers_off_the_format_are_refused(answer):
 
 def test_a_caption_is_one_line_without_quotation_marks():
     assert caption_of(' “A cat sits\non  a sofa.” ') == {"text": "A cat sits on a sofa."}
-    assert caption_of("The scenery is red") == {"text": "The scenery is red"}
+    for text in ("The scenery is red", "Icicles hang from a roof", "No people walk on an empty street"):
+        assert caption_of(text) == {"text": text}
 
 
 @pytest.mark.parametrize("answer, text", [

@@ -670,7 +670,7 @@ def test_script_encodes_into_another_folder_and_skips_small_pictures(photos, mod
     assert done.returncode == 1 and "1.png: its short side is 60 px" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "caches").rglob("*.safetensors"))  # refused before the captions are encoded
     done = run_script(*flags, "--small", "skip")
-    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("3 latents in "), done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("3 latents encoded, 3 in "), done.stderr
     assert {file.name for file in folder.iterdir()} == {file.name for file in photos.iterdir() if file.name[0] != "."}
     assert sorted(file.name for file in (tmp_path / "caches").iterdir()) == [".embeddings", ".latents"]
 

@@ -180,6 +180,20 @@ def test_an_endpoint_that_answers_nothing_right_is_left_early(server, tmp_path):
     assert len(server.bodies) <= 10
 
 
+def test_an_endpoint_that_has_answered_is_asked_on_past_what_it_refuses(server, tmp_path):
+    usual, refused = server.usual, "abcdefgh"
+    server.usual = lambda body: 400 if body["messages"][-1]["content"][0]["text"] in refused else usual(body)
+    (tmp_path / "answers.jsonl").write_text('{"id": "z", "text": "seen: z"}\n')
+    records = ask_all(connect(server), questions("abcdefghijklz"), tmp_path / "answers.jsonl", dict_of, [], at_once=1)
+    assert sorted(records) == list("ijklz")
+
+
+@pytest.mark.parametrize("key", ["none", "x", "1234"])
+def test_a_key_that_is_a_word_stays_in_answers(server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert ask(connect(server), question("a fox, none other, 1234"), 50).text == "seen: a fox, none other, 1234"
+
+
 def test_half_a_line_is_removed_and_a_whole_one_without_its_end_is_kept(server, tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_bytes('{"id": "a", "text": "é"}\n{"id": "b", "te'.encode())

@@ -244,13 +244,16 @@ def test_folders_skip_hidden_files_and_name_what_is_no_picture(command, tmp_path
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(noise)
     (tmp_path / "in" / "sub").mkdir()
+    (tmp_path / "in" / "cache").mkdir()
     code, _, errors = command("detail", tmp_path / "in")
-    assert code == 1 and len(errors) == 1 and "no picture in this folder" in errors[0] and "folders sub" in errors[0]
-    for name in ("noise.png", "a.heic", "b.heic", "c.raw", "metadata.jsonl"):
+    assert code == 1 and len(errors) == 1
+    assert "no picture in this folder" in errors[0] and "folders cache, sub" in errors[0]
+    for name in ("noise.png", "a.heic", "b.heic", "c.raw", "metadata.jsonl", "sub/more.png"):
         (tmp_path / "in" / name).write_bytes(noise)
     code, out, lines = command("detail", tmp_path / "in", "--json")
     assert code == 0 and [Path(row["picture"]).name for row in json.loads(out)["pictures"]] == ["noise.png"]
-    assert lines == [f"note: {tmp_path / 'in'}: 3 files are no pictures by name and left out (2 .heic, 1 .raw): "
+    assert lines == [f"note: {tmp_path / 'in'}: pictures of folders in it are left out (sub); name these folders",
+                     f"note: {tmp_path / 'in'}: 3 files are no pictures by name and left out (2 .heic, 1 .raw): "
                      "a.heic, …"]
 
 

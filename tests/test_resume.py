@@ -41,6 +41,7 @@ from mmdit import MMDiT
 from training.batches import batch_of_step
 from training.cache import Latents
 from training.resume import load_checkpoint, newest, save_checkpoint, saved_shapes, weights_of
+from training.run import export_newest
 
 
 def start(flags: list[str]) -> subprocess.Popen:
@@ -352,6 +353,10 @@ def test_run_resumes_with_its_weights_at_another_place_and_not_with_other_ones(s
         changed = tensors | {name: tensors[name].index_fill(0, torch.tensor(0), 0.125)}
         checkpoint.save(moved / "sd3.safetensors", changed, weights.metadata)
         assert f"that run began from other weights {part}" in refusal_of(settings, steps=7, weights=moved)
+        with pytest.raises(ValueError, match=re.escape(f"began from other weights {part}")):
+            export_newest(settings(weights=moved))
+    checkpoint.save(moved / "sd3.safetensors", tensors, weights.metadata | {"scale_factor": "0.75"})
+    assert "(scale, shift and norm groups of the VAE)" in refusal_of(settings, steps=7, weights=moved)
 
 
 def test_second_run_into_one_folder_is_refused_with_the_name_of_the_first(settings, tmp_path):
@@ -460,13 +465,15 @@ def test_twenty_kills_at_random_moments_lose_nothing_before_the_last_checkpoint(
     out, moments, steps, during_a_save = tmp_path / "out", random.Random(0), [0], 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo"])  # imported once for all twenty
-    for _ in range(20):
+    for round_ in range(20):
         process = context.Process(target=train.main, args=(settings.flags(steps=100_000, save_every=1, keep=2),))
         before, until = newest(out), time.monotonic() + 100
         process.start()
         while newest(out) == before and process.is_alive() and time.monotonic() < until:
             time.sleep(0.005)
         time.sleep(moments.random() / 10)
+        while round_ % 4 == 0 and not list((out / "checkpoints").glob(".step-*.tmp")) and process.is_alive():
+            pass
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -61,6 +61,16 @@ def test_shards_can_be_unpacked_one_after_the_other(tmp_path):
     assert [item.path.name for item in read_folder(tmp_path / "out")] == ["same.jpg", "part-1_000000_same.jpg"]
 
 
+def test_shards_of_one_name_in_two_folders_become_one_folder(tmp_path):
+    files = []
+    for k, split in enumerate(("train", "test")):
+        (tmp_path / split).mkdir()
+        files.append(shard(tmp_path / split / "0000.parquet", [{"bytes": packed(k), "path": None}], [f"number {k}"]))
+    assert unpack(*files, "--out", tmp_path / "out") == 0
+    assert [item.path.name for item in read_folder(tmp_path / "out")] == ["train_0000_000000.jpeg",
+                                                                          "test_0000_000000.jpeg"]
+
+
 def test_plain_bytes_another_column_and_missing_captions_are_read(tmp_path):
     file = shard(tmp_path / "a.parquet", [packed(0), packed(1, "WEBP")], ["one", None], "caption")
     assert unpack(file, "--text", "caption", "--out", tmp_path / "out") == 0

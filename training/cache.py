@@ -100,7 +100,7 @@ class Embeddings:
 class Latents:
     """Moments of central crops, which never change.
 
-    The key: the picture's content, the crop, resampling, the encoder's weights, factor and dilation.
+    The key: the picture's content, the crop, resampling, the encoder's weights and norm groups, factor and dilation.
     """
 
     def __init__(self, paths: Sequence[Path], central_crop: Callable[[int, int, int], np.ndarray], vae: VAE,
@@ -114,13 +114,13 @@ class Latents:
         in_utf8(folder)
         self.paths, self.central_crop = paths, central_crop
         self.vae, self.factor, self.dilation = vae, factor, dilation
-        digest = hashlib.sha256(f"{factor} {dilation} {resample}".encode())
+        digest = hashlib.sha256(f"{factor} {dilation} {resample} {vae.config.norm_groups}".encode())
         for name, tensor in vae.encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.folder, self._files = Path(folder) / digest.hexdigest()[:16], {}
 
     def fill(self, sizes: Sequence[tuple[int, int]], rank: int = 0, world: int = 1) -> int:
-        """Encode the crops that the cache lacks, every world-th picture from the rank-th; returns this share's size."""
+        """Encode the crops that the cache lacks, every world-th picture from the rank-th; returns how many were."""
         mine = range(rank, len(sizes), world)
         faults = _faults({k: self._file(k, *sizes[k]) for k in mine}, lambda k: self._read(k, *sizes[k], "meta"))
         _say(faults.values(), self.folder)
@@ -128,7 +128,7 @@ class Latents:
             writable(self.folder, "--cache")
         for index in tqdm(faults, desc="latents", file=sys.stderr, disable=not faults):
             self._encode(index, *sizes[index])
-        return len(mine)
+        return len(faults)
 
     def read(self, index: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(mean, logvar), (1, 16, h, w) each, on the CPU, of the central crop that fill() has encoded."""

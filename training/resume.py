@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import Weights
+from checkpoint import Weights, open_weights
 from family import Family
 from files import entry, read_json
 from flux import FluxConfig
@@ -43,6 +43,7 @@ from training.adamw import MOMENTS, RoundedAdamW
 from training.adapter import state_of, trained
 from training.ranks import SharedError, on_all, on_first, rank, world
 from training.settings import IDENTITY, SOURCE, Settings
+from vae import read_config, read_scale
 
 FILE_BYTES = 1 << 31
 ABOUT = "run.json"
@@ -304,6 +305,22 @@ def digest_of(weights: Weights) -> str:
     return digest.hexdigest()[:16]
 
 
+def digests_of(family: Family, transformer: Weights, vae_path: Path) -> dict[str, str]:
+    """What distinguishes the weights that a run begins with, and the VAE's numbers, which its tensors do not show."""
+    file = open_weights(vae_path)
+    vae = file.part("first_stage_model.")
+    numbers = *read_scale(file, fallback=family.latent_scale), read_config(vae).norm_groups
+    return {"transformer": digest_of(transformer.part("model.diffusion_model.")), "VAE": digest_of(vae),
+            "scale, shift and norm groups of the VAE": " ".join(f"{number:.6g}" for number in numbers)}
+
+
+def same_weights(folder: Path, then: Mapping[str, object], now: Mapping[str, str]) -> None:
+    """ValueError if a checkpoint records other weights than these; what it does not record is not compared."""
+    if other := [part for part, digest in now.items() if then.get(part, digest) != digest]:
+        raise ValueError(f"{folder}: that run began from other weights ({', '.join(other)}); give the same ones, "
+                         "or another --out")
+
+
 def same_settings(source: str | os.PathLike, then: Mapping[str, object], now: Mapping[str, object]) -> None:
     """ValueError that lists what differs between a run's recorded settings, read from JSON, and the present ones."""
     now = json.loads(json.dumps(dict(now)))
@@ -327,9 +344,7 @@ def same_run(folder: Path, identity: Mapping[str, object], settings: Settings) -
     compared = IDENTITY + (SOURCE if weights is None else ())
     same_settings(folder, {name: then["settings"].get(name, LATER.get(name)) for name in compared},
                   {name: now["settings"][name] for name in compared})
-    if weights and (other := [part for part, digest in now["weights"].items() if weights.get(part) != digest]):
-        raise ValueError(f"{folder}: that run began from other weights ({', '.join(other)}); use the same ones, "
-                         "or another --out")
+    same_weights(folder, weights or {}, now["weights"])
     if then["data"] != now["data"]:
         counts = (f"{then['data'].get('pictures')} pictures, now {now['data']['pictures']}; "
                   "names, shapes or captions differ")

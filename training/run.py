@@ -36,10 +36,12 @@ from training.plots import write_figure
 from training.ranks import on_all, on_first, rank, world
 from training.resume import (
     ABOUT,
+    digests_of,
     folder_of,
     load_checkpoint,
     newest,
     same_run,
+    same_weights,
     save_checkpoint,
     step_of,
     tensors_of,
@@ -270,4 +272,5 @@ def export_newest(settings: Settings) -> str:
     model = model_folder(settings.model, settings.weights)
     check_out(settings.out, model, settings.transformer)
     source = find(model, settings.transformer)
+    same_weights(folder, entry({"weights": {}} | read_json(where), "weights", dict, where), digests_of(*source))
     return f"wrote {export(folder, settings, *source)}, step {step_of(folder)}"
