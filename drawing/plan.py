@@ -147,8 +147,9 @@ def rows_of(settings: Settings, family: Family, config: MMDiTConfig | FluxConfig
             "latent: buffers of two blocks": 2 * dtype.itemsize * max((every for _, every in in_turn), default=0),
             "latent: modulations of all steps": dtype.itemsize * passes * levels * outputs,
             "latent: activations": max(activation_bytes(
-                family, config, dtype, stage.height // settings.factor, 2 * -(-stage.width // (settings.token_px * ranks)),
-                passes if batched else 1, -(-family.text_tokens(settings.t5_length) // ranks)) for stage in stages),
+                family, config, dtype, stage.height // settings.factor,
+                2 * -(-stage.width // (settings.token_px * ranks)), passes if batched else 1,
+                -(-family.text_tokens(settings.t5_length) // ranks)) for stage in stages),
             "picture: VAE weights": vae_dtype.itemsize * vae_parameters(vae_config),
             "picture: decoding": max(decoding_bytes(vae_config, vae_dtype, stage.width, stage.height, settings.factor)
                                      for stage in stages)}
