@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(value == "" or isinstance(value, list) and "" in value for value in options.values()):
         parser.error("an empty folder or name, as of a shell variable that is not set")
     run = options.pop("run")
-    run_command(lambda: run(**options) and sys.exit(1))
+    run_command(lambda: run(**options) and sys.exit(1), less="fewer --workers, or a smaller --batch or --res")
 
 
 if __name__ == "__main__":

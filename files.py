@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -118,6 +119,11 @@ def regular(file: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{file}: no such file")
     if not os.path.isfile(file):
         raise ValueError(f"{file}: a {'folder' if os.path.isdir(file) else 'pipe or device'}, not a file")
+
+
+def blank(text: str) -> bool:
+    """Whether nothing of a text is seen: it holds white space and invisible letters, such as U+200B, alone."""
+    return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
 
 
 def printable(text: str) -> str:
@@ -230,10 +236,12 @@ def end_on_interrupt() -> None:
     signal.signal(signal.SIGINT, end)
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], less: str = "it less at once") -> None:
     """Run a command; an error of its input becomes one line and exit code 1, Ctrl-C one line and exit code 130.
 
     Other exceptions are errors of this code and keep their traceback. A warning is one line too, without code.
+
+    less  what to give where the memory does not suffice
     """
     plain_warnings()
     for stream in (sys.stdout, sys.stderr):
@@ -252,14 +260,12 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:                            # the output goes to a program that ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except MemoryError:
-        raise SystemExit("error: out of memory; give it less at once: a smaller --res, or fewer --workers") from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not (reason := memory_error(error)):
             raise
-        raise SystemExit(f"error: {reason}; give a smaller --res or --batch, or --dtype bf16") from None
+        raise SystemExit(f"error: {reason}; give {less}") from None
 
 
 def plain_warnings() -> None:
@@ -267,10 +273,10 @@ def plain_warnings() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
 
 
-def memory_error(error: RuntimeError) -> str:
-    """What torch ran out of, "" if it is another error. By name and text: torch is not imported here."""
+def memory_error(error: MemoryError | RuntimeError) -> str:
+    """What there is too little of, "" if it is another error. By name and text: torch is not imported here."""
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory"
-    if "DefaultCPUAllocator" in str(error) or re.search("can(no|')t allocate memory", str(error), re.I):
+    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|can(no|')t allocate memory", str(error), re.I):
         return "out of memory"
     return ""

@@ -402,7 +402,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(lambda: run(argv))
+    run_command(lambda: run(argv), less="fewer --workers or a smaller --res")
 
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def failed(picture: Picture, reason: str, settings: Settings, records: dict) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(lambda: run(parse(argv)))
+    run_command(lambda: run(parse(argv)), less="a smaller --memory, --store fp8 or a smaller --res")
 
 
 if __name__ == "__main__":

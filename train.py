@@ -411,7 +411,7 @@ def command(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(lambda: command(parse(argv)))
+    run_command(lambda: command(parse(argv)), less="a larger --accumulate, --activations recompute or a smaller --res")
 
 
 if __name__ == "__main__":

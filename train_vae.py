@@ -391,7 +391,7 @@ def command(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     about = "Train an autoencoder of the official shape on a folder of pictures, or the decoder of a given one."
-    run_command(lambda: command(read_flags(Settings, about, {}, argv)))
+    run_command(lambda: command(read_flags(Settings, about, {}, argv)), less="fewer --pixels")
 
 
 if __name__ == "__main__":

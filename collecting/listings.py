@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import entry, in_utf8, parse_json, read_text
+from files import blank, entry, in_utf8, parse_json, read_text
 from reading.pictures import suffixes
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
@@ -125,7 +125,7 @@ def text_of(row: dict, key: str, where: str) -> str:
     if key not in row:
         raise ValueError(f'{where}: no "{key}"; the row has {", ".join(map(str, row)) or "nothing"}')
     text = entry(row, key, str, where)
-    if all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text):
+    if blank(text):
         raise ValueError(f"{where}: {key} is empty" + (" but for invisible letters" if text.strip() else ""))
     try:
         text.encode()

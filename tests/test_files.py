@@ -107,7 +107,7 @@ def test_leftovers_of_killed_processes_are_cleared_and_live_ones_kept(tmp_path):
 @pytest.mark.parametrize("work, code, words", [
     ("time.sleep(60)", 130, "interrupted"), ("raise ValueError('a\\x1bb')", 1, "error: a\\x1bb"),
     ("import warnings; warnings.warn('a\\x1bb')", 0, "warning: a\\x1bb\n"),  # without file, line and code
-    ("raise MemoryError", 1, "error: out of memory"),
+    ("raise MemoryError", 1, "error: out of memory; give it less at once\n"),
     ("raise RuntimeError('DefaultCPUAllocator: x')", 1, "error: out")])
 def test_a_command_ends_in_one_line(work, code, words):
     program = f"import time, files\ndef main():\n print('ready', flush=True); {work}\nfiles.run_command(main)"
@@ -132,7 +132,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
 @pytest.mark.parametrize("start, says", [
     ("import sys; sys.stdout = None; files.run_command(int)", ""),
     ("def main(): raise RuntimeError('unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)')\n"
-     "files.run_command(main)", "error: out of memory; give a smaller --res or --batch, or --dtype bf16\n")])
+     "files.run_command(main, 'fewer --pixels')", "error: out of memory; give fewer --pixels\n")])
 def test_a_closed_output_and_a_full_memory_end_without_a_traceback(start, says):
     done = subprocess.run([sys.executable, "-c", f"import files\n{start}"], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == says

@@ -1098,7 +1098,7 @@ def test_a_full_gpu_is_one_line(refusal, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr(sample, "draw", full)
-    assert "give a smaller --res" in refusal("--prompt", "a hill")
+    assert "out of GPU memory; give a smaller --memory, --store fp8 or a" in refusal("--prompt", "a hill")
 
 
 def test_a_full_memory_is_one_line(refusal, monkeypatch):
@@ -1106,7 +1106,7 @@ def test_a_full_memory_is_one_line(refusal, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0.\nDefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(sample, "draw", full)
-    assert refusal("--prompt", "a hill").startswith("error: out of memory; give a smaller --res")
+    assert refusal("--prompt", "a hill").startswith("error: out of memory; give a smaller --memory, --")
 
 
 def test_what_a_killed_process_left_is_removed_and_never_a_picture(draw, tmp_path):
