@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint import Weights, open_weights, save
 from drawing.settings import MOST_PICTURES, Settings
 from family import MOST_SIDE, fingerprint, text_files
-from files import SOFTWARE, entry, parse_json, printable, read_text, replacing, writable
+from files import SOFTWARE, blank, entry, parse_json, printable, read_text, replacing, writable
 from lora import file_and_strength
 from reading.pictures import recorded
 from vae import to_pixels
@@ -31,8 +31,12 @@ MOST_LETTERS = 100_000                                 # of one prompt
 MOST_SLUG = 48                                         # letters of a prompt in a file name
 MOST_NAME, MOST_BYTES = 180, 64 << 20                  # bytes of a file_name, and of --prompts
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")
-TABLE_HEAD = re.compile(r"(?=.*\b(?:text|prompts?|captions?|file_name)\b)\w+(?:[,;\t]\w+)+", re.I)
-INFOTEXT = re.compile(r"Negative prompt:|Steps: \d+, \w+")  # of pictures that AUTOMATIC1111 and Forge draw
+TABLE_HEAD = re.compile(r'(?=.*\b(?:text|prompts?|captions?|file_name)\b)"?\w+"?(?:[,;\t]"?\w+"?)+', re.I)
+NO_PROMPT = {  # what a line of a text file says that other programs wrote, or write for
+    "is a comment": r"^#\s",
+    "is a picture's settings": r"^(Negative prompt:|Steps: \d+, \w)",
+    "has flags of another program": r"(^|\s)--([b-hj-z]|ar|no|niji|style|stylize|seed|steps|(negative_)?prompt)(\s|$)",
+    "is HTML or RTF": r"^(<(!doctype|html|\?xml)\b|\{\\rtf)"}
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,17 @@ def read_list(file: str) -> list[tuple[str, str]]:
     except (OSError, ValueError) as error:
         why = f"{file}: {error.strerror}" if getattr(error, "strerror", "") else error
         raise ValueError(f"--prompts {why}; {accepted}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(re.split("\r\n?|\n", text), 1) if not blank(line)]
     if not lines or "\0" in text:
         raise ValueError(f"--prompts {file}: {'zero bytes, no text' if lines else 'no prompt in it'}; {accepted}")
     if any(is_json(line, dict) for _, line in lines):
         return [read_row(line, f"--prompts {file}:{number}") for number, line in lines]
-    if any((Path(file).suffix.lower() in TABLES, TABLE_HEAD.fullmatch(lines[0][1]), is_json(text, (dict, list)),
-            *(INFOTEXT.match(line) for _, line in lines))):
-        raise ValueError(f"--prompts {file}: a table or JSON, or settings, whose lines are no prompts; {accepted}")
+    if Path(file).suffix.lower() in TABLES or TABLE_HEAD.fullmatch(lines[0][1]) or is_json(text, (dict, list)):
+        raise ValueError(f"--prompts {file}: a table or JSON, whose lines are no prompts; {accepted}")
+    for number, line in lines:
+        for what, looks in NO_PROMPT.items():
+            if re.search(looks, line, re.I):
+                raise ValueError(f"--prompts {file}:{number}: {line[:40]!r} {what}; {accepted}")
     return [(line, "") for _, line in lines]
 
 
@@ -95,7 +102,7 @@ def read_row(line: str, where: str) -> tuple[str, str]:
     row = parse_json(line, where)
     text = entry(row if isinstance(row, dict) else {}, "text", str, where).strip()
     name = Path(entry({"file_name": ""} | row, "file_name", str, where).replace("\\", "/")).stem
-    if not text or name.startswith(".") or printable(name) != name or len(name.encode()) > MOST_NAME:
+    if blank(text) or name.startswith(".") or printable(name) != name or len(name.encode()) > MOST_NAME:
         raise ValueError(f"{where}: text must not be empty, file_name a file's name of at most {MOST_NAME} bytes")
     return text, name
 

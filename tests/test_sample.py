@@ -491,9 +491,9 @@ def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     (tmp_path / name).write_text(json.dumps({"text": "a cup", "file_name": "train\\1.png"}))  # written on Windows
     assert pictures.read_list(str(tmp_path / name)) == [("a cup", "1")]
     if name != "list.json":
-        (tmp_path / name).write_bytes('{red, blue} cup\r\n[two] 红茶\r"a cup"\n42, 43'.encode("utf-16"))
-        assert [prompt for prompt, _ in pictures.read_list(str(tmp_path / name))] == [
-            "{red, blue} cup", "[two] 红茶", '"a cup"', "42, 43"]
+        prompts = ["{red, blue} cup", "[two] 红茶", '"a cup"', "42, 43", "#1 cup", "a cup -- blue --very blue-- of tea"]
+        (tmp_path / name).write_bytes("{}\r\n{}\r{}\n{}\n\u200b\n{}\n{}".format(*prompts).encode("utf-16"))
+        assert [prompt for prompt, _ in pictures.read_list(str(tmp_path / name))] == prompts
 
 
 @pytest.mark.parametrize("file, content, says", [
@@ -509,7 +509,13 @@ def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     ("a.jsonl", json.dumps({"text": "a", "file_name": 300 * "a"}), "at most 180 bytes"),
     ("a.jsonl", 2 * '{"text": "a", "file_name": "1.png"}\n', "two lines have one file_name"),
     ("a.txt", "Prompt\tCategory\tNote\na cup\tArtifacts\t1", "a table or JSON"),
-    ("a.txt", "a cup\nNegative prompt: tea\nSteps: 20, Sampler: Euler a", "a table or JSON, or settings"),
+    ("a.txt", '"file_name","text"\n"1.png","a cup"', "a table or JSON"),
+    ("a.txt", "a cup\nNegative prompt: tea\nSteps: 20, Sampler: Euler a", "a.txt:2: 'Negative prompt: tea' is a pic"),
+    ("a.txt", "# prompt 1\n\na cup --n low quality --w 1024 --d 1", "a.txt:1: '# prompt 1' is a comment"),
+    ("a.txt", "a cup\na cup --n low quality --d 1", "a.txt:2: 'a cup --n low quality --d 1' has flags"),
+    ("a.txt", '--prompt "a cup" --steps 30', "has flags"), ("a.txt", "a cup --ar 16:9 --v 6", "has flags"),
+    ("a.txt", "<!DOCTYPE html>\n<p>a cup", "is HTML or RTF"), ("a.txt", "{\\rtf1\\ansi a cup}", "is HTML or RTF"),
+    ("a.jsonl", '{"text": "\u200b \u2060"}', "text must not be empty"),
     ("a.parquet", "PAR1", "a table or JSON"), ("a.txt", "a\0 \0c\0u\0p\0", "zero bytes, no text")])
 def test_a_list_that_is_neither_lines_nor_json_lines_is_refused(refusal, no_loading, tmp_path, file, content, says):
     (tmp_path / file).write_text(content)
