@@ -45,18 +45,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import DTYPES, Weights, check_names, model_folder, open_weights
+from checkpoint import DTYPES, Overflow, Weights, check_names, model_folder, open_weights
 from drawing.pictures import (
     Picture,
-    differs,
     groups,
     in_the_way,
     keep_latent,
     kept_latent,
     latent_file,
-    latent_records,
     name_pictures,
     not_drawn,
+    other_latent,
     read_prompts,
     records_by,
     with_free_names,
@@ -73,12 +72,12 @@ from flux import Flux, FluxConfig
 from layers import blocks_of
 from lora import with_lora
 from machine.memory import free_memory, peak_shown, return_freed_memory
-from machine.ranks import first_failure, gathered, join, leave
+from machine.ranks import gathered, join, leave
 from mmdit import MMDiT, MMDiTConfig
 from reading.pictures import read_picture, upright_size
 from vae import VAE, VAEConfig, read_config, read_scale, to_image
 
-WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes to decode in
+WIDER = {"fp16": ("fp16", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}  # dtypes of the VAE
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,12 @@ def run(given: Settings) -> None:
         left = [picture.prompt for picture in some if picture not in kept]
         models.drop()  # the text encoders take their place
         encoded = encode([settings.negative] * (settings.cfg != 1) + left, job) if left else {}
+        begin = None, ""
+        if left and settings.redraw:
+            begin = enlarged(job.redrawn, "", job.stages[0], settings, models)
+            models.release()
         for group in groups(some, 1 if plan.stays else MOST_AT_ONCE):
-            for picture, image, failure, s_per_step in draw(group, job, encoded, kept, models, records):
+            for picture, image, failure, s_per_step in draw(group, job, encoded, kept, begin, models, records):
                 if settings.follows:
                     continue
                 if failure := failure or in_the_way(picture.path, records(picture)):  # another run may have drawn there
@@ -260,35 +263,31 @@ class Drawn(NamedTuple):
 
 
 def draw(pictures: list[Picture], job: Job, encoded: dict[str, tuple[Tensor, Tensor]], kept: dict[Picture, Tensor],
-         models: Models, records: Callable[[Picture], dict]) -> Iterator[Drawn]:
+         begin: tuple[Tensor | None, str], models: Models, records: Callable[[Picture], dict]) -> Iterator[Drawn]:
     """Draw pictures stage by stage. A finished latent is kept in a file until its picture is written.
 
-    kept  the latents of an earlier run: these pictures are only decoded
+    kept   the latents of an earlier run: these pictures are only decoded
+    begin  the latent that the first stage redraws, or why there is none; None and "": it draws from noise
     """
     settings, stages, seconds = job.settings, job.stages, dict.fromkeys(pictures, 0.0)
     steps = max(1, sum(len(stage.sigmas) - 1 for stage in stages))
-    begins, drawn = dict.fromkeys(picture for picture in pictures if picture not in kept), {}
-    if job.redrawn is not None and begins:  # the latent that a stage redraws; None: it draws from noise
-        begins = dict.fromkeys(begins, enlarged(job.redrawn, stages[0], settings, models))
-        models.release()
+    begins = {picture: begin for picture in pictures if picture not in kept}
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         drawn = {}
-        for picture, begin in begins.items():
+        for picture, (before, failure) in begins.items():
+            if failure:
+                yield Drawn(picture, None, failure, seconds[picture] / steps)
+                continue
             models.transformer()  # read before the clock starts
             began = time.perf_counter()
-            drawn[picture] = sample(picture, begin, stage, encoded, job, models.transformer())
+            drawn[picture] = sample(picture, before, stage, encoded, job, models.transformer())
             seconds[picture] += time.perf_counter() - began
             if not following and not settings.follows and drawn[picture].isfinite().all():
                 keep_latent(picture.path, drawn[picture], records(picture))
         models.release()
         if following:
-            begins = {}
-            for picture, latent in drawn.items():
-                image, failure = decode(latent, settings, models)
-                if failure := first_failure(failure):
-                    yield Drawn(picture, None, failure, seconds[picture] / steps)
-                else:
-                    begins[picture] = enlarged(image, following, settings, models)
+            begins = {picture: enlarged(*decode(latent, settings, models), following, settings, models)
+                      for picture, latent in drawn.items()}
             models.release()
     latents = {picture: kept[picture] for picture in pictures if picture in kept} | drawn
     for picture, latent in () if settings.follows else latents.items():
@@ -320,30 +319,46 @@ def sample(picture: Picture, before: Tensor | None, stage: Stage, encoded: dict[
     return latent.cpu()                                                                       # waits for the device
 
 
-@torch.inference_mode()
-def enlarged(image: Tensor, stage: Stage, settings: Settings, models: Models) -> Tensor:
-    """The latent (1, C, h, w) of an image (3, H, W) at the size of a stage, fp32 on the CPU."""
-    pixels = resized(image[None], stage).to(settings.device, DTYPES[settings.vae_dtype])
-    return models.vae(settings.vae_dtype).encode(pixels, settings.factor).float().cpu()
+def enlarged(image: Tensor | None, failure: str, stage: Stage, settings: Settings,
+             models: Models) -> tuple[Tensor | None, str]:
+    """The latent (1, C, h, w) of an image (3, H, W) at the size of a stage, or None and why there is none.
+
+    failure  why there is no image
+    """
+    latent = None
+    if not failure:
+        latent, failure = by_vae(VAE.encode, resized(image[None], stage), settings, models)
+    return latent, next(filter(None, gathered(failure)), "")  # the first rank's that has one: all go the same way
 
 
-@torch.inference_mode()
 def decode(latent: Tensor, settings: Settings, models: Models) -> tuple[Tensor | None, str]:
-    """An image (3, H, W) in [-1, 1], or None and why there is none. Where a VAE overflows, a wider dtype is tried."""
-    if not latent.isfinite().all():
+    """An image (3, H, W) in [-1, 1], or None and why there is none."""
+    images, failure = by_vae(VAE.decode, latent, settings, models)
+    return None if failure else images[0], failure
+
+
+@torch.inference_mode()
+def by_vae(work: Callable[[VAE, Tensor, int], Tensor], given: Tensor, settings: Settings,
+           models: Models) -> tuple[Tensor | None, str]:
+    """What VAE.encode or VAE.decode makes of a tensor, fp32 on the CPU, or None and why there is none.
+
+    Where the weights or the result overflow, a wider dtype is tried.
+    """
+    if not given.isfinite().all():
         return None, "overflow"
     for dtype in WIDER[settings.vae_dtype]:
         try:
-            z = latent.to(settings.device, DTYPES[dtype])
-            image = models.vae(dtype).decode(z, settings.factor)[0].float().cpu()
+            result = work(models.vae(dtype), given.to(settings.device, DTYPES[dtype]), settings.factor).float().cpu()
+        except Overflow:
+            continue
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not memory_error(error):
+            if not memory_error(error):
                 raise
             return None, "the VAE ran out of memory, give a smaller --res"
-        if image.isfinite().all():
+        if result.isfinite().all():
             if dtype != settings.vae_dtype:
-                print(f"note: the VAE overflowed in {settings.vae_dtype}: decoded in {dtype}", file=sys.stderr)
-            return image, ""
+                print(f"note: the VAE overflowed in {settings.vae_dtype}; {dtype} was taken", file=sys.stderr)
+            return result, ""
     return None, f"the VAE overflowed in {', '.join(WIDER[settings.vae_dtype])}"
 
 
@@ -353,8 +368,8 @@ def failed(picture: Picture, reason: str, settings: Settings, records: dict) -> 
         strong = f"--cfg {settings.cfg}" + " or the strength of --lora" * bool(settings.lora)
         return (f"seed {picture.seed} of {picture.prompt[:200]!r} became NaN or Inf: {strong} is too large, "
                 f"{settings.dtype} too narrow or a file damaged; give a smaller --cfg, or --dtype bf16 or fp32")
-    if not differs(latent_records(kept := latent_file(picture.path)), records):
-        reason += f"; the finished latent is kept in {kept}"
+    if not other_latent(picture.path, records):
+        reason += f"; the finished latent is kept in {latent_file(picture.path)}"
         reason += "" if picture.path.exists() else ", from which the same command resumes"
     return f"{picture.path}: {reason}"
 

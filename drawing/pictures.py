@@ -209,11 +209,10 @@ def with_free_names(pictures: Sequence[Picture], records_of: Callable[[Picture],
 
 def in_the_way(path: Path, records: dict[str, object]) -> str:
     """Why a picture may not be written there: the one that is there, or its latent, records others; "" if it may."""
-    for file, recorded_in in ((path, recorded), (latent_file(path), latent_records)):
-        if not file.exists():
-            continue
-        if other := differs(recorded_in(file), records):
-            return f"{'' if file == path else f'{file.name} '}exists and {other}"
+    if path.exists() and (other := differs(recorded(path), records)):
+        return f"exists and {other}"
+    if latent_file(path).exists() and (other := other_latent(path, records)):
+        return f"{latent_file(path).name} exists and {other}"
     return ""
 
 
@@ -252,16 +251,18 @@ def latent_file(path: Path) -> Path:
 def keep_latent(path: Path, latent: Tensor, records: dict[str, object]) -> None:
     """Keep the latent of a picture, unless another run keeps one under its name."""
     file = latent_file(path)
-    if not file.exists() or not differs(latent_records(file), records):
+    if not file.exists() or not other_latent(path, records):
         save(file, {"latent": latent}, written(records))
 
 
-def latent_records(file: Path) -> dict[str, str]:
-    """What a file records; nothing if it is not there, or cannot be read."""
+def other_latent(path: Path, records: dict[str, object]) -> str:
+    """How the latent kept for a picture differs from the one that would be drawn; "" if it does not."""
     try:
-        return open_weights(file).metadata
+        there = open_weights(latent_file(path)).metadata
     except (ValueError, OSError):  # another rank may have written its picture just now
-        return {}
+        there = {}
+    alone = records["start"] is None  # no stage redraws a picture: the VAE does not matter before it decodes
+    return differs(there, {k: v for k, v in records.items() if not (alone and k in ("vae", "vae_dtype", "offset"))})
 
 
 def kept_latent(path: Path, records: dict[str, object], channels: int) -> Tensor | None:
@@ -283,7 +284,7 @@ def write_picture(path: Path, image: Tensor, records: dict[str, object]) -> None
     try:
         with replacing(path) as temporary:
             Image.fromarray(to_pixels(image)).save(temporary, **options)
-        if not differs(latent_records(latent_file(path)), records):
+        if not other_latent(path, records):
             latent_file(path).unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None

@@ -48,11 +48,6 @@ def gathered(value: Result) -> list[Result]:
     return everyone
 
 
-def first_failure(failure: str) -> str:
-    """The failure of the first rank that has one, "" without any: all ranks then go the same way."""
-    return next(filter(None, gathered(failure)), "")
-
-
 def leave() -> None:
     """Destroy the process group while Python still runs: the last line of whatever joined one.
 

@@ -531,10 +531,19 @@ def test_where_the_vae_overflows_a_wider_dtype_decodes(draw, monkeypatch, capsys
     monkeypatch.setattr(VAE, "decode", lambda vae, latent, factor: decode(vae, latent, factor) * (
         math.inf if latent.dtype is not torch.float32 else 1))
     [wider] = draw("--prompt", "a hill", "--dtype", "bf16", out="b")
-    assert "note: the VAE overflowed in bf16: decoded in fp32" in capsys.readouterr().err
+    assert "note: the VAE overflowed in bf16; fp32 was taken" in capsys.readouterr().err
     difference = torch.frombuffer(bytearray(pixels(plain)), dtype=torch.uint8).float() - torch.frombuffer(
         bytearray(pixels(wider)), dtype=torch.uint8).float()
     assert 0 < difference.abs().mean() < 2  # the same latent, in another dtype
+
+
+def test_where_weights_of_the_vae_overflow_a_wider_dtype_decodes(draw, broken, capsys):
+    tensors = load((broken / "sd3.safetensors").read_bytes())
+    tensors["first_stage_model.encoder.conv_in.bias"][0] = 1e5  # beyond fp16
+    save(broken / "sd3.safetensors", tensors, RECORDED | {"norm_groups": GROUPS})
+    [wider] = draw("--prompt", "a hill", "--vae-dtype", "fp16", weights=broken)
+    assert "note: the VAE overflowed in fp16; bf16 was taken" in capsys.readouterr().err
+    assert pixels(wider) == pixels(draw("--prompt", "a hill", "--vae-dtype", "bf16", out="b", weights=broken)[0])
 
 
 @pytest.mark.parametrize("fault, says", [
@@ -573,6 +582,29 @@ def test_a_decode_that_is_killed_goes_on_from_its_latent(draw, tmp_path, monkeyp
     assert kept.name == "000-a-hill-0.latent.safetensors"
     monkeypatch.setattr(sample, "streamed", None)  # neither text encoders nor transformer are read
     assert pixels(draw("--prompt", "a hill")[0]) == pixels(whole) and not kept.exists()
+
+
+@pytest.mark.parametrize("flags, seed", [((), "0"), (("--first", 32), "0-2"), (("--from", "a.png"), "0-2")])
+def test_another_vae_dtype_decodes_a_finished_latent_unless_the_vae_shaped_it(draw, tmp_path, monkeypatch, flags, seed):
+    def killed(latent, *rest):
+        return {}["killed"] if latent.shape[2] == 4 else decode(latent, *rest)  # of the last stage
+
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    decode = sample.decode
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(sample, "decode", killed)
+        draw("--prompt", "a hill", *flags)
+    [whole] = draw("--prompt", "a hill", *flags, "--vae-dtype", "bf16", out="whole")
+    drawn = draw("--prompt", "a hill", *flags, "--vae-dtype", "bf16")
+    assert drawn[0].name == f"000-a-hill-{seed}.png" and pixels(drawn[0]) == pixels(whole)
+
+
+def test_a_given_picture_is_encoded_once_for_all_pictures(draw, tmp_path, monkeypatch):
+    calls, encode = [], VAE.encode
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    monkeypatch.setattr(VAE, "encode", lambda *given: calls.append(1) or encode(*given))
+    assert len(draw("--prompt", "a hill", "--from", tmp_path / "a.png", "--count", 3)) == 3 and calls == [1]
 
 
 @pytest.mark.parametrize("tensors", [{"latent": torch.full((1, 16, 4, 4), math.nan)}, {"z": torch.zeros(1, 16, 4, 4)},

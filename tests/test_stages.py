@@ -182,6 +182,17 @@ def test_start_1_forgets_the_given_picture(photo, draw):
     assert np.array_equal(given, draw("--res", "128x64", "--first", "none")[0])
 
 
+@pytest.mark.parametrize("flags", [("--res", 128, "--first", 64), ("--res", "128x64", "--from", "photo.png")])
+def test_an_encoder_that_overflows_or_lacks_memory_is_tried_wider_or_ends_its_picture(photo, draw, monkeypatch, flags):
+    encode = VAE.encode
+    monkeypatch.chdir(photo.parent)
+    monkeypatch.setattr(VAE, "encode", lambda vae, x, *rest: encode(vae, x, *rest) / (x.dtype == torch.float32))
+    assert "note: the VAE overflowed in bf16; fp32 was taken" in draw(*flags, "--vae-dtype", "bf16")[3]
+    monkeypatch.setattr(VAE, "encode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(SystemExit, match=r"^error: .*\d.png: the VAE ran out of memory, give a smaller --res$"):
+        draw(*flags)
+
+
 @pytest.mark.parametrize("flags, says", [
     (("--res", 128), "128x64 px have not the proportions of --res 128; give --res 192x96"),
     (("--res", "128x64", "--first", 64), "--first 64: give it without --from"),
