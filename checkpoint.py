@@ -315,10 +315,9 @@ def assign(module: nn.Module, weights: Weights, which: Iterable[str], device: De
             blank.append(name)
         if not math.isfinite(high - low):
             low, high = _range(stored.float())
-            what = f"{weights.source}: {name} holds NaN or Inf"
-            if math.isfinite(high - low):
-                raise Overflow(f"{what}: its values exceed {tensor.dtype}; choose bf16 or fp32")
-            raise ValueError(f"{what}: the file is damaged or its training diverged")
+            kind, why = ((Overflow, f"its values exceed {tensor.dtype}; choose bf16 or fp32")
+                         if math.isfinite(high - low) else (ValueError, "the file is damaged or its training diverged"))
+            raise kind(f"{weights.source}: {name} holds NaN or Inf: {why}")
         if shard is not None:
             shard.copy_(tensor)
         elif leaf in owner._parameters:
@@ -373,7 +372,7 @@ def model_folder(name: str, weights: str | None = None) -> Path:
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     """Find the transformer and the autoencoder of a model folder: two paths for open_weights.
 
-    folder  sd3*.safetensors with both; or flux*.safetensors, ae.safetensors; or transformer/, vae/ of diffusers
+    folder  sd3*.safetensors or flux*.safetensors with both; flux*.safetensors, ae.safetensors; transformer/, vae/
     raises  FileNotFoundError with the download command if the folder has none of these; ValueError if it has several
     """
     folder = Path(folder)
@@ -394,9 +393,10 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
             do = "rename it to .safetensors" if others[0].endswith(".sft") else "put the .safetensors there"
             raise ValueError(f"{folder}: holds {others[0]}, which is not opened; {do}")
         raise FileNotFoundError(_no_model(folder))
-    if files[0].name.startswith("sd3"):
+    sd3, vae = files[0].name.startswith("sd3"), folder / "ae.safetensors"
+    if sd3 or not vae.is_file() and any(name.startswith("first_stage_model.") for name in open_weights(files[0])):
         return files[0], files[0]
-    if not (vae := folder / "ae.safetensors").is_file():
+    if not vae.is_file():
         raise FileNotFoundError(f"{vae}: not found; it is Flux's autoencoder, {FLUX_DOWNLOAD} has it")
     return files[0], vae
 

@@ -168,7 +168,8 @@ SD3 = Family(
     guidance=None, time_shift=3.0, density="logit_normal", training_shift=3.0, latent_scale=(SD3_SCALE, SD3_SHIFT),
     release_drops_latent_shift=True, clip_tokens=77, t5_tokens=77,
     without_guidance="SD3 is guided by a second pass, --cfg")
-SD3_5_MEDIUM = replace(SD3, name="SD3.5-medium", steps=50, cfg=5.0)
+SD3_5_MEDIUM = replace(SD3, name="SD3.5-medium", steps=50, cfg=5.0,
+                       same_tensors="TensorArt's turbo has the same tensors and takes --steps 8 --cfg 1 to 1.5")
 SD3_5_LARGE = replace(SD3, name="SD3.5-large", steps=40, cfg=4.5,
                       same_tensors="its turbo has the same tensors and takes --steps 4 --cfg 1")
 SD3_5_TURBO = replace(SD3_5_LARGE, name="SD3.5-large-turbo", steps=4, cfg=1.0,
@@ -292,15 +293,13 @@ def with_scheduler(family: Family, file: Path) -> Family:
 
 
 def variant(family: Family, weights: Weights, scheduler: Path | None) -> Family:
-    """What the tensors do not show: by the name a turbo or undistilled model, by the scheduler's file a time shift."""
+    """What the tensors do not show: a turbo or undistilled model, by its name, else by its scheduler's file."""
     name = published_name(weights.source).lower()
     config = read_json(scheduler) if scheduler and scheduler.exists() else {}
     if family is SD3_5_LARGE and "turbo" in name:
-        family = SD3_5_TURBO
-    named = re.search(r"dev(?!ice|el)|distill", name) and "schnell" not in name
-    if family is FLUX_SCHNELL and (named or config.get("use_dynamic_shifting") is True):
-        family = FLUX_UNDISTILLED
-    return with_scheduler(family, scheduler) if config else family
+        return SD3_5_TURBO
+    shown = re.search(r"dev(?!ice|el)|distill", name) or config.get("use_dynamic_shifting") is True
+    return FLUX_UNDISTILLED if family is FLUX_SCHNELL and shown and "schnell" not in name else family
 
 
 def published_name(path: str | os.PathLike) -> str:
@@ -329,11 +328,12 @@ def fingerprint(*paths: str | os.PathLike) -> str:
 def text_files(folder: str | os.PathLike) -> list[Path]:
     """The files of a model folder's text encoders and tokenizers: text_encoder*/, text_encoders/, tokenizer*/.
 
-    Without the first two, the encoders are inside the transformer's file, which then stands for them.
+    An encoder that is not there is inside the transformer's file, which then stands for it.
     """
+    encoders = {file.name[:6] if file.parent.name == "text_encoders" else file.parent.name  # clip_l, clip_g, t5xxl_
+                for file in Path(folder).glob("text_encoder*/*.safetensors")}
     patterns = ["text_encoder*/*", "tokenizer*/*"]
-    if not any(Path(folder).glob("text_encoder*/*.safetensors")):
-        patterns.append("sd3*.safetensors")
+    patterns += [file for file, count in (("sd3*.safetensors", 3), ("flux*.safetensors", 2)) if len(encoders) < count]
     return sorted(file for pattern in patterns for file in Path(folder).glob(pattern) if file.is_file())
 
 
@@ -364,16 +364,19 @@ def find(folder: str | os.PathLike, transformer: str | os.PathLike | None = None
         raise ValueError(f"{path}: is named like {'SD3' if own.model is Flux else 'Flux'} but holds {own.name} weights;"
                          " rename it, or put the right file there")
     scheduler = Path(folder) / SCHEDULER
-    if not transformer:
-        return variant(own, weights, scheduler), weights, vae
-    family = family_of(weights := open_weights(transformer))
-    if family.model is not own.model:
-        raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of {own.name}, "
-                         f"with other text encoders; give --weights a folder of {family.name}")
-    beside = Path(transformer).parent / SCHEDULER  # of the same download, if a transformer/ folder was given
-    if Path(transformer).name == "transformer" and beside.exists():
-        scheduler = beside
-    return variant(family, weights, scheduler if scheduler is beside or family is own else None), weights, vae
+    family = own = variant(own, weights, scheduler)
+    if transformer:
+        family = family_of(weights := open_weights(transformer))
+        if family.model is not own.model:
+            raise ValueError(f"{transformer}: is a transformer of {family.name}, but {folder} is a folder of "
+                             f"{own.name}, with other text encoders; give --weights a folder of {family.name}")
+        beside = Path(transformer).parent / SCHEDULER
+        if Path(transformer).name == "transformer" and beside.exists():  # of the same download
+            scheduler = beside
+        elif variant(family, weights, scheduler) is not own:  # the folder's scheduler is another model's
+            scheduler = None
+        family = variant(family, weights, scheduler)
+    return with_scheduler(family, scheduler) if scheduler and scheduler.exists() else family, weights, vae
 
 
 def published(model: str | None, weights: str | None) -> tuple[Family, MMDiTConfig | FluxConfig] | None:

@@ -51,7 +51,8 @@ def official_names(names: Collection[str], file: str) -> list[Row]:
             rows.append(Row(row.official + tail, parts, row.how))
             for part in parts:
                 del rest[part]
-    return rows + [Row(name, (name,)) for name in rest]
+    inside = any(name.startswith("model.diffusion_model.") for name in rest)  # ComfyUI's Flux in one file has "vae."
+    return rows + [Row(re.sub(r"^vae\.", "first_stage_model.", name) if inside else name, (name,)) for name in rest]
 
 
 def plain_rows(rows: Iterable[Row], names: Collection[str]) -> Iterator[Row]:
@@ -242,7 +243,7 @@ def check(file: Path, stored: Mapping[str, str]) -> None:
                          f"({printable(bad)[:40]} ...): download it again")
     if quantised := recognised(stored, QUANTISED):
         raise ValueError(f"{file}: {quantised}")
-    weights = (name for name in stored if name.endswith((".weight", ".bias")))
+    weights = (name for name in stored if name.endswith((".weight", ".bias", ".scale")))
     if odd := next((name for name in weights if stored[name] not in FLOATING), ""):
         raise ValueError(f"{file}: {odd} is stored as {stored[odd]}, which is no number by itself; {FULL}")
 

@@ -317,8 +317,8 @@ class SD3Text:
              t5_length: int | None = None, filled: Filled = filled) -> "SD3Text":
         """Read the encoders of a model folder.
 
-        folder     text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or text_encoder/, text_encoder_2/, text_encoder_3/;
-                   and tokenizer/, tokenizer_2/, tokenizer_3/
+        folder     text_encoders/{clip_l,clip_g,t5xxl*}.safetensors, or text_encoder/, text_encoder_2/, text_encoder_3/,
+                   else inside sd3*.safetensors; and tokenizer/, tokenizer_2/, tokenizer_3/
         t5_length  T5 tokens, 1 to 512; None takes the "length" in the T5 file's metadata, else 77
         filled     how T5 gets its weights
         raises     FileNotFoundError that names the missing part and its download; ValueError on another t5_length
@@ -360,9 +360,8 @@ def _check_clips(clip_l: CLIPText, clip_g: CLIPText, folder: Path) -> None:
         raise ValueError(f"{folder}: its clip_g has no text_projection.weight; {SD3_DOWNLOAD} has it in text_encoders/")
 
 
-def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
-    official = folder / "text_encoders"
-    if official.is_dir():
+def _sd3_encoders(folder: Path) -> list[Path | Weights]:
+    if (official := folder / "text_encoders").is_dir():
         t5 = [official / name for name in T5_FILES if (official / name).is_file()]
         t5 = t5 or sorted(official.glob("t5xxl*.safetensors")) or [official / T5_FILES[0]]
         if len(t5) > 1 and t5[0].name not in T5_FILES:
@@ -372,17 +371,20 @@ def _sd3_encoders(folder: Path) -> Sequence[Path | Weights]:
     else:
         paths = folder / "text_encoder", folder / "text_encoder_2", folder / "text_encoder_3"
         where = f"{SD3_DOWNLOAD}-diffusers has it; or give {SD3_DOWNLOAD} with its text_encoders/"
-    missing = [path for path in paths if not path.exists()]
-    for file in sorted(folder.glob("sd3*.safetensors")) if len(missing) == 3 else ():
-        weights = open_weights(file)  # sd3_medium_incl_clips_t5xxlfp16.safetensors holds all three
-        if any(name.startswith("text_encoders.") for name in weights):
-            inside = [weights.part(f"text_encoders.{name}.transformer.") for name in ("clip_l", "clip_g", "t5xxl")]
-            if all(inside):
-                return inside
-            where = f"{file.name} holds its text encoders but not all three; {where}"
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: not found; {where}")
-    return paths
+    return _or_inside(paths, ("clip_l", "clip_g", "t5xxl"), sorted(folder.glob("sd3*.safetensors")), where)
+
+
+def _or_inside(paths: Sequence[Path], parts: Sequence[str], files: list[Path], where: str) -> list[Path | Weights]:
+    """The encoders at these paths; those that are not there, from inside the transformer's file, if it has them."""
+    sources = [path if path.exists() else None for path in paths]
+    for weights in map(open_weights, files if None in sources else ()):
+        for k, prefix in enumerate(f"text_encoders.{part}.transformer." for part in parts):
+            if sources[k] is None and any(name.startswith(prefix) for name in weights):
+                sources[k] = weights.part(prefix)
+    if None in sources:
+        nor = "".join(f", nor inside {file.name}" for file in files)
+        raise FileNotFoundError(f"{paths[sources.index(None)]}: not found{nor}; {where}")
+    return sources
 
 
 class FluxText:
@@ -396,15 +398,14 @@ class FluxText:
     @classmethod
     def load(cls, folder: str | os.PathLike, device: Device = "cpu", dtype: torch.dtype | None = None,
              t5_length: int | None = None, filled: Filled = filled) -> "FluxText":
-        """Read text_encoder/ (CLIP-L), text_encoder_2/ (T5, sharded or not), tokenizer/ and tokenizer_2/ of a folder.
+        """Read text_encoder/ (CLIP-L), text_encoder_2/ (T5), else inside flux*.safetensors; tokenizer/, tokenizer_2/.
 
         t5_length, filled, errors as in SD3Text.load; its default is 512 (dev), while schnell has 256
         """
         folder = Path(folder)
         check_t5_length(t5_length)
-        sources = folder / "text_encoder", folder / "text_encoder_2"
-        if missing := [path for path in sources if not path.is_dir()]:
-            raise FileNotFoundError(f"{missing[0]}: not found, a Flux transformer needs it; {FLUX_DOWNLOAD} has it")
+        sources = _or_inside((folder / "text_encoder", folder / "text_encoder_2"), ("clip_l", "t5xxl"),
+                             sorted(folder.glob("flux*.safetensors")), f"{FLUX_DOWNLOAD} has it")
         to_clip, to_t5 = CLIPTokenizer.load(folder / "tokenizer"), T5Tokenizer.load(folder / "tokenizer_2")
         clip = _load(CLIPText, sources[0], to_clip, eos=to_clip.eos, device=device, dtype=dtype)
         t5 = _load(T5Encoder, sources[1], to_t5, device=device, dtype=dtype, filled=filled)

@@ -32,6 +32,7 @@ from family import (
     find,
     fingerprint,
     positioned,
+    text_files,
     variant,
     with_scheduler,
 )
@@ -303,10 +304,25 @@ def test_the_scheduler_of_a_folder_is_read_and_not_that_of_another_model(folder,
     assert find(tmp_path / "flux", tmp_path / "tuned" / "transformer" / "flux.safetensors")[0].time_shift == 2.5
 
 
+@pytest.mark.parametrize("own, dynamic, given, family, steps, time_shift", [  # time shift None: by tokens
+    ("flux1-schnell", False, "flux1-dev-dedistilled", FLUX_UNDISTILLED, 50, None),  # a scheduler of schnell
+    ("flux1-schnell", False, "tuned", FLUX_SCHNELL, 4, 2.0), ("flux1-schnell", True, None, FLUX_SCHNELL, 4, None),
+    ("flux", True, "tuned", FLUX_UNDISTILLED, 50, None), ("flux", True, "my-schnell", FLUX_SCHNELL, 4, 1.0)])
+def test_a_scheduler_counts_for_the_variant_it_lies_beside_and_names_count_more(
+        folder, schnell, tmp_path, own, dynamic, given, family, steps, time_shift):
+    shutil.copy(folder / "ae.safetensors", tmp_path)
+    scheduler(tmp_path, use_dynamic_shifting=dynamic, shift=2.0)
+    for name in filter(None, (f"{own}.safetensors", given and f"{given}/{given}.safetensors")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(schnell, tmp_path / name)
+    found, _, _ = find(tmp_path, given and tmp_path / given / f"{given}.safetensors")
+    assert (found.name, found.steps, found.time_shift) == (family.name, steps, time_shift)
+
+
 def test_flux_without_guidance_input_but_with_dynamic_shifting_is_undistilled(tmp_path):
     file = scheduler(tmp_path, use_dynamic_shifting=True, shift=3.0)
-    family = variant(FLUX_SCHNELL, Weights({}, {}, str(tmp_path / "transformer")), file)
-    assert (family.name, family.steps, family.cfg, family.time_shift) == (FLUX_UNDISTILLED.name, 50, 3.5, None)
+    assert variant(FLUX_SCHNELL, Weights({}, {}, str(tmp_path / "transformer")), file) is FLUX_UNDISTILLED
+    assert variant(FLUX_SCHNELL, Weights({}, {}, "flux1-schnell.safetensors"), file) is FLUX_SCHNELL
 
 
 @pytest.mark.parametrize("place", [0, 5000, 3 << 20, -70])
@@ -347,6 +363,31 @@ def test_download_without_the_parts_for_diffusers_keeps_their_empty_folders(fold
         locate(tmp_path / "flux")
     (tmp_path / "flux" / "flux.safetensors").unlink()
     assert locate(tmp_path / "flux") == (tmp_path / "flux" / "transformer", tmp_path / "flux" / "vae")
+
+
+def test_flux_is_read_from_an_all_in_one_file_of_comfyui(folder, tmp_path):
+    inside, metadata = {}, {}
+    for prefix, part in (("model.diffusion_model.", "flux.safetensors"), ("vae.", "ae.safetensors"),
+                         ("text_encoders.clip_l.transformer.", "text_encoder"),
+                         ("text_encoders.t5xxl.transformer.", "text_encoder_2")):
+        weights = open_weights(folder / part)
+        inside |= {prefix + name: t.read().clone() for name, t in weights.items()}
+        metadata |= weights.metadata
+    save(file := tmp_path / "flux1-dev-fp8.safetensors", inside, metadata)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(folder / name, tmp_path / name)
+    family, weights, vae = find(tmp_path)
+    assert (family, vae) == (FLUX_DEV, file) and file in text_files(tmp_path)
+    assert weights.part("model.diffusion_model.").keys() == open_weights(folder / "flux.safetensors").keys()
+    ours, expected = VAE.load(vae, fallback=family.latent_scale), VAE.load(folder / "ae.safetensors")
+    assert (ours.scale_factor, ours.config) == (expected.scale_factor, expected.config)
+    for one, other in zip(FluxText.load(tmp_path).encode(CAPTIONS[:1]), FluxText.load(folder).encode(CAPTIONS[:1]),
+                          strict=True):
+        assert (one - other).abs().max() < 1e-5
+    (tmp_path / "text_encoder_2").symlink_to(folder / "text_encoder_2")
+    assert FluxText.load(tmp_path).t5.width == 192 and file in text_files(tmp_path)
+    (tmp_path / "text_encoder").symlink_to(folder / "text_encoder")
+    assert file not in text_files(tmp_path)  # which now holds both
 
 
 def test_folder_without_its_autoencoder_or_with_two_models_is_refused(folder, tmp_path):

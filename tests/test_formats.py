@@ -222,7 +222,13 @@ def read_file(layout: str, folder: Path) -> tuple[Tensors, Tensors]:
     file, own = folder / "own.safetensors", {name: t.float() for name, t in FLUX.items()}
     if layout == "SD3 and its autoencoder in one file":
         return opened(write(file, ALL_IN_ONE), "tiny-sd3"), SD3
-    if layout == "all-in-one file":
+    if layout == "all-in-one file of Flux":
+        inside = {f"model.diffusion_model.{k}": t for k, t in FLUX.items()} | {f"vae.{k}": t for k, t in
+                                                                               VAE_TENSORS.items()}
+        file = write(folder / "flux1-dev-fp8.safetensors", inside, AXES)
+        assert locate(folder) == (file, file)
+        return opened(file) | VAE.load(file).state_dict(), FLUX | VAE_TENSORS
+    if layout == "all-in-one file of SD3":
         clip = {"text_encoders.clip_l.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
         return VAE.load(write(file, ALL_IN_ONE | clip)).state_dict(), VAE_TENSORS
     if layout == "SD3.5 medium, SD3.5 large":

@@ -814,15 +814,30 @@ def test_sd3_text_is_read_from_an_all_in_one_file(tiny, tmp_path):
     for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
         if name == "t5xxl":
             save_file(inside, other / "sd3_medium_incl_clips.safetensors", {"num_attention_heads": "3"})
-            with pytest.raises(FileNotFoundError, match="incl_clips.safetensors holds .* not all three; "):
+            with pytest.raises(FileNotFoundError, match="text_encoder_3: not found, nor inside sd3_medium_incl"):
                 SD3Text.load(other)
+            (other / "text_encoders").mkdir()  # the usual pair of ComfyUI
+            shutil.copy(folder / part / "model.safetensors", other / "text_encoders" / "t5xxl_fp16.safetensors")
+            pair = SD3Text.load(other).encode(["a fox"])
+            shutil.rmtree(other / "text_encoders")
         tensors = load_file(folder / part / "model.safetensors")
         inside |= {f"text_encoders.{name}.transformer.{key}": t for key, t in tensors.items()}
     save_file(inside, other / "sd3_medium_incl_clips_t5xxlfp16.safetensors", {"num_attention_heads": "3"})
     config = folder / "text_encoder" / "config.json"  # the file does not record that this tiny one has quick GELU
     config.write_text(config.read_text().replace("quick_gelu", "gelu"))
     ours, expected = (SD3Text.load(of).encode(["a fox"]) for of in (other, folder))
-    assert error(ours[0], expected[0]) < 1e-5 and error(ours[1], expected[1]) < 1e-5  # tensors lie at other addresses
+    for read in (ours, pair):  # tensors lie at other addresses
+        assert error(read[0], expected[0]) < 1e-5 and error(read[1], expected[1]) < 1e-5
+
+
+def test_sd3_text_names_the_first_encoder_that_is_neither_there_nor_inside(tiny, tmp_path):
+    folder = sd3_folder(tiny, tmp_path, True)
+    for name in ("clip_l", "clip_g"):
+        (folder / "text_encoders" / f"{name}.safetensors").unlink()
+    save_file({"model.diffusion_model.x": torch.zeros(1), "text_encoders.clip_l.transformer.x": torch.zeros(1)},
+              folder / "sd3_medium.safetensors")
+    with pytest.raises(FileNotFoundError, match="clip_g.safetensors: not found, nor inside sd3_medium.safetensors; "):
+        SD3Text.load(folder)
 
 
 def test_sd3_text_refuses_clips_that_are_not_of_one_set(tiny, tmp_path):
