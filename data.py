@@ -196,10 +196,9 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
     from family import find
     from files import launched
     from layers import reach
-    from machine.memory import check_device
+    from machine.memory import check_device, device_of
     from text import check_t5_length
     from training.cache import Embeddings, Latents
-    from training.ranks import device_of
     from vae import VAE
 
     device = check_device(device)
@@ -217,6 +216,7 @@ def encode(folder: str, model: str, weights: str | None, t5_length: int | None, 
         config = family.config(transformer.part("model.diffusion_model."))
         most = reach(config.table_side, config.positions) * step
         sizes = sizes_of(items, res, step, most, aspect, small)
+    t5_length = t5_length or transformer.number("t5_length", integer=True)  # as train.py will
     embeddings = Embeddings(caches / ".embeddings", source, device, family, t5_length)
     encoded = embeddings.fill(captions, batch, rank, world)
     print(f"{share}{encoded} captions encoded, {len(set(captions))} in {embeddings.cache}")

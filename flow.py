@@ -76,13 +76,13 @@ def sample_sigma(batch: int, density: str = "uniform", shift: float = 1.0, mean:
         raise ValueError(f"std must be positive, got {std}")
     draw_device = device if generator is None else generator.device
     if density == "uniform":
-        sigma = 1 - torch.rand(batch, generator=generator, device=draw_device)  # never 0, where sigma_sqrt is infinite
+        sigma = 1 - torch.rand(batch, generator=generator, device=draw_device)  # in (0, 1]
     elif density == "logit_normal":
         sigma = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=draw_device))
     elif density == "mode":
         u = torch.rand(batch, generator=generator, device=draw_device)
         sigma = 1 - u - MODE_SCALE * (torch.cos(math.pi / 2 * u).square() - 1 + u)
-    elif density == "beta":  # the first parameter's place in the order of so many uniform numbers
+    elif density == "beta":  # Beta(a, b) is the a-th smallest of a + b - 1 uniform numbers
         sigma = torch.rand(batch, sum(beta) - 1, generator=generator, device=draw_device).kthvalue(beta[0]).values
     else:
         raise ValueError(f"unknown density {density!r}, choose one of {', '.join(DENSITIES)}")
@@ -98,8 +98,8 @@ def loss_weight(sigma: Tensor, scheme: str = "none") -> Tensor:
 
     sigma    (B,) in (0, 1]
     scheme   none        1
-             sigma_sqrt  sigma^-2, the release's name: cancels the sigma² of the loss on denoised latents. At most 10^6,
-                         its weight at the smallest of the release's 1000 levels: drawn continuously, sigma may be 1e-7
+             sigma_sqrt  sigma^-2, the release's name: cancels the sigma² of the loss on denoised latents. Capped at
+                         10^6, its value at sigma 0.001, the smallest of the release's levels
              cosmap      2 / (π(1 - 2·sigma + 2·sigma²)), SD3 section 3.1
     """
     if scheme == "none":
@@ -153,7 +153,8 @@ def flux_mu(tokens: int, line: Line = FLUX_MU) -> float:
 def flux_time_shift(tokens: int, line: Line = FLUX_MU, linear: bool = False) -> float:
     """exp(mu); where a scheduler's time_shift_type is linear, mu itself. ValueError if it is not above 0.
 
-    Extrapolated, it leaves no noise level below 0.9 from 33,300 tokens on (50 steps), and above exp(700) no schedule.
+    With 50 steps and 33,300 tokens or more, the last noise level before 0 is above 0.9. mu is capped at 700, as exp
+    would overflow.
     """
     mu = flux_mu(tokens, line)
     if linear and mu <= 0:

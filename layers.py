@@ -2,8 +2,8 @@
 
 Mirrors   sd3-ref `mmdit` and flux `modules.layers`; formulas and gradients are tested by tests/test_layers.py
 Shapes    B batch · N tokens · H heads · D hidden_size
-Memory    as two operations, a modulated LayerNorm also saves the normalised tokens for backward, and a GELU before a
-          linear layer stores the widest activation of a block twice, in inference too: both are one operation here
+Memory    as two operations, a modulated LayerNorm would keep the normalised tokens for backward, and a GELU before a
+          linear layer would store the widest activation twice, in inference too. Here each pair is one operation
 Sequence  the tokens of a sample may be divided among ranks, as in DeepSpeed Ulysses (arXiv 2309.14509), unevenly too
 Check     python -m pytest tests/test_layers.py tests/test_sequence.py
 """

@@ -30,7 +30,7 @@ from checkpoint import Device, Weights, filled, open_weights
 from layers import STOCK, Attend, Positions
 
 THETA = 10_000   # of the position table
-KEYS = -0.75     # of the cubic kernel, as in torch and OpenCV
+CUBIC_A = -0.75  # the parameter a of Keys' cubic kernel, as in torch and OpenCV
 HEAD_DIM = 64    # of every published MMDiT: num_heads = hidden_size / 64
 
 
@@ -68,7 +68,7 @@ def sincos_table(hidden_size: int, side: int, base: float | None = None, offset:
     return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), dim=1).float()
 
 
-class QKNorm(nn.RMSNorm):  # by layers.NORM_EPS
+class QKNorm(nn.RMSNorm):  # with the eps of layers.NORM_EPS, not its own
     def forward(self, x: Tensor) -> Tensor:
         return layers.rms_norm(x, self.weight)
 
@@ -113,7 +113,8 @@ class PatchConv(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)         # (B, D, h/p, w/p)
 
 
-# Modulation of a stream in a block, (B, 1, D) each: the first 6; 2 of the last block's context; 9 in dual attention
+# Modulation of a stream in a block, (B, 1, D) each. Most streams have the first 6, the context of the last block the
+# first 2, the image of a block with two attentions all 9
 Chunks = namedtuple("Chunks", "shift scale gate shift_mlp scale_mlp gate_mlp shift_2 scale_2 gate_2", defaults=[None]*7)
 
 
@@ -260,9 +261,9 @@ def cubic(table: Tensor, places: Tensor) -> Tensor:
     total, side = torch.zeros_like(places), len(table)
     for tap in (-1, 0, 1, 2):
         x = (places - low - tap).abs()                                                     # distance, in [0, 2]
-        near, far = ((KEYS + 2) * x - (KEYS + 3)) * x**2 + 1, ((x - 5) * x + 8) * x - 4
+        near, far = ((CUBIC_A + 2) * x - (CUBIC_A + 3)) * x**2 + 1, ((x - 5) * x + 8) * x - 4
         index = (low.long() + tap).clamp(0, side - 1)
-        total += torch.where(x <= 1, near, KEYS * far) * table.gather(0, index)
+        total += torch.where(x <= 1, near, CUBIC_A * far) * table.gather(0, index)
     return total
 
 

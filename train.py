@@ -39,7 +39,7 @@ from files import INTERRUPTED, run_command, writable
 from flow import interpolate, loss_weight
 from flux import Flux, FluxConfig
 from layers import blocks_of, check_ranks, reach
-from machine.memory import check_device, return_freed_memory
+from machine.memory import check_device, device_of, return_freed_memory
 from machine.ranks import join, leave
 from mmdit import MMDiT, MMDiTConfig
 from text import check_t5_length
@@ -50,7 +50,7 @@ from training.heldout import HeldOut, default_interval, first_shared
 from training.logs import Tally, what_diverged
 from training.model import EMA, autocast, build, encode, new_optimizer
 from training.plan import check_memory, plan_of, this_machine
-from training.ranks import SharedError, described, device_of, on_all, rank, stop_on_signals, world
+from training.ranks import SharedError, described, on_all, rank, stop_on_signals, world
 from training.resume import digests_of, identity_of
 from training.run import Run, check_out, export_newest, only_run
 from training.samples import SHOWN, sample_settings_of
@@ -189,7 +189,8 @@ def train(settings: Settings) -> int:
 
     with only_run(Path(settings.out)):                     # a second run with this --out is refused
         model, vae = load_models(job)                      # meta -> shard -> fill
-        sync = Sync(model, settings.sharded and not settings.lora)  # DDP, FSDP, or nothing
+        by_hooks = settings.sharded and not settings.lora  # FSDP averages gradients by itself
+        ddp = DDP(model) if dist.is_initialized() and not by_hooks else None
         optimizer = new_optimizer(settings, model)
         ema = EMA(model, settings.ema, settings.ema_on_host)
         run = Run(settings, job.identity(), model, ema.copies, optimizer)
@@ -210,7 +211,10 @@ def train(settings: Settings) -> int:
             upcoming = batches(read, start, settings.steps, stop, on_error=run.save)
             bar = tqdm(upcoming, initial=start, total=settings.steps, file=sys.stderr, disable=bool(rank()))
             for step, parts in bar:
-                sync.zero()
+                if ddp:
+                    ddp.zero()
+                else:
+                    model.zero_grad(set_to_none=True)
                 losses = []                                # velocity loss of each sample, named if the step diverges
                 for k, part in enumerate(parts):           # --accumulate passes of forward and backward
                     # data: a latent drawn from each posterior, the embedding of its caption
@@ -228,10 +232,12 @@ def train(settings: Settings) -> int:
                     loss = objective(settings.objective, velocity, latent, noise, sigma, weight, settings.bands,
                                      settings.huber, settings.levels, settings.huber_snr, mask)
                     # backward; DDP reduces in the last pass only, FSDP in every one
-                    sync.set_last(k + 1 == len(parts))
+                    if ddp:
+                        ddp.last_backward = k + 1 == len(parts)
                     (loss / len(parts)).backward()
                     losses.append(tally.add(loss, velocity, noise - latent, sigma, mask))  # stays on the device
-                sync.wait()                                # from here every p.grad is the average over the ranks
+                if ddp:
+                    ddp.wait()                             # from here every p.grad is the average over the ranks
 
                 norm = clip(model, settings.clip)
                 if not norm.isfinite():                    # the same on all ranks; the step waits for the device here
@@ -244,15 +250,16 @@ def train(settings: Settings) -> int:
                 ema.update(step)
 
                 done = step + 1
-                if run.due(settings.log_every, done):
-                    bar.set_postfix_str(run.log(done, tally, norm, lr))
-                if run.due(settings.save_every, done):     # before sampling: a crash while sampling loses nothing
-                    run.save(done)
-                if held_out and run.due(settings.validate_every, done):
-                    run.validate(done, held_out)
-                if run.due(settings.sample_every, done):
-                    with autocast(settings):
-                        run.draw(done, vae, *texts.read(shown), how)
+                with run.saved_on_error(done):
+                    if run.due(settings.log_every, done):
+                        bar.set_postfix_str(run.log(done, tally, norm, lr))
+                    if run.due(settings.save_every, done):  # before sampling: a crash while sampling loses nothing
+                        run.save(done)
+                    if held_out and run.due(settings.validate_every, done):
+                        run.validate(done, held_out)
+                    if run.due(settings.sample_every, done):
+                        with autocast(settings):
+                            run.draw(done, vae, *on_all(lambda: texts.read(shown)), how)
             run.finish(done, job.family, job.transformer, job.vae_path)  # exports, or saves the stopped run
     return stop.number
 
@@ -335,31 +342,6 @@ class DDP:
                 for parameter, used in zip(bucket.parameters, bucket.used.tolist(), strict=True):
                     if not used:
                         parameter.grad = None
-
-
-class Sync:
-    """One interface to DDP, to FSDP, which averages by its own hooks, and to a single process."""
-
-    def __init__(self, model: nn.Module, sharded: bool):
-        self.model = model
-        self.ddp = DDP(model) if dist.is_initialized() and not sharded else None
-
-    def zero(self) -> None:
-        """Before the first backward of a step."""
-        if self.ddp:
-            self.ddp.zero()
-        else:
-            self.model.zero_grad(set_to_none=True)
-
-    def set_last(self, last: bool) -> None:
-        """Before each backward: DDP sends gradients with the last one of a step only."""
-        if self.ddp:
-            self.ddp.last_backward = last
-
-    def wait(self) -> None:
-        """After the last backward: from here on every p.grad is the average over the ranks."""
-        if self.ddp:
-            self.ddp.wait()
 
 
 def shard(model: nn.Module, settings: Settings, mesh: DeviceMesh) -> None:

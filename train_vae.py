@@ -185,7 +185,7 @@ def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, d
     then, step = parse_json(state.metadata.get("settings", "null"), str(path)), state.number("step", integer=True)
     if not isinstance(then, dict) or step is None:
         raise ValueError(f"{path}: not the state of a run; use another --out")
-    same_settings(path, then, decisive)
+    same_settings(path, then, {name: decisive.get(name) for name in then})
     trained = {name: p for name, p in vae.named_parameters() if p.requires_grad}
     shapes = {f"model.{name}": tuple(t.shape) for name, t in vae.state_dict().items()}
     if len(state) > len(shapes):
@@ -233,7 +233,8 @@ class Settings:
 
     def decisive(self) -> dict[str, object]:
         """What decides the numbers of the run. A run resumes only with equal values; the other settings may change."""
-        free = ("data", "out", "threads", "save_every", "device", "weights", *(NEW if self.decoder_only else DECODER))
+        free = ("data", "out", "threads", "save_every", "device", "weights", "lpips", "redrawn",
+                *(NEW if self.decoder_only else DECODER))
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
@@ -277,6 +278,7 @@ def train(settings: Settings) -> int:
     check_out(settings.out, settings.data, settings.weights)
     pictures, unseen = split_pictures(settings)
     out, decisive, widths = Path(settings.out), settings.decisive(), tuple(map(int, settings.widths.split(",")))
+    decisive["held_out"] = [path.name for path in unseen.paths]
     writable(out, f"--out {out}")
     if settings.decoder_only:
         vae, stored = given_vae(settings.weights)
@@ -290,11 +292,12 @@ def train(settings: Settings) -> int:
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     loss_of = objective(settings, vae)
     redrawn = Redrawn(settings.redrawn, pictures.paths, pictures.central_crop) if settings.redrawn else None
+    if settings.decoder_only:
+        decisive |= {"LPIPS": bool(settings.lpips), "latents": redrawn and redrawn.digest}
     with only_run(out):
         start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
-        held_out = ", ".join(path.name for path in unseen.paths)
         print(f"{sum(p.numel() for p in trained):,} parameters, {len(pictures)} pictures, "
-              f"held out: {held_out}; step {start} of {settings.steps}", flush=True)
+              f"held out: {', '.join(decisive['held_out'])}; step {start} of {settings.steps}", flush=True)
         with stop_on_signals() as stop:
             done = take_steps(settings, decisive, vae, loss_of, optimizer, pictures, redrawn, unseen, start, stop)
         if done < settings.steps:

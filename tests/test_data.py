@@ -22,6 +22,7 @@ from pictures import ADOBE_PRIMARIES, SRGB_PRIMARIES, gray_profile, rgb_profile
 from PIL import Image, ImageFile
 
 import data
+from checkpoint import open_weights, save
 from data import Item, Pictures, read_folder, read_picture, resize_to_cover, sizes_of, upright_size
 from text import SD3Text
 from training.cache import Embeddings
@@ -659,6 +660,16 @@ def test_script_refuses_wrong_numbers_before_it_encodes(photos, model, monkeypat
     monkeypatch.setattr(SD3Text, "load", None)
     with pytest.raises(SystemExit, match=f"^error: {reason}"):
         data.main()
+
+
+def test_encode_takes_the_length_of_t5_that_a_trained_transformer_records(photos, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    weights = open_weights(folder / "sd3.safetensors")
+    save(tmp_path / "new.safetensors", {name: tensor.read() for name, tensor in weights.items()},
+         weights.metadata | {"t5_length": "20"})
+    os.replace(tmp_path / "new.safetensors", folder / "sd3.safetensors")
+    data.main(["encode", str(photos), f"--weights={folder}", "--device=cpu", f"--cache={tmp_path}/cache"])
+    assert [cache.name.split("-")[1] for cache in (tmp_path / "cache" / ".embeddings").iterdir()] == ["20"]
 
 
 def test_script_encodes_into_another_folder_and_skips_small_pictures(photos, model, tmp_path):

@@ -98,6 +98,11 @@ def test_every_second_step_decodes_what_a_model_drew(post_train, folders, photos
                         lambda *args: decoded.append(args[-1]) or original(*args))
     post_train("--redrawn", tmp_path / "redrawn", "--steps", 4, "--pixels", 1024)
     assert [raw is None for raw in decoded] == [True, False, True, False] and decoded[1].shape == (1, 16, 2, 2)
+    moved = (tmp_path / "redrawn").rename(tmp_path / "moved")
+    post_train("--redrawn", moved, "--steps", 4, "--pixels", 1024)
+    save_file({name: latent + 1 for name, latent in latents.items()}, moved / "tiny-sd3.safetensors")
+    with pytest.raises(SystemExit, match=r"other settings \(latents "):
+        post_train("--redrawn", moved, "--steps", 4, "--pixels", 1024)
     with pytest.raises(SystemExit, match="has no latents of the pictures to train on"):
         post_train("--redrawn", photos, out="other")
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -164,6 +165,14 @@ def test_checkpoint_is_saved_before_pictures_are_drawn(settings, tmp_path, monke
     with pytest.raises(TypeError):
         train.train(settings(steps=3, sample_every=3))
     assert steps_of(tmp_path / "out") == 3
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError])
+def test_finished_step_is_saved_if_what_follows_it_fails(settings, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(run, "draw_samples", Mock(side_effect=error("of the test")))
+    with pytest.raises(error):
+        train.train(settings(steps=9, save_every=9, sample_every=2))
+    assert steps_of(tmp_path / "out") == 2
 
 
 def test_commit_is_unknown_without_git(settings, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_of, metadata_of, run_script, seeded
+from conftest import copy_of, log_of, metadata_of, run_script, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -331,6 +332,16 @@ def test_state_that_is_none_of_this_run_is_refused(photos, small_crops, tmp_path
 
 
 # ---- refusals
+
+def test_a_picture_that_comes_later_may_not_move_trained_ones_into_the_held_out(photos, small_crops, tmp_path,
+                                                                                monkeypatch):
+    data = copy_of(photos, tmp_path / "data")
+    train(settings(data, tmp_path / "run", steps=4, save_every=2, holdout=1))
+    rows = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(rows.splitlines()[0].replace("0.png", "new.png") + "\n" + rows)
+    shutil.copy(data / "0.png", data / "new.png")
+    assert "(held_out ['" in refusal_of(monkeypatch, data, tmp_path / "run", steps=4, save_every=2, holdout=1)
+
 
 @pytest.mark.parametrize("change, named", [
     ({"lr": 1e-3}, "lr 0.002 -> 0.001"), ({"seed": 1}, "seed 0 -> 1"), ({"steps": 9}, "steps 2 -> 9"),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from checkpoint import Weights, open_weights
 from family import find
+from training.resume import digest_of
 from vae import VAE, Decoder, to_image
 from wavelet import haar_split
 
@@ -55,6 +56,7 @@ class Redrawn:
         if not self.latents:
             raise ValueError(f"--redrawn {folder}: has no latents of the pictures to train on; make them with "
                              "models/redraw_latents.py")
+        self.digest = digest_of({str(k): tensor for k, (_, tensor) in enumerate(self.latents)})
 
     def window(self, pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random square of at most about `pixels` pixels: raw latent (1, 16, n, n) and picture (1, 3, 16n, 16n)."""

@@ -73,7 +73,7 @@ class Log:
     """OUT/NAME.jsonl, one line per row, and TensorBoard. On resume, lines past the checkpoint are dropped."""
 
     def __init__(self, out: Path, start: int, name: str = "log"):
-        self.file, board_of = out / f"{name}.jsonl", {"log": "tensorboard"}.get(name, f"tensorboard/{name}")
+        self.file, board_of = out / f"{name}.jsonl", "tensorboard" if name == "log" else f"tensorboard/{name}"
         lines = read_text(self.file).splitlines() if self.file.exists() else []
         complete = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
         self.rows = [row for row in map(self.parsed, complete) if row["step"] <= start]

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from files import INTERRUPTED, from_torchrun
+from files import INTERRUPTED
 from machine.ranks import gathered
 
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
@@ -29,23 +29,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def device_of(name: str) -> torch.device:
-    """The device that --device means on this rank: "cuda" is the card with this rank's number on its host.
-
-    raises  ValueError if there is no such card
-    """
-    device = torch.device(name)
-    if device.type == "cuda":
-        index, cards = device.index, torch.cuda.device_count()
-        if index is None:
-            index = from_torchrun("LOCAL_RANK", 0)
-        if index >= cards:
-            raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; "
-                             "give torchrun a smaller --nproc-per-node")
-        device = torch.device("cuda", index)
-    return device
 
 
 def described(device: torch.device) -> str:

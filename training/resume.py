@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import Weights, open_weights
+from checkpoint import LazyTensor, Weights, open_weights
 from family import Family
 from files import entry, read_json
 from flux import FluxConfig
@@ -294,7 +294,7 @@ def identity_of(settings: Settings, family: Family, config: MMDiTConfig | FluxCo
             "model": {"family": family.name} | model, "data": {"pictures": len(listing), "digest": digest}}
 
 
-def digest_of(weights: Weights) -> str:
+def digest_of(weights: Mapping[str, LazyTensor]) -> str:
     """A hash of names, shapes and three rows of each tensor: equal wherever and however the weights are stored."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import DTYPES, Weights, model_folder, save
-from family import SAMPLING, Family, find
+from family import SAMPLING, Family, find, published_name
 from files import SOFTWARE, entry, need, printable, read_json, read_text
 from layers import STOCK, Positions
 from lora import base_of
@@ -33,7 +33,7 @@ from training.heldout import HeldOut, held_out_row
 from training.logs import Log, Tally, matmul_rate
 from training.plan import flop_of_image
 from training.plots import write_figure
-from training.ranks import on_all, on_first, rank, world
+from training.ranks import SharedError, on_all, on_first, rank, world
 from training.resume import (
     ABOUT,
     digests_of,
@@ -165,6 +165,16 @@ class Run:
             on_first(self.plot)
         self.excluded_s += time.perf_counter() - start
 
+    @contextmanager
+    def saved_on_error(self, done: int) -> Iterator[None]:
+        """Save the state after `done` steps if what runs in the block fails, and all ranks know it."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            if world() == 1 or isinstance(error, SharedError):
+                self.save(done)
+            raise
+
     def plot(self) -> None:
         write_figure(self.out / "loss.png", self.log_file.rows, self.held_out_file.rows if self.held_out_file else [])
 
@@ -242,7 +252,8 @@ def export(folder: Path, settings: Settings, family: Family, transformer: Weight
                          "try a smaller --lr, or a wider --save-dtype")
     records |= {"res": settings.res, "factor": settings.factor}
     records |= {"t5_length": settings.t5_length} if settings.t5_length else {}
-    save(path, tensors, records | {"training": json.dumps({"steps": step_of(folder)} | then)})
+    named = {name: published_name(then[name]) for name in SOURCE if then.get(name)}  # not the places on this machine
+    save(path, tensors, records | {"training": json.dumps({"steps": step_of(folder)} | then | named)})
     return path
 
 

@@ -1,6 +1,7 @@
 """Seeds: every random draw of training is a function of the run's seed and of a place, never of what was drawn before.
 
-Places    batches.py: the epoch; the sample's number in the run · train_vae.py: the step · adamw.py: step and parameter
+Places    batches.py: the epoch; the sample's number in the run · heldout.py: the picture's name
+          train_vae.py: the step · adamw.py: step and parameter
 Why       a resumed run, and any division of the batch over ranks, draws the same numbers
 """
 

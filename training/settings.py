@@ -30,7 +30,7 @@ T = TypeVar("T")
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 MOST = {"batch": 2**16, "threads": 1024}
 LEAST_SHARE = 0.001  # of drawn sigmas that --sigma-range must keep
-RECIPES = {  # settings in which paper and release differ; None = family default
+RECIPES = {  # what --recipe sets; None: the family's default
     "paper": {"objective": "paper", "dilation": 2, "latent_shift": True, "weighting": "none", "t5_length": None,
               "flip": False, "drop_caption": 0.0, "resize": "lanczos", "small": "refuse"},
     "release": {"objective": "release", "dilation": 1, "latent_shift": False, "weighting": "none", "t5_length": 77,
