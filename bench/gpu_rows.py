@@ -37,7 +37,7 @@ from family import FLUX_DEV, OFFICIAL_VAE, SD3, Family  # noqa: E402
 from flow import euler, even_sigmas, interpolate, loss_weight, velocity_with_cfg  # noqa: E402
 from flux import Flux, FluxConfig  # noqa: E402
 from layers import blocks_of  # noqa: E402
-from machine.memory import host_memory  # noqa: E402
+from machine.memory import device_of, host_memory  # noqa: E402
 from machine.ranks import join  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from text import T5Encoder  # noqa: E402
@@ -45,7 +45,6 @@ from train import clip, shard  # noqa: E402
 from training.logs import matmul_rate  # noqa: E402
 from training.model import autocast, build, new_optimizer  # noqa: E402
 from training.plan import flop_of_image  # noqa: E402
-from training.ranks import device_of  # noqa: E402
 from training.settings import Settings, parse, settle  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 from wavelet import objective  # noqa: E402

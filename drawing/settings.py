@@ -17,11 +17,11 @@ import torch
 
 from checkpoint import DTYPES, Weights
 from family import Family, check_size, positioned, size_of
-from files import from_torchrun, launched, need, printable
+from files import launched, need, printable
 from flow import SEEDS, SOLVERS
 from flux import FluxConfig
 from layers import RULES, STOCK, Positions, check_ranks
-from machine.memory import check_device
+from machine.memory import check_device, device_of
 from mmdit import MMDiTConfig
 from reading.pictures import upright_size
 
@@ -98,7 +98,9 @@ def settle(given: Settings, family: Family, transformer: Weights, config: MMDiTC
         shift = math.exp(mu)
     sampling = family.sampling(transformer, given.steps, given.cfg, given.guidance, shift, given.res, given.factor,
                                given.t5_length)
-    device = check_device((of_rank() if given.device in (None, "cuda") else None) or given.device)
+    device = check_device(given.device)
+    if "LOCAL_RANK" in os.environ:
+        device = str(device_of(device))
     dtype = given.dtype or ("fp32" if device == "cpu" and not given.plan else "bf16")
     settings = replace(given, device=device, dtype=dtype, vae_dtype=given.vae_dtype or dtype, **asdict(sampling))
     need(settings.offset is None or settings.factor == 16, "offset", settings.offset, "it with --factor 16")
@@ -126,12 +128,6 @@ def remark(note: str) -> None:
     """Print a note once for all ranks."""
     if not launched()[0]:
         print(note, file=sys.stderr)
-
-
-def of_rank() -> str | None:
-    """The card of a process that torchrun started, where there are cards."""
-    given = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-    return f"cuda:{from_torchrun('LOCAL_RANK', 0)}" if given else None
 
 
 def staged(settings: Settings, family: Family, transformer: Weights, recorded: Positions) -> Settings:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint import Device
+from files import from_torchrun
 from vae import VAE, VAEConfig
 
 GIB = 1 << 30
@@ -41,6 +42,23 @@ def check_device(name: str | None) -> str:
         raise ValueError(f"--device {name}: this machine has {', '.join(here)}; "
                          "cuda needs an NVIDIA GPU and a torch built for it")
     return name
+
+
+def device_of(name: str) -> torch.device:
+    """The device that --device means on this rank: "cuda" is the card with this rank's number on its host.
+
+    raises  ValueError if there is no such card
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        index, cards = device.index, torch.cuda.device_count()
+        if index is None:
+            index = from_torchrun("LOCAL_RANK", 0)
+        if index >= cards:
+            raise ValueError(f"--device {name}: card {index} of {cards}, counted from 0; "
+                             "give torchrun a smaller --nproc-per-node")
+        device = torch.device("cuda", index)
+    return device
 
 
 def peak_memory_gib(device: Device) -> float:

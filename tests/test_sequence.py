@@ -129,6 +129,9 @@ def test_each_rank_takes_its_own_card(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     for given, card in ((["--device=cuda"], "cuda:1"), ([], "cuda:1"), (["--device=cuda:0"], "cuda:0")):
         assert sample.prepared(parse(["--prompt=snow", "--memory=8", *given])).settings.device == card
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="--device cuda: card 2 of 2, counted from 0; give torchrun a smaller --nproc"):
+        sample.prepared(parse(["--prompt=snow", "--memory=8"]))
 
 
 def test_what_ranks_cannot_share_is_refused(settings, monkeypatch):

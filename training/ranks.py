@@ -1,4 +1,4 @@
-"""The processes of one training run: their numbers and devices, failing together, stopping on signals.
+"""The processes of one training run: their numbers and machine, failing together, stopping on signals.
 
 Check     python -m pytest tests/test_ranks.py
 """
