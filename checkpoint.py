@@ -310,11 +310,11 @@ def assign(module: nn.Module, weights: Weights, which: Iterable[str], device: De
                              f"{names.FULL}")
         tensor = stored.to(device).to(dtype or torch.float32)
         # checked through a second map: rows that are never read, most of SD3's position table, then take no memory
-        low, high = _range(anew({name: weights[name]})[name].read() if tensor is stored and shard is None else tensor)
+        low, high = range_of(anew({name: weights[name]})[name].read() if tensor is stored and shard is None else tensor)
         if low == high == 0 and tensor.ndim > 1 and shard is None:
             blank.append(name)
         if not math.isfinite(high - low):
-            low, high = _range(stored.float())
+            low, high = range_of(stored.float())
             kind, why = ((Overflow, f"its values exceed {tensor.dtype}; choose bf16 or fp32")
                          if math.isfinite(high - low) else (ValueError, "the file is damaged or its training diverged"))
             raise kind(f"{weights.source}: {name} holds NaN or Inf: {why}")
@@ -336,7 +336,7 @@ def _own_rows(tensor: Tensor) -> tuple[int, int]:
     return min(rank * size, height), min((rank + 1) * size, height)
 
 
-def _range(tensor: Tensor) -> list[float]:
+def range_of(tensor: Tensor) -> list[float]:
     """Smallest and largest value, without a mask of the tensor's size; NaN where one is NaN."""
     return torch.stack(tensor.aminmax()).tolist() if tensor.numel() else [0.0, 0.0]
 

@@ -1,7 +1,7 @@
 """LoRA adapters, merged into the weights of a transformer while these are read.
 
 Paper     LoRA (2106.09685): W + strength·(alpha / r)·B A, with B (out, r) and A (r, in)
-Names     kohya: lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_up.weight, .alpha
+Names     kohya: lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_up.weight, .alpha; LyCORIS: lycoris_…
           BFL:   double_blocks.0.img_attn.qkv.lora_A.weight, .lora_B.weight
           PEFT:  transformer.transformer_blocks.0.attn.to_q.lora_A.weight, as diffusers writes; ComfyUI reads it too
 Alpha     a tensor beside the layer; else "lora_adapter_metadata" of diffusers, or adapter_config.json of PEFT; else r.
@@ -31,7 +31,8 @@ from files import SOFTWARE, entry, need, parse_json, read_json
 from names import FLUX_NAMES, SD3_NAMES, VARIANTS, plain_rows, recognised
 
 PREFIX = "model.diffusion_model."
-NAME = re.compile(r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transformer\.|lora_unet_|lora_transformer_)*"
+NAME = re.compile(r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transformer\.|unet\.|lora_unet_|"
+                  r"lora_transformer_|lycoris_)*"
                   r"(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora[._](?:down|up)|alpha)(?:\.default)?(?:\.weight)?")
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 UNREAD = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "modules_to_save")  # of PEFT's configuration
@@ -148,8 +149,11 @@ def updates_of(adapter: Weights, strength: float, weights: Weights) -> list[Upda
         raise ValueError(f"{adapter.source}: {len(unknown)} of {len(adapter)} tensors belong to no LoRA of "
                          f"{weights.source}: {', '.join(unknown[:3])}; give an adapter that was trained on this model")
     config = _config(adapter)
-    return [_update(adapter.source, place, names[place], parts, config, strength, weights)
-            for place, parts in layers.items()]
+    updates = [_update(adapter.source, place, names[place], parts, config, strength, weights)
+               for place, parts in layers.items()]
+    if strength and not any(update.scale and update.up.read().any() and update.down.read().any() for update in updates):
+        warnings.warn(f"{adapter.source}: adds nothing: in each layer, lora_A, lora_B or alpha is 0", stacklevel=3)
+    return updates
 
 
 def _update(source: str, place: Place, name: str, parts: dict[str, LazyTensor], config: dict, strength: float,

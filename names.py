@@ -280,7 +280,7 @@ OTHERS = (
     (r"^redux_(up|down)\.",                            "Flux Redux, for prompts that are pictures", PLAIN),
     (r"^controlnet_|^control_model\.|^input_hint_block\.|^pos_embed_input\.", "a ControlNet", PLAIN),
     (r"\.processor\..*lora",                           "a LoRA in XLabs' names", MERGE),
-    (r"^lora_(unet|transformer|te\d?|prior)_",         "a LoRA in kohya's names", AS_LORA),
+    (r"^(lora_(unet|transformer|te\d?|prior)|lycoris)_", "a LoRA in kohya's names", AS_LORA),
     (r"^((double|single)_blocks|img_in|txt_in)\b.*\.lora_[AB]\.", "a LoRA in Black Forest Labs' names", AS_LORA),
     (r"lora(_|\d)",                                    "a LoRA in the names of PEFT or diffusers", AS_LORA),
     (r"\.diff(_b)?$",                                  "the difference of two models", MERGE),

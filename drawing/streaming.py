@@ -10,6 +10,8 @@ Equal       to a plain model, bit for bit, but for fp8
 Check       python -m pytest tests/test_streaming.py
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -20,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Device, LazyTensor, Weights, anew, assign, check_names
+from checkpoint import Device, LazyTensor, Weights, anew, assign, check_names, range_of
 from flux import Flux
 from layers import Modulation, blocks_of
 from mmdit import MMDiT
@@ -170,6 +172,7 @@ class Buffers:
         self.buffers = [torch.empty(max(map(_bytes, self.shapes)), dtype=torch.uint8, device=device) for _ in range(2)]
         self.now, self.turn, self.coming = -1, 0, (-1, None)  # the block that computes, its buffer, (block, its future)
         self.checked: set[int] = set()  # blocks without NaN and Inf
+        self.warned = False             # of zeros: once, as an incomplete file may have many blocks of them
         self.thread = ThreadPoolExecutor(1)
         self.pinned = self.stream = None
         if device.type == "cuda":
@@ -225,11 +228,19 @@ class Buffers:
         return tensors, ready
 
     def check(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """ValueError that names the first tensor with NaN or Inf."""
+        """ValueError that names the first tensor with NaN or Inf; a warning at the first block with zeros alone."""
+        source, blank = self.parts[number].source, []
         for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{self.parts[number].source}.{name} holds NaN or Inf: the file is damaged, its "
-                                 f"training diverged, or its values exceed {self.dtype}")
+            low, high = range_of(tensor)
+            if not math.isfinite(high - low):
+                raise ValueError(f"{source}.{name} holds NaN or Inf: the file is damaged, its training diverged, or "
+                                 f"its values exceed {self.dtype}")
+            if low == high == 0 and tensor.ndim > 1:
+                blank.append(name)
+        if blank and not self.warned:
+            warnings.warn(f"{source}: {len(blank)} matrices hold zeros alone, such as {blank[0]}: not trained, or "
+                          "its download did not end", stacklevel=2)
+            self.warned = True
         self.checked.add(number)
 
     def from_file(self, number: int) -> Iterator[tuple[str, Tensor | InFP8]]:

@@ -60,6 +60,7 @@ QUANTISED = {  # layout: tensors beside those of a Flux
     "fp8 scaled in blocks": f"{BLOCK}.weight_scale_inv"}
 OTHERS = {  # layout: tensor names that a file of it holds
     "LoRA of kohya's sd-scripts": ["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "lora_te1_x.alpha"],
+    "LoRA of LyCORIS, with algo=lora": ["lycoris_transformer_blocks_0_attn_to_q.lora_up.weight"],
     "LoRA of Black Forest Labs": ["img_in.lora_A.weight", f"{BLOCK}.lora_B.weight", "single_blocks.0.norm.x.scale"],
     "LoRA of PEFT, diffusers, ai-toolkit": ["diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight"],
     "LoRA of XLabs": ["double_blocks.3.processor.proj_lora2.up.weight"],

@@ -105,10 +105,16 @@ def test_files_of_kohya_bfl_and_peft_of_one_adapter_give_equal_weights(kind, bas
             assert distance(bfl[name], before[name] + product) < 1e-6
 
 
-def test_the_older_names_of_diffusers_are_read(bases, tmp_path):
+@pytest.mark.parametrize("spelled", [
+    lambda layer, side: f"{layer}.lora.{'down' if side == 'A' else 'up'}.weight",  # diffusers, before PEFT
+    lambda layer, side: f"{layer.replace('transformer.', 'unet.', 1)}.lora_{side}.weight",
+    lambda layer, side: f"lycoris_{layer.removeprefix('transformer.').replace('.', '_')}"
+    f".lora_{'down' if side == 'A' else 'up'}.weight"], ids=["older", "unet", "LyCORIS"])
+def test_other_names_of_a_plain_lora_are_read(spelled, bases, tmp_path):
     file = in_style("PEFT", adapter_of(adapted_model("sd3", bases["sd3"])), bases["sd3"])
-    older = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for name, t in file.items()}
-    new, old = (values(with_lora(bases["sd3"], [written(tmp_path / "a", names)])) for names in (file, older))
+    other = {spelled(*re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups()): t for name, t in file.items()}
+    assert not other.keys() & file.keys()
+    new, old = (values(with_lora(bases["sd3"], [written(tmp_path / "a", names)])) for names in (file, other))
     assert all(torch.equal(new[name], old[name]) for name in new)
 
 
@@ -182,11 +188,18 @@ def test_strengths_add_up_and_a_colon_in_a_path_is_no_strength(bases, tmp_path):
 
 
 @BOTH
-def test_an_adapter_whose_b_is_zero_leaves_the_model_as_it_is_bit_for_bit(kind, bases, tmp_path):
-    base, model = bases[kind], adapted_model(kind, bases[kind])
-    file = {name: t * ("lora_A" in name) for name, t in in_style("PEFT", adapter_of(model), base).items()}
-    merged, before = (model_of(kind, w).state_dict() for w in (with_lora(base, [written(tmp_path / "a", file)]), base))
+@pytest.mark.parametrize("style, zero", [("PEFT", "lora_B"), ("PEFT", "lora_A"), ("kohya", "alpha")])
+def test_an_adapter_that_adds_nothing_leaves_the_model_as_it_is_bit_for_bit_and_is_reported(
+        kind, style, zero, bases, tmp_path):
+    base, tensors = bases[kind], adapter_of(adapted_model(kind, bases[kind]))
+    file = written(tmp_path / "a", {name: t * (zero not in name) for name, t in in_style(style, tensors, base).items()})
+    with pytest.warns(UserWarning, match="a: adds nothing: in each layer, lora_A, lora_B or alpha is 0$"):
+        added = with_lora(base, [file])
+    merged, before = (model_of(kind, weights).state_dict() for weights in (added, base))
     assert all(torch.equal(merged[name], before[name]) for name in before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_lora(base, [f"{file}:0"])  # as it was asked for
 
 
 @BOTH

@@ -92,7 +92,8 @@ def test_absurdly_many_block_numbers_are_refused():
 @pytest.mark.parametrize("stored, message", [
     ({"a\x1b]0;x\x07": "F32"}, r"a tensor's name has control characters .* \(a\\x1b\]0;x\\x07 ...\): download"),
     ({"a" * 301: "F32"}, "more than 300 letters"), ({"a.weight": "U8"}, "a.weight is stored as U8, which is no number"),
-    ({"b.bias": "BOOL"}, "b.bias is stored as BOOL"), ({"a.weight": "F8_E8M0"}, "a.weight is stored as F8_E8M0"),
+    ({"b.bias": "BOOL"}, "b.bias is stored as BOOL"),
+    ({"a.scale": "I8"}, "a.scale is stored as I8"), ({"a.weight": "F8_E8M0"}, "a.weight is stored as F8_E8M0"),
     (dict.fromkeys(map(str, range(100_001)), "F32"), "100001 tensors; at most 100000 are read")])
 def test_headers_that_no_published_file_has_are_refused(stored, message):
     with pytest.raises(ValueError, match=f"^a file: .*{message}"):

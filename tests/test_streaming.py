@@ -171,6 +171,18 @@ def test_a_streamed_block_with_nan_is_refused_by_name(opened, monkeypatch):
         velocities(model, config)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_streamed_blocks_of_zeros_alone_are_reported_once(opened, fp8, tmp_path):
+    family, config, transformer = opened("tiny-flux")
+    tensors = {name: t.read() * (name.split(".")[1] not in "12") for name, t in transformer.items()}
+    save_file(tensors, tmp_path / "flux.safetensors", transformer.metadata)
+    weights = open_weights(tmp_path / "flux.safetensors")
+    with pytest.warns(UserWarning, match="hold zeros alone, such as .*: not trained, or its download did not") as told:
+        velocities(streamed(lambda: family.model(config), weights, "cpu", None, resident=1, fp8=fp8), config)
+    of_blocks = [str(one.message) for one in told if ": double_blocks.1: " in str(one.message)]
+    assert len(of_blocks) == len([one for one in told if "_blocks." in str(one.message).split(" matrices")[0]]) == 1
+
+
 @BOTH
 def test_a_module_that_is_let_go_while_a_block_is_read_ahead_leaves_nothing(opened, name, monkeypatch):
     model, read = build(opened, name, resident=0), Buffers.read
