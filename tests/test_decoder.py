@@ -16,7 +16,7 @@ from checkpoint import locate
 from data import Pictures
 from family import find, vae_for
 from models import redraw_latents
-from training.decoder import HAAR, PERCEPTUAL, Redrawn, decoder_loss, given_vae
+from training.decoder import GRID, HAAR, PERCEPTUAL, Redrawn, decoder_loss, given_vae, grid_error, step_profile
 from vae import VAE, VAEConfig, to_image
 from wavelet import haar_split
 
@@ -50,13 +50,31 @@ def post_train(folders, photos, tmp_path, monkeypatch):
 # ---- the loss
 
 @pytest.mark.parametrize("factor, offset", [(16, 2), (16, 1), (8, 2)])
-def test_loss_is_squared_error_and_high_bands_of_the_decoded_mean(vae, image, factor, offset):
-    error = vae.decode(vae.encode(image, factor), factor, offset) - image
+def test_loss_is_squared_error_high_bands_and_grid_of_the_decoded_mean(vae, image, factor, offset):
+    error = (decoded := vae.decode(vae.encode(image, factor), factor, offset)) - image
     ll, *high = haar_split(error).split(3, dim=1)
-    expected = error.square().mean() + HAAR * torch.cat(high, dim=1).abs().mean()
+    expected = error.square().mean() + HAAR * torch.cat(high, dim=1).abs().mean() + GRID * grid_error(decoded, image)
     assert decoder_loss(vae, image, factor, offset).item() == pytest.approx(expected.item(), rel=1e-5)
     with_lpips = decoder_loss(vae, image, factor, offset, lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)))
     assert with_lpips.item() == pytest.approx((expected + PERCEPTUAL * error.abs().mean()).item(), rel=1e-5)
+
+
+def test_profile_is_the_mean_log_step_by_place():
+    image, expected = torch.rand(2, 3, 48, 80, generator=seeded(0)) * 2 - 1, np.zeros((2, 32))
+    gray = 127.5 * (image.double().numpy().transpose(0, 2, 3, 1) @ [0.299, 0.587, 0.114])
+    for row, steps in enumerate((np.diff(gray, axis=2), np.diff(gray, axis=1).transpose(0, 2, 1))):
+        steps = np.log1p(np.abs(steps))
+        expected[row] = [steps[..., place::32].mean((0, 1)).mean() for place in range(32)]
+    np.testing.assert_allclose(step_profile(image).numpy(), expected, rtol=1e-5)
+    assert torch.isfinite(step_profile(image[..., :16, :16])).all()
+
+
+def test_a_grid_is_an_error_and_blur_alone_is_none():
+    image = torch.rand(1, 3, 512, 512, generator=seeded(0)) * 0.2
+    assert grid_error(image, image) == 0
+    grid = image.clone()
+    grid[..., ::16] += 0.05
+    assert grid_error(grid, image) > 20 * grid_error(0.8 * image, image)
 
 
 def test_teacher_of_the_same_weights_adds_nothing_at_factor_8_and_its_distance_at_16(vae, image):

@@ -4,7 +4,8 @@ Why       the partition trick decodes at factor 16 with weights that were traine
 Encoder   stays as it is, to the byte: latents keep their meaning, and every transformer fits
 Redrawn   half of the steps may decode what a transformer drew (models/redraw_latents.py): its tokens show less
 Source    UltraFlux: squared error, HAAR on the high bands, PERCEPTUAL on LPIPS; SC-VAE: the teacher. Neither paper's
-          discriminator is here
+          discriminator is here. GRID is ours: a picture's steps from pixel to pixel are as large at the borders of
+          latents and tokens as elsewhere
 Check     python -m pytest tests/test_decoder.py
 """
 
@@ -24,7 +25,8 @@ from training.resume import digest_of
 from vae import VAE, Decoder, to_image
 from wavelet import haar_split
 
-HAAR, PERCEPTUAL = 0.2, 0.1  # weights of their terms
+HAAR, GRID, PERCEPTUAL = 0.2, 1.0, 0.1  # weights of their terms
+PERIOD = 32                             # pixels of a token at factor 16; latents of 16 pixels repeat with it
 
 
 def given_vae(path: str | os.PathLike) -> tuple[VAE, Weights]:
@@ -71,7 +73,7 @@ class Redrawn:
 
 def decoder_loss(vae: VAE, image: Tensor, factor: int, offset: int, teacher: tuple[float, Decoder] | None = None,
                  lpips: Callable[[Tensor, Tensor], Tensor] | None = None, raw: Tensor | None = None) -> Tensor:
-    """Squared error + HAAR * |high bands of the error| + PERCEPTUAL * LPIPS + the teacher's term.
+    """Squared error + HAAR * |high bands of the error| + GRID * grid_error + PERCEPTUAL * LPIPS + the teacher's term.
 
     image    (B, 3, H, W) in [-1, 1]
     raw      latent (B, 16, h, w) to decode; None: the mean of the image's posterior
@@ -85,7 +87,7 @@ def decoder_loss(vae: VAE, image: Tensor, factor: int, offset: int, teacher: tup
     features = vae.decoder.features(raw)
     decoded = vae.decoder.conv_out(features, factor == 16, offset)
     error = decoded - image
-    loss = error.square().mean() + HAAR * haar_split(error)[:, 3:].abs().mean()
+    loss = error.square().mean() + HAAR * haar_split(error)[:, 3:].abs().mean() + GRID * grid_error(decoded, image)
     if lpips:
         loss = loss + PERCEPTUAL * lpips(decoded, image).mean()
     if teacher:
@@ -94,6 +96,27 @@ def decoder_loss(vae: VAE, image: Tensor, factor: int, offset: int, teacher: tup
             known = decoder.features(vae.moments(image, 8)[0])
         loss = loss + weight * (F.interpolate(features, known.shape[2:]) - known).square().mean()
     return loss
+
+
+def grid_error(decoded: Tensor, image: Tensor) -> Tensor:
+    """How far the step_profile of decoded pictures is from that of the originals, apart from its mean."""
+    error = step_profile(decoded) - step_profile(image)
+    return (error - error.mean(1, keepdim=True)).square().mean(1).sum()
+
+
+def step_profile(image: Tensor) -> Tensor:
+    """Mean log(1 + |step|) of brightness from pixel to pixel, by its place in PERIOD: across columns, rows (2, PERIOD).
+
+    image  (B, 3, H, W) in [-1, 1]; steps are counted in levels of 255
+    """
+    brightness = 127.5 * torch.einsum("bchw,c->bhw", image, image.new_tensor([0.299, 0.587, 0.114]))
+    profile = []
+    for axis in (2, 1):
+        steps = brightness.diff(dim=axis).abs().log1p().mean((0, 3 - axis))
+        place = torch.arange(len(steps), device=steps.device) % PERIOD
+        count = torch.bincount(place, minlength=PERIOD).clamp(min=1)
+        profile.append(steps.new_zeros(PERIOD).index_add(0, place, steps) / count)
+    return torch.stack(profile)
 
 
 def tensors_of(vae: VAE, stored: Weights) -> dict[str, Tensor]:
