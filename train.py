@@ -346,10 +346,9 @@ class DDP:
 
 def shard(model: nn.Module, settings: Settings, mesh: DeviceMesh) -> None:
     """Split every block, then the rest, into rows, one part per rank: FSDP2. Gradients are reduced in fp32."""
-    compute = torch.bfloat16 if settings.state == "bf16" else DTYPES[settings.dtype]
     policy = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(DTYPES[settings.dtype], torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if settings.offload else OffloadPolicy()}
     for block in blocks_of(model):
         fully_shard(block, reshard_after_forward=settings.shard == "zero3", **policy)

@@ -112,7 +112,7 @@ def settings(photos, model, tmp_path):
 
     def flags(**changed: object) -> list[str]:
         usual = dict(weights=model, data=photos, out=tmp_path / "out", res=64, batch=4, steps=6, lr=1e-3, save_every=3,
-                     log_every=1, threads=1, device="cpu", dtype="fp32", save_dtype="fp32")
+                     log_every=1, threads=1, device="cpu", dtype=changed.get("state", "fp32"), save_dtype="fp32")
         pairs = [(f"--{key.replace('_', '-')}", value) for key, value in (usual | changed).items() if value is not None]
         return [flag if value is True else f"{flag}={value}" for flag, value in pairs]
 

@@ -400,6 +400,7 @@ def test_missing_file_is_named(settings, tmp_path, changed, reason):
     ({"batch": 3, "accumulate": 2}, "--batch 3: give a multiple of 2, 1 ranks times --accumulate 2"),
     ({"offload": True}, "it with --shard"),
     ({"offload": True, "shard": "zero2", "state": "bf16"}, "--offload --state bf16: random rounding takes a CPU"),
+    ({"state": "bf16", "dtype": "fp32"}, "--dtype fp32 --state bf16: bf16 weights compute in bf16"),
     ({"t5_length": 0}, "T5 length 0: give 1 to 512"),
     ({"objective": "velocity", "bands": "1,1,1,2"}, "--objective velocity has no bands"),
     ({"bands": "0,0,0,0"}, "--bands 0,0,0,0: give weights of at most 1,000,000"),

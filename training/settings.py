@@ -192,7 +192,8 @@ class Settings:
     compile: bool = flag(False, "torch.compile of the blocks: equal to rounding; its gain on GPUs was not measured")
     # machine, run
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
-    dtype: str | None = flag(None, "compute dtype (default: bf16 on cuda, fp32 on cpu)", choices=("fp32", "bf16"))
+    dtype: str | None = flag(None, "compute dtype (default: bf16 on cuda or with --state bf16, else fp32)",
+                             choices=("fp32", "bf16"))
     save_dtype: str = flag("fp16", "dtype of the exported file", choices=tuple(DTYPES))
     save_every: int = flag(500, "steps between checkpoints")
     keep: int = flag(2, "newest checkpoints to keep", metavar="N")
@@ -313,6 +314,8 @@ def check(s: Settings, ranks: int) -> None:
     need(not s.offload or s.sharded, "offload", s.offload, "it with --shard zero2 or zero3")
     if s.offload and s.state == "bf16":
         raise ValueError("--offload --state bf16: random rounding takes a CPU as long as 20 steps; give one of them")
+    if s.dtype == "fp32" and s.state == "bf16":
+        raise ValueError("--dtype fp32 --state bf16: bf16 weights compute in bf16; give one of them")
     need(0 < max(s.bands) <= 1e6, "bands", ",".join(f"{weight:g}" for weight in s.bands),
          "weights of at most 1,000,000, at least one above 0")
     need(not s.huber or 1e-4 <= s.huber <= 1e4, "huber", s.huber, "0 for the squared error, or 0.0001 to 10,000")
@@ -356,6 +359,6 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     # plans are made for cards, wherever we are
     device = s.device or ("cuda" if torch.cuda.is_available() or s.plan is not None else "cpu")
     cores_per_rank = (os.cpu_count() or 1) // from_torchrun("LOCAL_WORLD_SIZE", 1)
-    return replace(s, device=device, dtype=s.dtype or ("fp32" if device == "cpu" else "bf16"),
+    return replace(s, device=device, dtype=s.dtype or ("fp32" if device == "cpu" and s.state == "fp32" else "bf16"),
                    threads=max(1, cores_per_rank) if s.threads is None else s.threads,
                    model=s.model or (None if s.weights or s.export else "tiny-sd3"))
