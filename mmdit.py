@@ -170,6 +170,7 @@ class MMDiT(nn.Module):
         self.config = config
         self.sequence: dist.ProcessGroup | None = None  # ranks that share the tokens of each sample
         self.register_buffer("pos_embed", torch.zeros(1, config.table_side**2, config.hidden_size))
+        self.axes: dict[tuple, Tensor] = {}  # what `resampled` gave
         conv = PatchConv(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": conv})
         self.t_embedder = embedder(layers.FREQUENCIES, config.hidden_size)
@@ -221,13 +222,20 @@ class MMDiT(nn.Module):
         side, p = self.config.table_side, self.config.patch_size
         h, w = layers.patch_grid(height, width, p)
         if max(self.config.positions.stretch(n) for n in (h, w)) > 1:
-            rows, columns = (self.resampled(n) for n in (h, w))
+            rows, columns = (self.axis(n) for n in (h, w))
             return torch.cat((columns.expand(h, -1, -1), rows[:, None].expand(-1, w, -1)), dim=-1)
         if max(h, w) > side:
             raise ValueError(f"latent {height}x{width} exceeds this model's position table: a side can have "
                              f"{side * p}, which is {side * p * 8} px at factor 8 and {side * p * 16} px at factor 16")
         top, left = (side - h) // 2, (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w]
+
+    def axis(self, length: int) -> Tensor:
+        """`resampled`, once and not in every step: it waits for the device."""
+        key = length, self.config.positions, self.pos_embed.device, self.pos_embed.dtype
+        if key not in self.axes:
+            self.axes[key] = self.resampled(length)
+        return self.axes[key]
 
     def resampled(self, length: int) -> Tensor:
         """One axis of the table, (length, D/2), at the places that config.positions gives to each channel.

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from checkpoint import fill, open_weights
 from flow import euler
+from layers import Positions
 from mmdit import MMDiT, MMDiTConfig, new_mmdit, read_config, sincos_table
 
 TOLERANCE = 1e-5  # absolute, fp32: two right implementations differ by 1e-6 to 5e-6, a wrong epsilon by 2e-5
@@ -188,6 +189,18 @@ def test_any_even_shape_within_the_table_keeps_its_shape(height, width):
     theirs, ours = of_diffusers(TINY), MMDiT(TINY)
     fill(ours, lazy_tensors(theirs.state_dict()).with_official_names())
     assert distance(ours(*inputs), run_diffusers(theirs, *inputs)) <= TOLERANCE
+
+
+def test_positions_beyond_the_trained_side_are_computed_once(monkeypatch):
+    config = MMDiTConfig(128, 1, context_dim=32, pooled_dim=32, table_side=8, positions=Positions("pi", 4))
+    model = new_mmdit(config, torch.Generator())
+    first, seen = model.position(16, 12), []
+    monkeypatch.setattr(MMDiT, "resampled", lambda self, length: seen.append(length))
+    assert torch.equal(model.position(16, 12), first) and not seen
+    model.double()
+    with pytest.raises(AttributeError):
+        model.position(16, 12)
+    assert seen
 
 
 def test_position_table_is_read_as_a_view():
