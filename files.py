@@ -1,4 +1,4 @@
-"""The edges of the program: JSON from outside, files written complete or not at all, how a command ends.
+"""The edges of the program: JSON from outside, files written complete or not at all, a command's flags and its end.
 
 JSON      of at most MOST_JSON bytes and MOST_DEPTH levels; every error names the file
 Writing   under a hidden temporary name beside the file, then renamed; leftovers of killed processes are removed
@@ -6,6 +6,7 @@ Commands  an error is one line, exit code 1; Ctrl-C is one line, exit code 130
 Check     python -m pytest tests/test_files.py; no torch is imported
 """
 
+import argparse
 import json
 import os
 import re
@@ -17,10 +18,14 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 MOST_JSON = 32 << 20        # bytes: the index of a sharded model and the tokenizers of large models are below it
 MOST_DEPTH = 64             # levels of lists and objects
@@ -194,6 +199,35 @@ def writable(folder: Path, given: str) -> None:
 
 
 # ---- a command
+
+def flag(default: object, help: str, **options: object) -> Any:
+    """A field that is a flag of the command line; options go to argparse, but for `flag`, another name than its own."""
+    return field(default=default, metadata={"help": help} | options)
+
+
+def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Sequence[str] | None) -> T:
+    """Parse a command line into a dataclass whose fields are flags.
+
+    groups  first flag -> title of each group in --help
+    """
+    group = parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    names = {f.name: f.metadata.get("flag", f.name.replace("_", "-")) for f in fields(kind)}
+    for f in fields(kind):
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
+        value = (get_args(f.type) or (f.type,))[0]  # int of int | None
+        options = {"type": value, "default": f.default} | {k: v for k, v in f.metadata.items() if k != "flag"}
+        if value is bool:
+            options["action"] = "store_true" if f.default is False else argparse.BooleanOptionalAction
+            del options["type"]
+        elif f.default not in (None, ""):
+            options["help"] += " (default: %(default)s)"
+        group.add_argument(f"--{names[f.name]}", dest=f.name, **options)
+    values = vars(parser.parse_args(argv))
+    for f in fields(kind):
+        need(values[f.name] != "" or f.default == "", names[f.name], '""', "a value; a shell variable may be unset")
+    return kind(**values)
+
 
 def need(fits: bool, flag: str, value: object, accepted: str) -> None:
     """Refuse a flag out of range: ValueError that names it, its value and what is accepted."""

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from checkpoint import open_weights, save
 from data import Pictures, read_folder
-from files import need, parse_json, run_command, writable
+from files import flag, need, parse_json, read_flags, run_command, writable
 from flow import SEEDS
 from machine.memory import check_device
 from scores.official import find_weights
@@ -46,7 +46,6 @@ from training.ranks import stop_on_signals
 from training.resume import digest_of, same_settings
 from training.run import check_out, only_run
 from training.seeds import seed_of
-from training.settings import flag, read_flags
 from vae import VAE, VAEConfig, to_image
 
 NEW = ("widths", "blocks", "norm_groups")

@@ -4,7 +4,6 @@ Order     parse() reads the flags, settle() fills in what was not given, summary
 Check     python -m pytest tests/test_sample.py ; python sample.py --help
 """
 
-import argparse
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 
 from checkpoint import DTYPES, Weights
 from family import Family, check_size, positioned, size_of
-from files import launched, need, printable
+from files import flag, launched, need, printable, read_flags
 from flow import SEEDS, SOLVERS
 from flux import FluxConfig
 from layers import RULES, STOCK, Positions, check_ranks
@@ -32,42 +31,82 @@ BEYOND = 1.001  # times the trained side: sides that were rounded are not larger
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn and how: the command line. None means not given; settle() fills in what the model decides."""
+    """What is drawn and how, each a flag of sample.py. None means not given; settle() fills in what the model decides.
 
-    prompt: list[str]
-    prompts: str | None
-    negative: str
-    res: str | None           # pixels, as family.RES
-    seed: int                 # of the first picture of each prompt
-    count: int                # pictures per prompt
-    out: str                  # folder, or the name of one picture
-    model: str                # folder in models/
-    weights: str | None       # another model folder, as downloaded
-    transformer: str | None   # instead of that folder's
-    lora: list[str]           # adapters, FILE or FILE:STRENGTH
-    vae: str | None           # instead of that folder's
-    steps: int | None
-    solver: str
-    cfg: float | None
-    guidance: float | None    # None after settle(): the model has no such input
-    time_shift: float | None
-    mu: float | None          # log of the time shift; None after settle(): each stage has its own, by its tokens
-    factor: int | None
-    offset: int | None        # of the VAE's last convolution; None: as its file records
-    t5_length: int | None
-    redraw: str | None        # the picture that is redrawn, in place of a first stage
-    first: str | None         # side of the first stage, pixels; "none": drawn at once
-    start: float | None       # noise level at which the first redrawing begins, its powers in the next ones
-    positions: str | None
-    trained_side: int | None  # tokens
-    device: str | None
-    dtype: str | None
-    vae_dtype: str | None
-    memory: str | None        # GiB for weights and activations
-    store: str | None         # "fp8": the matrices of blocks
-    compile: bool
-    together: bool            # all ranks of torchrun draw each picture, not each its own
-    plan: bool
+    After it None means: guidance, the model has no such input; mu, the log of the time shift, each stage has its own by
+    its tokens; offset, as the VAE's file records.
+    """
+
+    # input and output
+    prompt: list[str] | None = flag(None, "text prompt; may be given several times", type=str, action="append",
+                                    metavar="TEXT")
+    prompts: str | None = flag(None, "text file with one prompt per line, or JSON lines with text, file_name",
+                               metavar="FILE")
+    negative: str = flag("", "negative prompt (default: the empty prompt)", metavar="TEXT")
+    res: str | None = flag(None, "side in pixels, or WIDTHxHEIGHT; multiples of 32 (default: recorded, else 1024)",
+                           metavar="PX")
+    seed: int = flag(0, "seed of the first picture of each prompt")
+    count: int = flag(1, "pictures per prompt, with seeds SEED, SEED+1 ...")
+    out: str = flag("out", "folder, or the name of one .png, .jpg or .webp; a file is replaced only by the same "
+                    "picture; in a folder, others get a free name", metavar="PATH")
+    # model
+    model: str | None = flag(None, "folder in models/ (default: tiny-sd3)", metavar="NAME")
+    weights: str | None = flag(None, "another model folder, as downloaded", metavar="DIR")
+    transformer: str | None = flag(None, "use this transformer: a file of train.py, or a diffusers folder",
+                                   metavar="PATH")
+    lora: list[str] | None = flag(
+        None, "add a LoRA adapter, in the names of kohya, Black Forest Labs, PEFT or diffusers; may be given several "
+        "times (default strength: 1)", type=str, action="append", metavar="FILE[:STRENGTH]")
+    vae: str | None = flag(None, "use this VAE: a file, or a diffusers folder (default: the folder's; at factor 16 its "
+                           "vae_16.safetensors, if there is one)", metavar="PATH")
+    # sampling
+    steps: int | None = flag(None, "steps of the solver (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
+    solver: str = flag("euler", "euler is as published; ab2 is of second order at the same price per step, so fewer "
+                       "are needed", choices=tuple(SOLVERS))
+    cfg: float | None = flag(None, "classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
+    guidance: float | None = flag(None, "the guidance input of Flux-dev (3.5); other models have no such input")
+    time_shift: float | None = flag(
+        None, "time shift of the schedule; above 1 spends more steps on noise (the folder's scheduler/, else SD3: 3.0, "
+        "Flux-dev: by the number of tokens, Flux-schnell: 1)")
+    mu: float | None = flag(None, "logarithm of the time shift, Flux's name for it")
+    factor: int | None = flag(None, "pixels per latent position: 8 as published, 16 by the partition trick (16)",
+                              choices=(8, 16))
+    offset: int | None = flag(
+        None, "pixels that the VAE's last convolution cuts at factor 16: 2 is exact, SC-VAE and UltraFlux were trained "
+        "with 1 (default: recorded by the VAE, else 2)", choices=(1, 2))
+    t5_length: int | None = flag(None, "tokens of T5 (SD3: 77, Flux-dev: 512, Flux-schnell: 256)", metavar="TOKENS")
+    # larger than trained
+    first: str | None = flag(
+        None, "draw at this side first, then enlarge and redraw in doublings; none: at once (default: the trained size "
+        "if the file records it, else none)", metavar="PX")
+    redraw: str | None = flag(None, "redraw this picture at --res, in place of a first stage", flag="from",
+                              metavar="PICTURE")
+    start: float | None = flag(
+        None, "noise level at which a picture is redrawn, its square in the next doubling; below "
+        f"{START} it stays blurred, 0 only encodes and decodes it (default: {START})")
+    positions: str | None = flag(
+        None, "rule for places beyond the trained side (default: recorded, else pi in stages, stock at once)",
+        choices=RULES)
+    trained_side: int | None = flag(None, "tokens per side that the model was trained with (default: recorded, else "
+                                    "those of --first)", metavar="N")
+    # machine
+    device: str | None = flag(None, "cpu, cuda or cuda:1 (default: cuda if there is one)")
+    dtype: str | None = flag(None, "compute dtype (default: bf16 on cuda, fp32 on cpu)", choices=tuple(DTYPES))
+    vae_dtype: str | None = flag(
+        None, "compute dtype of the VAE; bf16 adds 2 %% to the bytes of a JPEG (default: that of --dtype)",
+        choices=tuple(DTYPES))
+    memory: str | None = flag(
+        None, "GiB for weights and activations, such as 8GiB: what does not fit is read when it is needed (default: "
+        "what the card has free; on a CPU, what this process may have)", metavar="GIB")
+    store: str | None = flag(
+        None, "keep the matrices of the transformer's blocks as float8_e4m3fn, one scale per row: half the memory of "
+        "bf16, a relative error of 3 %% per weight", choices=("fp8",))
+    plan: bool = flag(False, "print how much memory each phase takes, in bf16, and draw nothing; --model sd3, "
+                      "sd3.5-medium, sd3.5-large, flux and flux-schnell need no files for it")
+    compile: bool = flag(False, "compile the transformer's blocks; the first step then takes minutes; the gain on a "
+                         "GPU has not been measured")
+    together: bool = flag(False, "under torchrun: all ranks draw each picture, each a part of its tokens (default: "
+                          "each rank draws its own pictures)")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -230,69 +269,13 @@ def summary(given: Settings, settings: Settings, family: Family, transformer: We
     return printable(f"{kind}; {sources}; {device}, {dtypes}; {', '.join(numbers)}")
 
 
+GROUPS = {"prompt": "input and output", "model": "model",
+          "steps": "sampling (default: the file's metadata, else in brackets)", "first": "larger than trained",
+          "device": "machine"}  # the first flag of each
+
+
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """The command line of sample.py; what the file and the family decide is still open."""
-    parser = argparse.ArgumentParser(description="Draw pictures from prompts.", allow_abbrev=False)
-    add = parser.add_argument_group("input and output").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be given several times")
-    add("--prompts", metavar="FILE", help="text file with one prompt per line, or JSON lines with text, file_name")
-    add("--negative", default="", metavar="TEXT", help="negative prompt (default: the empty prompt)")
-    add("--res", metavar="PX", help="side in pixels, or WIDTHxHEIGHT; multiples of 32 (default: recorded, else 1024)")
-    add("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
-    add("--count", type=int, default=1, help="pictures per prompt, with seeds SEED, SEED+1 ... (default: 1)")
-    add("--out", default="out", metavar="PATH", help="folder, or the name of one .png, .jpg or .webp; a file "
-        "is replaced only by the same picture; in a folder, others get a free name (default: out)")
-    group = parser.add_argument_group("model")
-    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
-    either("--model", default="tiny-sd3", metavar="NAME", help="folder in models/ (default: tiny-sd3)")
-    either("--weights", metavar="DIR", help="another model folder, as downloaded")
-    add("--transformer", metavar="PATH", help="use this transformer: a file of train.py, or a diffusers folder")
-    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add a LoRA adapter, in the names of "
-        "kohya, Black Forest Labs, PEFT or diffusers; may be given several times (default strength: 1)")
-    add("--vae", metavar="PATH", help="use this VAE: a file, or a diffusers folder (default: the folder's; at "
-        "factor 16 its vae_16.safetensors, if there is one)")
-    add_how(parser)
-    return Settings(**vars(parser.parse_args(argv)))
-
-
-def add_how(parser: argparse.ArgumentParser) -> None:
-    """The flags of sampling, of sizes beyond the trained one, and of the machine."""
-    add = parser.add_argument_group("sampling (default: the file's metadata, else in brackets)").add_argument
-    add("--steps", type=int, help="steps of the solver (SD3: 28, SD3.5: 40 or 50, Flux-dev: 50, Flux-schnell: 4)")
-    add("--solver", choices=tuple(SOLVERS), default="euler", help="ab2 is of second order at the same price per step, "
-        "so fewer are needed (default: euler, as published)")
-    add("--cfg", type=float, help="classifier-free guidance; 1 is none, and fast (SD3: 7.0, SD3.5: 4.5 or 5, Flux: 1)")
-    add("--guidance", type=float, help="the guidance input of Flux-dev (3.5); other models have no such input")
-    add("--time-shift", type=float, help="time shift of the schedule; above 1 spends more steps on noise (the folder's "
-        "scheduler/, else SD3: 3.0, Flux-dev: by the number of tokens, Flux-schnell: 1)")
-    add("--mu", type=float, help="logarithm of the time shift, Flux's name for it")
-    add("--factor", type=int, choices=(8, 16), help="pixels per latent position: 8 as published, 16 by the partition "
-        "trick (16)")
-    add("--offset", type=int, choices=(1, 2), help="pixels that the VAE's last convolution cuts at factor 16: 2 is "
-        "exact, SC-VAE and UltraFlux were trained with 1 (default: recorded by the VAE, else 2)")
-    add("--t5-length", type=int, metavar="TOKENS", help="tokens of T5 (SD3: 77, Flux-dev: 512, Flux-schnell: 256)")
-    add = parser.add_argument_group("larger than trained").add_argument
-    add("--first", metavar="PX", help="draw at this side first, then enlarge and redraw in doublings; none: at once "
-        "(default: the trained size if the file records it, else none)")
-    add("--from", dest="redraw", metavar="PICTURE", help="redraw this picture at --res, in place of a first stage")
-    add("--start", type=float, help="noise level at which a picture is redrawn, its square in the next doubling; below "
-        f"{START} it stays blurred, 0 only encodes and decodes it (default: {START})")
-    add("--positions", choices=RULES, help="rule for places beyond the trained side (default: recorded, else pi in "
-        "stages, stock at once)")
-    add("--trained-side", type=int, metavar="N", help="tokens per side that the model was trained with (default: "
-        "recorded, else those of --first)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    add("--dtype", choices=tuple(DTYPES), help="compute dtype (default: bf16 on cuda, fp32 on cpu)")
-    add("--vae-dtype", choices=tuple(DTYPES), help="compute dtype of the VAE; bf16 adds 2 %% to the bytes of a JPEG "
-        "(default: that of --dtype)")
-    add("--memory", metavar="GIB", help="GiB for weights and activations, such as 8GiB: what does not fit is read when "
-        "it is needed (default: what the card has free; on a CPU, what this process may have)")
-    add("--store", choices=("fp8",), help="keep the matrices of the transformer's blocks as float8_e4m3fn, one scale "
-        "per row: half the memory of bf16, a relative error of 3 %% per weight")
-    add("--plan", action="store_true", help="print how much memory each phase takes, in bf16, and draw nothing; "
-        "--model sd3, sd3.5-medium, sd3.5-large, flux and flux-schnell need no files for it")
-    add("--compile", action="store_true", help="compile the transformer's blocks; the first step then takes "
-        "minutes; the gain on a GPU has not been measured")
-    add("--together", action="store_true", help="under torchrun: all ranks draw each picture, each a part of its "
-        "tokens (default: each rank draws its own pictures)")
+    s = read_flags(Settings, "Draw pictures from prompts.", GROUPS, argv)
+    need(not (s.model and s.weights), "model", f"{s.model} --weights {s.weights}", "one of them")
+    return replace(s, model=s.model or "tiny-sd3", prompt=s.prompt or [], lora=s.lora or [])

@@ -11,22 +11,20 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from checkpoint import DTYPES
 from family import Family
-from files import from_torchrun, need
+from files import flag, from_torchrun, need, read_flags
 from flow import DENSITIES, SCHEMES, SEEDS, SNR_HUBER, sample_sigma
 from layers import RULES
 from machine.memory import GIB, UNKNOWN
 from text import check_t5_length
 from wavelet import MASKS, OBJECTIVES
 
-T = TypeVar("T")
 RECOMPUTE_TOKENS = 16_384  # 4096 px at factor 16: from here on activations are recomputed unless told otherwise
 MOST = {"batch": 2**16, "threads": 1024}
 LEAST_SHARE = 0.001  # of drawn sigmas that --sigma-range must keep
@@ -46,11 +44,6 @@ class Machine:
     card: int
     host: int = UNKNOWN         # bytes that all ranks of a host share
     ranks_per_host: int = 8
-
-
-def flag(default: object, help: str, **options: object) -> Any:
-    """A field that is a flag of the command line; options go to argparse."""
-    return field(default=default, metadata={"help": help} | options)
 
 
 def numbers(names: str, kind: type = float, fits: Callable[..., bool] = lambda *_: True,
@@ -294,12 +287,12 @@ def check(s: Settings, ranks: int) -> None:
     need(0 < s.res <= 2**16 and s.res % step == 0, "res", s.res,
          f"a multiple of {step} at --factor {s.factor}{f' --levels {s.levels}' if s.levels > 1 else ''}, "
          f"at most {2**16:,}")
-    for flag in ("steps", "batch", "accumulate", "save-every", "log-every", "keep", "threads"):
-        value, most = getattr(s, flag.replace("-", "_")), MOST.get(flag, 10**9)
-        need(1 <= value <= most, flag, value, f"1 or more, at most {most:,}")
-    for flag in ("lr", "huber", "warmup", "weight-decay", "seed", "sample-every"):
-        value = getattr(s, flag.replace("-", "_"))
-        need(0 <= value < math.inf, flag, value, "0 or more")
+    for name in ("steps", "batch", "accumulate", "save-every", "log-every", "keep", "threads"):
+        value, most = getattr(s, name.replace("-", "_")), MOST.get(name, 10**9)
+        need(1 <= value <= most, name, value, f"1 or more, at most {most:,}")
+    for name in ("lr", "huber", "warmup", "weight-decay", "seed", "sample-every"):
+        value = getattr(s, name.replace("-", "_"))
+        need(0 <= value < math.inf, name, value, "0 or more")
     need(s.drop_caption is None or 0 <= s.drop_caption <= 1, "drop-caption", s.drop_caption, "a probability")
     need(s.batch % (groups * s.accumulate) == 0, "batch", s.batch, f"a multiple of {groups * s.accumulate}, {groups} "
          f"{'ranks' if s.sequence == 1 else 'groups of ranks'} times --accumulate {s.accumulate}")
@@ -328,29 +321,6 @@ def check(s: Settings, ranks: int) -> None:
 
 GROUPS = {"model": "input and output", "res": "pictures", "recipe": "objective", "steps": "optimizer",
           "shard": "memory", "device": "machine", "save_dtype": "run"}  # the first flag of each
-
-
-def read_flags(kind: type[T], about: str, groups: Mapping[str, str], argv: Sequence[str] | None) -> T:
-    """Parse a command line into a dataclass whose fields are flags.
-
-    groups  first flag -> title of each group in --help
-    """
-    group = parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    for f in fields(kind):
-        if f.name in groups:
-            group = parser.add_argument_group(groups[f.name])
-        value = (get_args(f.type) or (f.type,))[0]  # int of int | None
-        options = {"type": value, "default": f.default} | f.metadata
-        if value is bool:
-            options["action"] = "store_true" if f.default is False else argparse.BooleanOptionalAction
-            del options["type"]
-        elif f.default is not None:
-            options["help"] += " (default: %(default)s)"
-        group.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        need(value != "", name.replace("_", "-"), '""', "a value; a shell variable may be unset")
-    return kind(**values)
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
