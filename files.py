@@ -7,6 +7,7 @@ Check     python -m pytest tests/test_files.py; no torch is imported
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -124,6 +125,12 @@ def regular(file: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{file}: no such file")
     if not os.path.isfile(file):
         raise ValueError(f"{file}: a {'folder' if os.path.isdir(file) else 'pipe or device'}, not a file")
+
+
+def sha256_of(file: Path) -> str:
+    """The checksum of a file, read in chunks."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def blank(text: str) -> bool:

@@ -6,7 +6,6 @@ Trust     a pickle is a program: it can name any function and call it. torch.loa
           archives below accept a few harmless names each and refuse all others before anything is called
 """
 
-import hashlib
 import os
 import pickle
 import re
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import LazyTensor, Weights, open_weights
-from files import regular
+from files import regular, sha256_of
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ def find_weights(folder: str | os.PathLike, name: str) -> Path:
     begins = "is" if len(download.sha256) == 64 else "begins with"
     raise FileNotFoundError(f"{folder}: no {name}{other}, which {download.use} needs: get it from {download.url}; "
                             f"its sha256 {begins} {download.sha256}")
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_official(path: str | os.PathLike) -> Weights:

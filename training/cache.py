@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import save
 from family import SD3, Family, text_files
-from files import in_utf8, printable, regular, writable
+from files import in_utf8, printable, regular, sha256_of, writable
 from machine.memory import free_memory
 from vae import VAE, to_image
 
@@ -231,8 +231,7 @@ def _digest(files: Sequence[Path], more: str = "") -> str:
 @cache
 def _content(file: Path, size: int, changed_ns: int) -> bytes:
     """The hash of a file's bytes, read once by each process: T5 takes ten seconds."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+    return bytes.fromhex(sha256_of(file))
 
 
 def encoders_key(model: Path) -> str:

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint import LazyTensor, Weights, open_weights
 from family import Family
-from files import entry, read_json
+from files import entry, read_json, sha256_of
 from flux import FluxConfig
 from layers import STOCK
 from machine.ranks import gathered
@@ -118,12 +118,6 @@ def _recorded(folder: Path) -> list[tuple[str, int, str]]:
     if not sizes or any(Path(name).name != name for name in sizes):
         raise ValueError(f"{where}: files are not names of files in this folder")
     return [(name, entry(sizes, name, int, where, 0), entry(digests, name, str, where)) for name in sorted(sizes)]
-
-
-def sha256_of(file: Path) -> str:
-    """The checksum of a file, read in chunks."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- writing
