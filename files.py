@@ -244,7 +244,7 @@ def need(fits: bool, flag: str, value: object, accepted: str) -> None:
 
 def check_path(flag: str, value: str) -> None:
     """Refuse what no file here can be called, or what the shell should have replaced; ValueError names the flag."""
-    need(value != "", flag, "''", "a name: an unset shell variable leaves it empty")
+    need(value != "", flag, '""', "a value; a shell variable may be unset")
     need("://" not in value, flag, value, "a path on this machine; download from or upload to an address yourself")
     need(not value.startswith("~"), flag, value, f"the path without ~, which a shell replaces only in --{flag} ~/…")
     longest = max(len(os.fsencode(part)) for part in Path(value).parts or [""])

@@ -231,7 +231,7 @@ class MMDiT(nn.Module):
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w]
 
     def axis(self, length: int) -> Tensor:
-        """`resampled`, once and not in every step: it waits for the device."""
+        """`resampled`, computed once, as it waits for the device; the table does not change after loading."""
         key = length, self.config.positions, self.pos_embed.device, self.pos_embed.dtype
         if key not in self.axes:
             self.axes[key] = self.resampled(length)

@@ -376,7 +376,7 @@ def _sd3_encoders(folder: Path) -> list[Path | Weights]:
 
 def _or_inside(paths: Sequence[Path], parts: Sequence[str], files: list[Path], where: str) -> list[Path | Weights]:
     """The encoders at these paths; those that are not there, from inside the transformer's file, if it has them."""
-    sources = [path if path.exists() else None for path in paths]
+    sources = [path if path.is_file() or any(path.glob("*.safetensors")) else None for path in paths]
     for weights in map(open_weights, files if None in sources else ()):
         for k, prefix in enumerate(f"text_encoders.{part}.transformer." for part in parts):
             if sources[k] is None and any(name.startswith(prefix) for name in weights):

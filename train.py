@@ -253,7 +253,7 @@ def train(settings: Settings) -> int:
                 with run.saved_on_error(done):
                     if run.due(settings.log_every, done):
                         bar.set_postfix_str(run.log(done, tally, norm, lr))
-                    if run.due(settings.save_every, done):  # before sampling: a crash while sampling loses nothing
+                    if run.due(settings.save_every, done):
                         run.save(done)
                     if held_out and run.due(settings.validate_every, done):
                         run.validate(done, held_out)

@@ -41,7 +41,7 @@ from scores.official import find_weights
 from scores.perceptual import LPIPS
 from training.adamw import MOMENTS
 from training.batches import random_crop
-from training.decoder import Redrawn, decoder_loss, given_vae, tensors_of
+from training.decoder import GRID, Redrawn, decoder_loss, given_vae, tensors_of
 from training.ranks import stop_on_signals
 from training.resume import digest_of, same_settings
 from training.run import check_out, only_run
@@ -184,6 +184,7 @@ def resume_state(path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, d
     then, step = parse_json(state.metadata.get("settings", "null"), str(path)), state.number("step", integer=True)
     if not isinstance(then, dict) or step is None:
         raise ValueError(f"{path}: not the state of a run; use another --out")
+    then |= {"grid": 0.0} if "grid" in decisive and "grid" not in then else {}  # a term that older runs lack
     same_settings(path, then, {name: decisive.get(name) for name in then})
     trained = {name: p for name, p in vae.named_parameters() if p.requires_grad}
     shapes = {f"model.{name}": tuple(t.shape) for name, t in vae.state_dict().items()}
@@ -292,7 +293,7 @@ def train(settings: Settings) -> int:
     loss_of = objective(settings, vae)
     redrawn = Redrawn(settings.redrawn, pictures.paths, pictures.central_crop) if settings.redrawn else None
     if settings.decoder_only:
-        decisive |= {"LPIPS": bool(settings.lpips), "latents": redrawn and redrawn.digest}
+        decisive |= {"LPIPS": bool(settings.lpips), "latents": redrawn and redrawn.digest, "grid": GRID}
     with only_run(out):
         start = resume_state(out / "state.safetensors", vae, optimizer, decisive)
         print(f"{sum(p.numel() for p in trained):,} parameters, {len(pictures)} pictures, "

@@ -32,10 +32,11 @@ MOST_SLUG = 48                                         # letters of a prompt in 
 MOST_NAME, MOST_BYTES = 180, 64 << 20                  # bytes of a file_name, and of --prompts
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml")
 TABLE_HEAD = re.compile(r'(?=.*\b(?:text|prompts?|captions?|file_name)\b)"?\w+"?(?:[,;\t]"?\w+"?)+', re.I)
-NO_PROMPT = {  # what a line of a text file says that other programs wrote, or write for
-    "is a comment": r"^#\s",
-    "is a picture's settings": r"^(Negative prompt:|Steps: \d+, \w)",
-    "has flags of another program": r"(^|\s)--([b-hj-z]|ar|no|niji|style|stylize|seed|steps|(negative_)?prompt)(\s|$)",
+NO_PROMPT = {  # lines of text files that are no prompts: what each is, what shows it
+    "is a comment": r"^(#|//)(\s|$)",
+    "holds a picture's settings": r"^(Negative prompt:|Steps: \d+, \w)",
+    "has flags of another program": r"(^|\s)--([b-hj-z]|ar|no|niji|style|stylize|seed|steps|width|height|"
+                                     r"cfg_scale|sampler_name|(negative_)?prompt)([\s=]|$)",
     "is HTML or RTF": r"^(<(!doctype|html|\?xml)\b|\{\\rtf)"}
 
 

@@ -33,8 +33,9 @@ BEYOND = 1.001  # times the trained side: sides that were rounded are not larger
 class Settings:
     """What is drawn and how, each a flag of sample.py. None means not given; settle() fills in what the model decides.
 
-    After it None means: guidance, the model has no such input; mu, the log of the time shift, each stage has its own by
-    its tokens; offset, as the VAE's file records.
+    guidance  None after settle(): the model has no such input
+    mu        None after settle(): each stage has its own, by its tokens
+    offset    None after settle(): as the VAE's file records
     """
 
     # input and output

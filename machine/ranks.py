@@ -6,6 +6,7 @@ Check     python -m pytest tests/test_ranks.py
 import gc
 import os
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from files import launched
 
-PATIENCE = timedelta(hours=6)  # that ranks wait for one that works alone: it encodes a share, or writes 24 GB
+PATIENCE = timedelta(hours=6)  # how long ranks wait for one that encodes its share, or writes 24 GB
 
 Result = TypeVar("Result")
 
@@ -29,7 +30,7 @@ def join(device: torch.device, sharded: bool) -> None:
             store, number, size = next(dist.rendezvous("env://"))
             # torchrun restarts all ranks on the same store: those of an earlier attempt must not be taken for them
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = "another run uses this port" if "EADDRINUSE" in str(error) else "the first rank does not answer there"
@@ -39,12 +40,18 @@ def join(device: torch.device, sharded: bool) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+@cache
+def patient() -> dist.ProcessGroup:
+    """All ranks, for what one of them may take long to answer; a gradient that is late stays an error soon."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def gathered(value: Result) -> list[Result]:
     """The values of all ranks, in their order."""
     if not dist.is_initialized():
         return [value]
     everyone = [value] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, patient())
     return everyone
 
 
@@ -57,6 +64,7 @@ def leave() -> None:
     of references (FSDP has them) keeps a group alive.
     """
     if dist.is_initialized():
+        patient.cache_clear()
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()

@@ -320,7 +320,7 @@ def ask_all(endpoint: Endpoint, questions: Mapping[str, Callable[[], list[dict]]
                     records[asked[future]] = record
                 else:
                     errors.append(record)
-                if failed == IN_A_ROW and not records:
+                if failed == IN_A_ROW and not any(r.get("model") == endpoint.model for r in records.values()):
                     raise OSError(f"{_shown(endpoint.url)}: {failed} questions in a row have no answer: {errors[-1]}")
         except KeyboardInterrupt:
             bar.write("note: the answers on their way are awaited and recorded", file=sys.stderr)

@@ -183,7 +183,7 @@ def test_an_endpoint_that_answers_nothing_right_is_left_early(server, tmp_path):
 def test_an_endpoint_that_has_answered_is_asked_on_past_what_it_refuses(server, tmp_path):
     usual, refused = server.usual, "abcdefgh"
     server.usual = lambda body: 400 if body["messages"][-1]["content"][0]["text"] in refused else usual(body)
-    (tmp_path / "answers.jsonl").write_text('{"id": "z", "text": "seen: z"}\n')
+    (tmp_path / "answers.jsonl").write_text('{"id": "z", "text": "seen: z", "model": "gpt-4o"}\n')
     records = ask_all(connect(server), questions("abcdefghijklz"), tmp_path / "answers.jsonl", dict_of, [], at_once=1)
     assert sorted(records) == list("ijklz")
 

@@ -472,8 +472,8 @@ def test_twenty_kills_at_random_moments_lose_nothing_before_the_last_checkpoint(
         while newest(out) == before and process.is_alive() and time.monotonic() < until:
             time.sleep(0.005)
         time.sleep(moments.random() / 10)
-        while round_ % 4 == 0 and not list((out / "checkpoints").glob(".step-*.tmp")) and process.is_alive():
-            pass
+        while round_ % 4 == 0 and not list((out / "checkpoints").glob(".step-*.tmp")) and time.monotonic() < until:
+            time.sleep(0.0005)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -26,7 +26,7 @@ from checkpoint import save
 from family import SD3, Family, text_files
 from files import in_utf8, printable, regular, sha256_of, writable
 from machine.memory import free_memory
-from vae import VAE, to_image
+from vae import NORM_GROUPS, VAE, to_image
 
 T = TypeVar("T")
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
@@ -114,7 +114,8 @@ class Latents:
         in_utf8(folder)
         self.paths, self.central_crop = paths, central_crop
         self.vae, self.factor, self.dilation = vae, factor, dilation
-        digest = hashlib.sha256(f"{factor} {dilation} {resample} {vae.config.norm_groups}".encode())
+        groups = "" if vae.config.norm_groups == NORM_GROUPS else f" {vae.config.norm_groups}"
+        digest = hashlib.sha256(f"{factor} {dilation} {resample}{groups}".encode())
         for name, tensor in vae.encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.folder, self._files = Path(folder) / digest.hexdigest()[:16], {}

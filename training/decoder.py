@@ -4,8 +4,8 @@ Why       the partition trick decodes at factor 16 with weights that were traine
 Encoder   stays as it is, to the byte: latents keep their meaning, and every transformer fits
 Redrawn   half of the steps may decode what a transformer drew (models/redraw_latents.py): its tokens show less
 Source    UltraFlux: squared error, HAAR on the high bands, PERCEPTUAL on LPIPS; SC-VAE: the teacher. Neither paper's
-          discriminator is here. GRID is ours: a picture's steps from pixel to pixel are as large at the borders of
-          latents and tokens as elsewhere
+          discriminator is here. GRID is ours: steps from pixel to pixel at the borders of latents and tokens stand
+          out no more than in the original
 Check     python -m pytest tests/test_decoder.py
 """
 

@@ -33,7 +33,7 @@ from vae import VAE
 from wavelet import BANDS, band_losses
 
 DRAWS = 100_000
-PASSES_PER_IMAGE = 1 / 15  # forward passes per trained picture; one takes 0.18 to 0.46 of its step, measured
+PASSES_PER_IMAGE = 1 / 15  # forward passes per trained picture; one takes 0.18 to 0.46 of that picture's training
 
 
 def default_interval(pictures: int, batch: int) -> int:

@@ -336,6 +336,8 @@ def same_run(folder: Path, identity: Mapping[str, object], settings: Settings) -
         raise ValueError(f"{folder}: is of another model ({shown}); use another --out")
     weights = then.get("weights")  # older checkpoints know them by their place only
     compared = IDENTITY + (SOURCE if weights is None else ())
+    if then["settings"].get("state") == "bf16":  # older checkpoints may record fp32, but it computed in bf16
+        then["settings"]["dtype"] = "bf16"
     same_settings(folder, {name: then["settings"].get(name, LATER.get(name)) for name in compared},
                   {name: now["settings"][name] for name in compared})
     same_weights(folder, weights or {}, now["weights"])
