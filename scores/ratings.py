@@ -38,9 +38,10 @@ def correlate(path: str | os.PathLike) -> tuple[int, list[dict], list[str], list
             if names.count(name) > 1:
                 raise ValueError(f"{path}: {names.count(name)} columns have the name {name}")
             cells = [(line, row[k]) for line, row in rows]
-            columns[name] = read_column(path, name, cells)
-            if separator == ";" and columns[name]:
+            values = read_column(path, name, cells)
+            if separator != "," and values:
                 check_thousands(path, name, cells)
+            columns[name] = values
         except ValueError as error:
             if name == "rating":
                 raise
@@ -91,6 +92,8 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row], list[str]
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not a CSV ({error})") from None
     rows = [row for row in rows if any(row[1])]
+    if rows and rows[0][1] == ["sep=", ""]:  # which Excel reads as the separator
+        del rows[0]
     names = [name or f"number {k}" for k, name in enumerate(rows.pop(0)[1], 1)] if rows else []
     if "rating" not in names or not rows:
         raise ValueError(f'{path}: needs a first line of column names, among them "rating", and lines below it; '
@@ -121,8 +124,8 @@ def read_column(path: str | os.PathLike, name: str, cells: list[tuple[int, str]]
 
 def check_thousands(path: str | os.PathLike, name: str, cells: list[tuple[int, str]]) -> None:
     """ValueError if dots may stand between thousands, as in 1.234 beside 999. In all cells, they would be a factor."""
-    dotted = [(line, cell) for line, cell in cells if re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", cell)]
-    short = [cell for _, cell in cells if re.fullmatch("[0-9]{1,3}", cell)]
+    dotted = [(line, cell) for line, cell in cells if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}\.[0-9]{3}", cell)]
+    short = [cell for _, cell in cells if re.fullmatch("[+-]?[0-9]{1,3}", cell)]
     if dotted and short and len(dotted) + len(short) == len(cells):
         line, cell = dotted[0]
         raise ValueError(f"{path}:{line}: column {name} may have dots between thousands, {cell} beside {short[0]}; "
