@@ -29,7 +29,7 @@ import numpy as np
 from files import need, printable, run_command
 from reading.endpoint import add_flags, open_endpoint
 from reading.pictures import MOST_PIXELS, upright_size
-from scores.compare import frechet_distance, nmse, plcc, psnr, srcc, ssim
+from scores.compare import check_same_shape, frechet_distance, nmse, plcc, psnr, srcc, ssim
 from scores.detail import check_maps, details, intervals_of, mean_of
 from scores.folder import find_pictures, pair_names, read_pixels
 from scores.glcm import cores, glcm_score
@@ -45,6 +45,7 @@ from scores.versus import VERSUS_COLUMNS, versus, versus_details
 
 __all__ = ["compression_ratio", "frechet_distance", "glcm_score", "jpeg_size", "nmse", "plcc", "psnr", "srcc", "ssim"]
 NOTHING = "no picture could be scored"
+SIMILARITY = {"psnr": psnr, "ssim": ssim, "nmse": nmse}
 
 
 # ---- tables out
@@ -66,7 +67,7 @@ def conclude(as_json: bool, report: dict, text: str, errors: Sequence[str] = ())
     if as_json:  # which has no infinity or NaN: these become null
         finite = json.loads(json.dumps(report | {"errors": list(errors)}), parse_constant=lambda _: None)
         text = json.dumps(finite, indent=1)
-    print(text, flush=True)
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
     for error in errors:
         print(f"error: {printable(error)}", file=sys.stderr)
     raise SystemExit(1 if errors else 0)
@@ -116,10 +117,6 @@ def note_enlarged(paths: Sequence[Path], what: str, res: int, notes: list[str]) 
                      f"enlarging adds no detail; give --res {min(small)} or less, or larger pictures")
 
 
-def pair_scores(reference: np.ndarray, image: np.ndarray) -> dict[str, float]:
-    return {"psnr": psnr(reference, image), "ssim": ssim(reference, image), "nmse": nmse(reference, image)}
-
-
 def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, as_json: bool) -> None:
     """How close a picture is to its reference."""
     from machine.memory import check_device
@@ -128,11 +125,12 @@ def run_pair(reference: Path, picture: Path, weights: Path, device: str | None, 
     device, notes, errors = check_device(device), [], []
     pixels = [read_pixels(path) for path in (reference, picture)]
     try:
-        scores = pair_scores(*pixels)  # before a network is loaded
+        check_same_shape(*pixels)  # before a network is loaded
     except ValueError as error:
         raise ValueError(f"{reference}, {picture}: {error}") from None
-    lpips = or_left_out("LPIPS", notes, errors, lambda: load_lpips(weights, device)(*pixels))
-    scores |= {} if lpips is None else {"lpips": lpips}
+    measures = SIMILARITY | {"lpips": lambda *pixels: load_lpips(weights, device)(*pixels)}
+    scores = {name: score for name, measure in measures.items()
+              if (score := or_left_out(name.upper(), notes, errors, partial(measure, *pixels))) is not None}
     protocol = protocol_of(scores)
     text = "\n".join([table([scores], dict.fromkeys(scores, ".4f")), *notes, *protocol_lines(protocol)])
     conclude(as_json, scores | {"notes": notes, "protocol": protocol}, text, errors)
@@ -163,7 +161,8 @@ def run_vae(folder: Path, model: Path, factor: int, res: int, cache: Path, weigh
 
     def measure(pixels: np.ndarray) -> dict:
         pixels, again = sets.round_trip(vae, pixels, factor, res)
-        row = {"width": pixels.shape[1], "height": pixels.shape[0], **pair_scores(pixels, again)}
+        row = {"width": pixels.shape[1], "height": pixels.shape[0]}
+        row |= {name: score(pixels, again) for name, score in SIMILARITY.items()}
         if lpips:
             row["lpips"] = lpips(pixels, again)
         if inception:
@@ -316,7 +315,7 @@ def run_correlate(ratings: Path, as_json: bool) -> None:
     """How well metrics rank pictures as people do."""
     number, rows, notes, errors = correlate(ratings)
     lines = [table(rows, {"metric": ""} | dict.fromkeys(list(rows[0])[1:], ".4f")),
-             f"{number} ratings; low and high: 95 % bootstrap intervals", *map(printable, notes),
+             f"{number} ratings; low and high: 95 % bootstrap intervals", *notes,
              *protocol_lines(protocol := protocol_of(rows[0]))]
     conclude(as_json, {"n": number, "metrics": rows, "notes": notes, "protocol": protocol}, "\n".join(lines), errors)
 

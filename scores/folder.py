@@ -7,6 +7,7 @@ Pairs    two folders hold the same prompts under the same names, whatever the su
 
 import os
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,7 @@ def _pictures_in(folder: Path) -> list[Path]:
         has = f"; it has {len(others)} other files" if others else ""
         has += f"; it has the folders {folders}" if folders else ""
         raise ValueError(f"{folder}: no picture in this folder ({', '.join(FORMATS)}){has}")
-    if folders := [path.name for path in shown if path.is_dir() and any(
-            file.suffix.lower() in suffixes() for file in path.iterdir())]:
+    if folders := [path.name for path in shown if path.is_dir() and _has_pictures(path)]:
         print(printable(f"note: {folder}: pictures of folders in it are left out ({', '.join(folders[:4])}); "
                         "name these folders"), file=sys.stderr)
     if skipped := [path for path in others if path.suffix.lower() not in BESIDE]:
@@ -53,6 +53,15 @@ def _pictures_in(folder: Path) -> list[Path]:
         note = f"note: {folder}: {len(skipped)} files are no pictures by name and left out ({kinds}): {skipped[0].name}"
         print(printable(note + (", …" if len(skipped) > 1 else "")), file=sys.stderr)
     return pictures
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether a folder has a picture by suffix; False if it cannot be read."""
+    try:
+        with os.scandir(folder) as files:
+            return any(Path(file.name).suffix.lower() in suffixes() for file in files)
+    except OSError:
+        return False
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
@@ -72,10 +81,11 @@ def pair_names(a: Path, b: Path, notes: list[str]) -> dict[Path, Path]:
     for folder in (a, b):
         names: dict[str, Path] = {}
         for path in find_pictures([folder]):
-            if (other := names.setdefault(path.stem, path)) is not path:
+            name = unicodedata.normalize("NFC", path.stem)  # some systems write names in NFD
+            if (other := names.setdefault(name, path)) is not path:
                 raise ValueError(f"{other} and {path}: the same name but for the suffix; leave one of them out")
         sides.append(names)
-    both = [name for name in sides[0] if name in sides[1]]
+    both = sides[0].keys() & sides[1].keys()
     if not both:
         first, second = (next(iter(names.values())).name for names in sides)
         raise ValueError(f"{a} and {b}: no picture has the same name in both, as {first} and {second}; "
@@ -84,7 +94,7 @@ def pair_names(a: Path, b: Path, notes: list[str]) -> dict[Path, Path]:
         if alone := [path.name for name, path in names.items() if name not in both]:
             notes.append(f"note: {folder}: {len(alone)} pictures without a partner are left out: {alone[0]}"
                          + (", …" if len(alone) > 1 else ""))
-    pairs = {sides[0][name]: sides[1][name] for name in both}
+    pairs = {path: sides[1][name] for name, path in sides[0].items() if name in both}
     for pair in pairs.items():
         first, second = map(own_prompt, pair)
         if first and second and first != second:

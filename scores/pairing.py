@@ -8,6 +8,7 @@ Number   without any file_name: pictures begin with the number of their line, as
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -42,6 +43,9 @@ def pair_captions(listing: str | Path, pictures: Sequence[Path], notes: list[str
 
 def read_prompts(listing: str | Path) -> list[tuple[str, str]]:
     """(file_name or "", text) of each line."""
+    if str(listing).lower().endswith(".csv"):
+        raise ValueError(f'{listing}: a CSV; give lines of JSON with "text" and "file_name", as pandas writes them '
+                         'with to_json(FILE, orient="records", lines=True)')
     prompts, numbers = [], []
     for number, line in enumerate(read_text(listing).split("\n"), 1):
         if line.strip():
@@ -71,7 +75,12 @@ def _read_line(line: str, where: str) -> tuple[str, str]:
         raise ValueError(f"{where}: text and file_name must not be empty")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: text holds half a surrogate pair, which is no character")
-    return name or "", text
+    return _one_spelling(name or "").replace("\\", "/"), text
+
+
+def _one_spelling(name: str) -> str:
+    """A name in NFC: some systems write those of files in NFD."""
+    return unicodedata.normalize("NFC", name)
 
 
 # ---- three ways
@@ -111,7 +120,7 @@ def by_name(listing: str | Path, prompts: list[tuple[str, str]], pictures: Seque
     rows: dict[Path, int] = {}
     taken: dict[int, Path] = {}
     for picture in pictures:
-        found = names.get(picture.name) or names.get(picture.stem, [])
+        found = names.get(_one_spelling(picture.name)) or names.get(_one_spelling(picture.stem), [])
         if len(found) != 1:
             why = "is no file_name" if not found else f"could be one of {len(found)} file_names"
             raise ValueError(f"{picture}: records no prompt, and its name {why} in {listing}: name the pictures as "

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ import metrics
 from metrics import compression_ratio, glcm_score, jpeg_size
 from scores import clip, detail, perceptual
 from scores.compare import frechet_distance, patches_of
+from scores.folder import find_pictures, pair_names
 from scores.official import WEIGHTS
 from scores.perceptual import resize_crop
 from scores.sheet import detail_sheet, heat
@@ -257,6 +259,20 @@ def test_folders_skip_hidden_files_and_name_what_is_no_picture(command, tmp_path
                      "a.heic, …"]
 
 
+def test_a_folder_that_cannot_be_read_is_none_of_pictures(command, tmp_path, monkeypatch):
+    (tmp_path / "in" / "lost+found").mkdir(parents=True)
+    (tmp_path / "in" / "noise.png").write_bytes((DATA / "pictures" / "noise.png").read_bytes())
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert [path.name for path in find_pictures([tmp_path / "in"])] == ["noise.png"]
+
+
+def test_names_pair_in_either_unicode_form(tmp_path):
+    for form in ("NFC", "NFD"):
+        (tmp_path / form).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / form / f"{unicodedata.normalize(form, 'é')}.png")
+    assert len(pair_names(tmp_path / "NFC", tmp_path / "NFD", notes := [])) == 1 and not notes
+
+
 def test_a_picture_given_twice_counts_once_and_names_may_hold_any_bytes(command, tmp_path, monkeypatch):
     noise, odd = (DATA / "pictures" / "noise.png").read_bytes(), os.fsdecode(b"caf\xe9\x1b[2J.png")
     for name in ("noise.png", odd):
@@ -287,6 +303,15 @@ def test_pair_compares_two_pictures_and_names_the_weights_it_lacks(command, tmp_
     assert code == 1
     assert errors == [f"error: {a}, {DATA / 'pictures' / 'coffee.png'}: the reference has 256x256 pixels and the "
                       "picture 512x384: give pictures of one size"]
+
+
+def test_pair_reports_the_scores_that_are_defined(command, tmp_path):
+    for name, height, level in (("black", 20, 0), ("gray", 20, 9), ("low", 8, 9)):
+        Image.new("RGB", (30, height), (level,) * 3).save(tmp_path / f"{name}.png")
+    for a, b, lacks in (("black", "gray", "nmse"), ("low", "low", "ssim")):
+        code, out, errors = command("pair", tmp_path / f"{a}.png", tmp_path / f"{b}.png", "--json", cache=False)
+        assert code == 1 and {"psnr", "ssim", "nmse"} - json.loads(out).keys() == {lacks}
+        assert len(errors) == 1 and errors[0].startswith(f"error: {lacks.upper()} left out: ")
 
 
 def test_correlate_reports_the_columns_it_can_and_ends_with_1_if_one_is_left_out(command, tmp_path):

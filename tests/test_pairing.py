@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import unicodedata
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -73,6 +74,19 @@ def test_names_pair_whatever_their_order_suffix_and_folder_in_the_listing(tmp_pa
     found = pair_captions(listing, pictures, notes := [])
     assert [found[picture] for picture in pictures] == ["of 2", "of x.y", "of 10"]
     assert "by file_name" in notes[0] and notes[1] == "note: 1 of 4 prompts have no picture"
+
+
+def test_names_pair_in_either_unicode_form_and_with_backslashes(tmp_path):
+    forms = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    for name, other in (forms, forms[::-1]):
+        listing = listing_of(tmp_path, [{"file_name": f"train\\{name}.jpg", "text": "one"}])
+        assert list(pair_captions(listing, touched(tmp_path, [f"{other}.png"]), []).values()) == ["one"]
+
+
+def test_a_csv_is_refused_with_what_to_give(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,one\n")
+    with pytest.raises(ValueError, match="metadata.csv: a CSV; give lines of JSON"):
+        pair_captions(tmp_path / "metadata.csv", touched(tmp_path, ["a.png"]), [])
 
 
 def test_as_many_misnamed_pictures_as_lines_are_never_paired_in_order(tmp_path):
