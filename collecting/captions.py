@@ -20,10 +20,13 @@ PROMPT = ("Directly describe with brevity and as brief as possible the scene or 
           "phrase like 'This image shows', 'In the scene', 'This image depicts' or similar phrases. Just start "
           "describing the scene please.")
 MOST_TOKENS = 200  # of an answer; one that is cut off there is refused
-INTRODUCED = re.compile(r"(this|the) (image|picture|photo\w*|scene) (shows|depicts|features|captures)\b|"
-                        r"in (this|the) (image|picture|photo\w*|scene)\b|(i['’]m|i am) (sorry|unable|not able)\b|"
-                        r"i (can(no|['’])t|won['’]t|will not|do not|don['’]t|apologi[sz]e)\b|unable to\b|as an ai\b|"
-                        r"unfortunately\b|no (image|picture)\b|sorry\b|sure\b|here(['’]s| is)\b.*?:|"
+INTRODUCED = re.compile(r"(this|the) (image|picture|photo(graph)?|scene) (shows|depicts|features|captures)\b|"
+                        r"in (this|the) (image|picture|photo(graph)?|scene)(?![-\w])|"
+                        r"(i['’]m|i am) (sorry|unable|not able)\b|as an ai\b|(sorry|sure)(?![-\w])|"
+                        r"i (can(no|['’])t|won['’]t|will not|do not|don['’]t|apologi[sz]e)\b|"
+                        r"unable to (assist|help|process|view|see|describe|identify|provide)\b|"
+                        r"unfortunately(,| i\b| (the|this) (image|picture)\b)|"
+                        r"no (image|picture) (was|is|has been|provided|attached)\b|here(['’]s| is)\b.*?:|"
                         r"an? (image|picture) (of|showing)\b|\W*(image )?(caption|description)\W*:", re.IGNORECASE)
 
 
@@ -36,8 +39,12 @@ def to_ask(pictures: Mapping[str, Path], model: str, file: Path, side: int, pric
     side      of the pictures that are sent, pixels, at most
     price     US dollars per million tokens of input and of output
     errors    gets a line per picture that cannot be read, which is not asked about
+    raises    ValueError if an answer in `file` has no text
     """
     answered, asked, tokens = read_records(file, "file_name"), {}, 0
+    for name in pictures:
+        if name in answered:
+            text_of(answered[name], "text", f"{file}: remove the line of {name}, or give another --out")
     for name, path in pictures.items():
         if name not in answered:
             try:

@@ -154,7 +154,9 @@ def test_wrong_flags_are_refused_before_anything_is_asked(folder, server, capsys
                                     "Here's a description of the scene: a cat", "An image of a cat",
                                     "I'm not able to identify people", "I apologize, but I cannot see it",
                                     "As an AI language model, I see no images", "Unable to process the image",
-                                    "I won't describe that", "Unfortunately, it is blank", "No image was provided"])
+                                    "I won't describe that", "Unfortunately, it is blank", "No image was provided",
+                                    "Unfortunately the image is blank", "Sure! A cat", "In this photograph a cat sits",
+                                    "Sorry, no", "The photo captures a cat"])
 def test_answers_off_the_format_are_refused(answer):
     with pytest.raises(ValueError):
         caption_of(answer)
@@ -162,7 +164,10 @@ def test_answers_off_the_format_are_refused(answer):
 
 def test_a_caption_is_one_line_without_quotation_marks():
     assert caption_of(' “A cat sits\non  a sofa.” ') == {"text": "A cat sits on a sofa."}
-    for text in ("The scenery is red", "Icicles hang from a roof", "No people walk on an empty street"):
+    for text in ("The scenery is red", "Icicles hang from a roof", "No people walk on an empty street",
+                 "The photographer captures a gull in flight.", "Sure-footed goats cross a rocky ridge.",
+                 "In the picture-perfect valley, sheep graze.", "Unable to fly, a penguin stands on ice.",
+                 "No picture hangs on the white wall.", "Unfortunately placed pots lie broken on the steps."):
         assert caption_of(text) == {"text": text}
 
 
@@ -182,3 +187,10 @@ def test_captions_of_another_model_texts_beside_pictures_and_listings_are_named(
     assert code == 0 and "6 of the answers are another model's" in shown and len(server.bodies) == asked
     code, _ = caption(capsys, server.url, folder, "--out", folder / "metadata.jsonl")
     assert "metadata.jsonl: give a new file" in code and not (folder / "metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ['"caption": "a red wall"', '"text": " "', '"text": null'])
+def test_a_file_of_answers_without_text_is_refused_before_anything_is_asked(folder, server, capsys, text):
+    (folder / "captions.jsonl").write_text(f'{{"file_name": "1.png", {text}}}\n')
+    code, _ = caption(capsys, server.url, folder)
+    assert f"{folder}/captions.jsonl: remove the line of 1.png, or give another --out: " in code and not server.bodies
