@@ -2,7 +2,7 @@
 
 Paper     Diffusion-4K section 8: table 9 (heights and widths), figure 13 (their histograms), figure 14 (words)
 Sizes     pixels, of the upright picture, from what its file declares: no picture is decoded
-Words     runs of letters, digits and apostrophes, in lower case; COMMON ones are left out of the frequencies
+Words     runs of letters, marks, digits and apostrophes, in lower case; COMMON ones are left out of the frequencies
 Run       python data.py stats DIR… [--plot FILE]
 Check     python -m pytest tests/test_statistics.py
 """
@@ -10,6 +10,7 @@ Check     python -m pytest tests/test_statistics.py
 import importlib
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,10 +50,17 @@ def statistics(name: str, items: Sequence[Item], errors: list[str]) -> Statistic
             errors.append(str(error))
             continue
         for caption in item.captions:
-            found = re.findall(r"\w+(?:['’]\w+)*", caption.lower())
+            found = words_of(caption)
             lengths.append(len(found))
             words.update(word for word in found if word not in COMMON)
     return Statistics(name, np.array(sizes).reshape(-1, 2), np.array(lengths), words)
+
+
+def words_of(caption: str) -> list[str]:
+    """The words of a caption; a vowel sign or an accent is part of its word, which it is not to Python's regexes."""
+    letters = unicodedata.normalize("NFC", caption.lower())
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "_'’" else " " for c in letters)
+    return re.findall(r"[^\s'’]+(?:['’][^\s'’]+)*", kept)
 
 
 def report(folders: Sequence[Statistics]) -> str:
@@ -68,7 +76,7 @@ def report(folders: Sequence[Statistics]) -> str:
     edges = bin_edges(np.concatenate([of.sizes for of in folders]))
     for of in folders:
         counts = [np.histogram(side, edges)[0] for side in of.sizes.T]
-        rows = [(f"{of.name}, pixels", "heights", "widths")]
+        rows = [(f"{printable(of.name)}, pixels", "heights", "widths")]
         rows += [(f"{low} to {high - 1}", *map(str, pair))
                  for low, high, *pair in zip(edges, edges[1:], *counts, strict=False) if any(pair)]
         words = ", ".join(f"{word} {count}" for word, count in of.words.most_common(WORDS))
@@ -98,7 +106,7 @@ def plot(folders: Sequence[Statistics], file: Path) -> None:
         edges = bin_edges(of.sizes)
         for side, name in zip(of.sizes.T, ("height", "width"), strict=True):
             row[0].hist(side, edges, alpha=0.6, label=f"{name}, median {np.median(side) if len(side) else 0:.0f}")
-        row[0].set(title=printable(of.name), xlabel="pixels", ylabel="pictures")
+        row[0].set(title=printable(of.name).replace("$", r"\$"), xlabel="pixels", ylabel="pictures")
         row[0].margins(y=0.35)  # room for the legend
         row[0].legend(fontsize=8)
         row[1].hist(of.lengths, bin_edges(of.lengths))

@@ -1,6 +1,7 @@
 """Statistics of data folders: table 9, histograms, words, the plot."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import run_script
 from PIL import Image
 
 import data
-from collecting.statistics import COMMON, bin_edges
+from collecting.statistics import COMMON, bin_edges, words_of
 
 SIZES = ((100, 40), (120, 60), (80, 50), (640, 300), (70, 90))  # width, height
 TEXTS = ("A red boat on the quiet lake.", "The boat, again; a fisherman's boat!", "Two oak trees", "Über dem See", "x")
@@ -52,6 +53,18 @@ def test_words_are_counted_without_the_common_ones(folder, capsys):
     words = text.splitlines()[-1].split("frequent words: ")[1].split(", ")
     assert words[0] == "boat 4" and {"fisherman's 1", "über 1", "oak 1"} <= set(words)
     assert not {word.split()[0] for word in words} & COMMON
+
+
+def test_a_word_keeps_its_accents_and_vowel_signs():
+    cafe = unicodedata.normalize("NFD", "Étude café")
+    assert words_of(cafe) == ["étude", "café"] and words_of("हिन्दी में, 2 चित्र") == ["हिन्दी", "में", "2", "चित्र"]
+
+
+def test_control_characters_and_dollars_of_a_folders_name_steer_nothing(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = folder.rename(tmp_path.parent / "a $\\frac$ \x1b[2J")
+    code, text = stats(capsys, folder, "--plot", folder / "plot.png")
+    assert code == 0 and "\x1b" not in text and (folder / "plot.png").is_file()
 
 
 def test_histograms_hold_every_picture(folder, capsys):
