@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from files import blank, entry, in_utf8, parse_json, read_text
@@ -80,9 +81,17 @@ def _captions(row: dict, where: str) -> tuple[str, ...]:
 
 
 def _pictures_below(folder: Path) -> list[Path]:
-    """The files with the suffix of a picture in a folder and the folders below it, but for hidden ones."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes() and not path.is_dir()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """The files with the suffix of a picture in a folder and those below it, linked ones too, but for hidden ones."""
+    found, seen = [], set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name, where=where: (os.path.islink(f"{where}/{name}"), name))  # a link after its target
+        found += [Path(where, name) for name in files if not name.startswith(".")]
+    found = sorted(path for path in found if path.suffix.lower() in suffixes())
     for path in found:
         in_utf8(path)
     return found
@@ -107,15 +116,21 @@ def rows_of(listing: Path) -> Iterator[tuple[str, dict]]:
 
 def _csv_rows(listing: Path, text: str) -> Iterator[tuple[str, dict]]:
     first = text.lstrip().partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    lines = filter(any, reader)
     try:
-        names = reader.fieldnames or []
+        names = next(lines, [])
+        if names == ["sep=", ""]:  # which Excel reads as the separator
+            names = next(lines, [])
         if len(set(names)) < len(names):
-            raise ValueError(f"{listing}:1: two columns have one name")
-        for row in reader:
-            if None in row:
+            raise ValueError(f"{listing}:{reader.line_num}: two columns have one name")
+        for cells in lines:
+            if len(cells) > len(names):
                 raise ValueError(f"{listing}:{reader.line_num}: more fields than the first line has names")
-            yield f"{listing}:{reader.line_num}", {name: value or None for name, value in row.items()}
+            row = {name: cell or None for name, cell in zip_longest(names, cells)}
+            if (alt := row.get("alt")) and not alt.startswith("["):  # but for a list as Python prints it
+                row["alt"] = [alt]
+            yield f"{listing}:{reader.line_num}", row
     except csv.Error as error:
         raise ValueError(f"{listing}:{reader.line_num}: not CSV ({error})") from None
 

@@ -43,14 +43,13 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     listing = out / "metadata.jsonl"
     rows = {text_of(row, "file_name", at): row for at, row in rows_of(listing)} if listing.exists() else {}
     complete = {name for name, row in rows.items() if row.get("text")}  # stays as it is
-    stems = Counter(shard.stem for shard in shards)
+    stems = _stems(shards)
     with tqdm(total=sum(table.metadata.num_rows for table, _ in tables), desc="pictures", file=sys.stderr) as bar:
         for shard, (table, image) in zip(shards, tables, strict=True):
-            stem = shard.stem if stems[shard.stem] == 1 else f"{shard.parent.name}_{shard.stem}"
             for number, (content, path, text) in enumerate(_rows(shard, table, image, caption)):
                 bar.update()
                 if content:
-                    name = _written(out, content, path, f"{stem}_{number:06d}")
+                    name = _written(out, content, path, f"{stems[shard]}_{number:06d}")
                     row = rows.setdefault(name, {"file_name": name})
                     if text and name not in complete:  # a picture of several rows has several captions
                         add_caption(row, text)
@@ -59,6 +58,16 @@ def unpack(shards: Sequence[Path], out: Path, caption: str, errors: list[str]) -
     with replacing(listing) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()), "utf-8")
     return len(rows)
+
+
+def _stems(shards: Sequence[Path]) -> dict[Path, str]:
+    """The stem of each shard, behind the names of as many of its folders as make it differ from the others'."""
+    parts = {shard: shard.absolute().with_suffix("").parts[1:] for shard in shards}
+    stems = {shard: own[-1] for shard, own in parts.items()}
+    for length in range(2, 1 + max(map(len, parts.values()))):
+        count = Counter(stems.values())
+        stems = {shard: "_".join(parts[shard][-length:]) if count[stem] > 1 else stem for shard, stem in stems.items()}
+    return stems
 
 
 def add_caption(row: dict, text: str) -> None:

@@ -317,7 +317,7 @@ LISTED = {"file_name": "0.png", "text": "fine"}
 LISTING_CASES = {  # row -> name of the listing and its content
     "`metadata.jsonl`, one": ("metadata.jsonl", json.dumps(LISTED)),
     "`metadata.csv` with": ("metadata.csv", "text,width,file_name\r\n\"fi\nne, two\",7,0.png\r\n"),
-    "CSV with semi": ("metadata.csv", 'file_name;text;note\r\n0.png;"fine; rot, grün";x\r\n'.encode("utf-8-sig")),
+    "CSV with semi": ("metadata.csv", '\r\nsep=;\r\nfile_name;text\r\n0.png;"fine; rot, grün"\r\n'.encode("utf-8-sig")),
     "UTF-8 with or": ("metadata.jsonl", ("\ufeff" + json.dumps(LISTED) + "\r\n").encode("utf-16-le")),
     '`"alt"` that is': ("metadata.jsonl", '{"file_name": "0.png", "text": "fine", "alt": NaN, "width": null}'),
     "file_name with backslashes": ("metadata.jsonl", json.dumps(LISTED | {"file_name": "sub\\a\u0308.png"})),

@@ -45,6 +45,24 @@ def test_a_picture_that_a_link_does_not_lead_to_is_kept_and_one_whose_name_no_li
         read_folder(folder, complete=False)
 
 
+def test_linked_folders_are_followed_once_each_picture_under_its_own_folder_first(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (4, 4)).save(outside / "g.png")
+    (outside / "back").symlink_to(folder)
+    (folder / "elsewhere").symlink_to(outside)
+    (folder / "a link").symlink_to(folder / "sub")
+    assert list(captions(folder)) == ["a.JPG", "b.png", "elsewhere/g.png", "f.png", "sub/c.webp"]
+
+
+def test_a_csv_of_excel_names_its_lines_and_a_cell_of_alt_is_one_caption(folder):
+    file = folder / "metadata.csv"
+    file.write_text("\r\nsep=;\r\nfile_name;text;alt\r\nb.png;one;two, three\r\nf.png;four;\r\n;;\r\n")
+    assert [item.captions for item in read_folder(folder)] == [("one", "two, three"), ("four",)]
+    file.write_text("sep=,\nfile_name,text,alt\nb.png,one,['two']\n")
+    with pytest.raises(ValueError, match="metadata.csv:3: \"alt\" is .*expected a list of captions"):
+        read_folder(folder)
+
+
 def test_a_listing_in_error_is_refused_all_the_same(folder, tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "one"}')
     with pytest.raises(ValueError, match="no picture 'gone.png'"):

@@ -63,12 +63,12 @@ def test_shards_can_be_unpacked_one_after_the_other(tmp_path):
 
 def test_shards_of_one_name_in_two_folders_become_one_folder(tmp_path):
     files = []
-    for k, split in enumerate(("train", "test")):
-        (tmp_path / split).mkdir()
+    for k, split in enumerate(("train", "K1/data", "K2/data")):
+        (tmp_path / split).mkdir(parents=True)
         files.append(shard(tmp_path / split / "0000.parquet", [{"bytes": packed(k), "path": None}], [f"number {k}"]))
     assert unpack(*files, "--out", tmp_path / "out") == 0
-    assert [item.path.name for item in read_folder(tmp_path / "out")] == ["train_0000_000000.jpeg",
-                                                                          "test_0000_000000.jpeg"]
+    assert [item.path.name for item in read_folder(tmp_path / "out")] == [
+        "train_0000_000000.jpeg", "K1_data_0000_000000.jpeg", "K2_data_0000_000000.jpeg"]
 
 
 def test_plain_bytes_another_column_and_missing_captions_are_read(tmp_path):
