@@ -273,6 +273,12 @@ def test_names_pair_in_either_unicode_form(tmp_path):
     assert len(pair_names(tmp_path / "NFC", tmp_path / "NFD", notes := [])) == 1 and not notes
 
 
+def test_reports_hold_no_control_characters(capsys):
+    with pytest.raises(SystemExit):
+        metrics.conclude(False, {}, "a table\nnote: \x1b[2J.png has no partner", ["\x1b.png"])
+    assert capsys.readouterr() == ("a table\nnote: \\x1b[2J.png has no partner\n", "error: \\x1b.png\n")
+
+
 def test_a_picture_given_twice_counts_once_and_names_may_hold_any_bytes(command, tmp_path, monkeypatch):
     noise, odd = (DATA / "pictures" / "noise.png").read_bytes(), os.fsdecode(b"caf\xe9\x1b[2J.png")
     for name in ("noise.png", odd):
