@@ -510,7 +510,7 @@ def test_the_content_of_a_list_decides_and_not_its_name(name, tmp_path):
     ("a.jsonl", 2 * '{"text": "a", "file_name": "1.png"}\n', "two lines have one file_name"),
     ("a.txt", "Prompt\tCategory\tNote\na cup\tArtifacts\t1", "a table or JSON"),
     ("a.txt", '"file_name","text"\n"1.png","a cup"', "a table or JSON"),
-    ("a.txt", "a cup\nNegative prompt: tea\nSteps: 20, Sampler: Euler a", "a.txt:2: 'Negative prompt: tea' holds a pic"),
+    ("a.txt", "a cup\nNegative prompt: tea\nSteps: 20, Sampler: Euler a", "a.txt:2: 'Negative prompt: tea' holds a pi"),
     ("a.txt", "# prompt 1\n\na cup --n low quality --w 1024 --d 1", "a.txt:1: '# prompt 1' is a comment"),
     ("a.txt", "a cup\na cup --n low quality --d 1", "a.txt:2: 'a cup --n low quality --d 1' has flags"),
     ("a.txt", '--prompt "a cup" --steps 30', "has flags"), ("a.txt", "a cup --ar 16:9 --v 6", "has flags"),
