@@ -42,7 +42,7 @@ def join(device: torch.device, sharded: bool) -> None:
 
 @cache
 def patient() -> dist.ProcessGroup:
-    """All ranks, for what one of them may take long to answer; a gradient that is late stays an error soon."""
+    """All ranks, in a group that waits PATIENCE for the slowest; that of the gradients keeps its shorter time-out."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 

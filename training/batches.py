@@ -55,7 +55,7 @@ def random_crop(pixels: np.ndarray, height: int, width: int, generator: torch.Ge
 def draw_caption(captions: Sequence[str], generator: torch.Generator, drop_caption: float) -> str:
     """One of a picture's captions, or with probability `drop_caption` the empty one, which cfg needs."""
     caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
-    empty, _ = torch.rand(2, generator=generator).tolist()  # two numbers, the second unused
+    empty, _ = torch.rand(2, generator=generator).tolist()  # unused, the second keeps the draws of a seed
     return "" if empty < drop_caption else caption
 
 
